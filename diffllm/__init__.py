@@ -1,0 +1,7 @@
+"""Diffusion language models: forward process, loss, families and the model itself."""
+
+from diffllm.config import DiffusionConfig, ModelConfig
+from diffllm.modeling_diffllm import DiffLLM, load_model, new_model
+from diffllm.noise import ForwardProcess
+
+__all__ = ["DiffLLM", "DiffusionConfig", "ForwardProcess", "ModelConfig", "load_model", "new_model"]

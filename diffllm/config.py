@@ -1,0 +1,87 @@
+"""Settings of the model and of the forward process."""
+
+from dataclasses import dataclass
+
+FAMILY_NAMES = ("dream", "llada")
+T_SAMPLERS = ("stratified", "uniform")
+TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
+LOSS_NORMS = ("masked", "maskable", "sequence")
+
+
+@dataclass
+class ModelConfig:
+    """A checkpoint, or the shape of a model made from scratch when `path` is null.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    path: str | None = None  # a local directory or hub id in the published format; null makes a model from scratch
+    family: str = "dream"  # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    vocab_size: int | None = None  # null takes the tokenizer's
+    enable_gradient_checkpointing: bool = False  # recompute each layer in the backward pass
+    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2 (extra `flash`)
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILY_NAMES:
+            raise ValueError(f"model.family={self.family}: choose one of {', '.join(FAMILY_NAMES)}")
+        for field in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        if self.initializer_range <= 0:
+            raise ValueError(f"model.initializer_range={self.initializer_range}: must be positive")
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads}: must divide "
+                f"model.hidden_size={self.hidden_size} and be a multiple of "
+                f"model.num_key_value_heads={self.num_key_value_heads}"
+            )
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process and the weights of the loss.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    t_sampler: str = "stratified"  # stratified over the global batch | uniform, independent draws
+    eps: float = 1e-3  # t is in [eps, 1)
+    time_reweighting: str = "original"  # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
+    cart_p: float = 0.1  # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
+    token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
+    token_reweighting_alpha: float = 0.25
+    token_reweighting_gamma: float = 2.0
+    loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("t_sampler", T_SAMPLERS),
+            ("time_reweighting", TIME_REWEIGHTINGS),
+            ("loss_norm", LOSS_NORMS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"diffusion.{field}={getattr(self, field)}: choose one of {', '.join(allowed)}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
+        if not 0 < self.cart_p <= 1:
+            raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
+        for field in ("token_reweighting_alpha", "token_reweighting_gamma"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"diffusion.{field}={getattr(self, field)}: must not be negative")

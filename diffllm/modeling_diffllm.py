@@ -1,0 +1,287 @@
+"""A diffusion language model: a Transformers decoder with its causality switched off."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from diffllm.config import ModelConfig
+from diffllm.families import FAMILIES, Family, family_of
+from diffllm.loss import masked_cross_entropy
+from sampling import SampleOutput, SamplingConfig, sample
+
+
+class Restored(NamedTuple):
+    """What the model makes of the N masked positions."""
+
+    nll: Tensor  # [N] negative log-likelihood of the clean tokens, float32
+    correct: Tensor  # [N] whether the most likely token is the clean one
+
+
+class DiffLLM(nn.Module):
+    """Restores masked tokens (`forward`) and generates by unmasking (`diffusion_generate`).
+
+    Attributes:
+        lm: the Transformers decoder with its head, attending in both directions.
+        family: the published format it belongs to.
+        published: its config.json in that format, which is what `save_pretrained` writes.
+        mask_token_id, pad_token_id, eos_token_id: from that config.
+    """
+
+    def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any]):
+        super().__init__()
+        for module in lm.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+        self.lm, self.family, self.published = lm, family, published
+        self.mask_token_id: int = published["mask_token_id"]
+        self.eos_token_id: int = published["eos_token_id"]
+        self.pad_token_id: int = published.get("pad_token_id", self.eos_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def forward(
+        self,
+        x_t: Tensor,
+        x_0: Tensor,
+        masked: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Restored:
+        """Likelihood of the clean tokens under the masks; the head sees the masked positions only.
+
+        Args:
+            x_t: [B, L] noised tokens.
+            x_0: [B, L] clean tokens.
+            masked: [B, L] bool, the N positions to restore.
+            attention_mask: [B, L], 0 at left padding; None where no row is padded.
+            position_ids: [B, L]; None counts from the first column.
+        """
+        hidden = self._hidden(x_t, attention_mask, position_ids, masked)
+        return Restored(*masked_cross_entropy(self.lm.lm_head, hidden, x_0[masked], self.lm.config.vocab_size))
+
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Raw head logits [B, L, V] as the published code returns them: not shifted, whatever the family."""
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the clean token at each position, shifted if the family is.
+
+        Args:
+            x_t: [B, L] canvas.
+            where: [B, L] bool, the N positions wanted.
+
+        Returns:
+            [N, V], or [B, L, V] without `where`.
+        """
+        wanted = torch.ones_like(x_t, dtype=torch.bool) if where is None else where
+        logits = self.lm.lm_head(self._hidden(x_t, attention_mask, position_ids, wanted))
+        return logits if where is not None else logits.unflatten(0, x_t.shape)
+
+    def _hidden(self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, where: Tensor) -> Tensor:
+        """[N, D] states that predict the tokens at the N positions of `where` [B, L]."""
+        hidden = self.lm.get_decoder()(
+            input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids
+        ).last_hidden_state
+        row, column = where.nonzero(as_tuple=True)
+        if self.family.shift:
+            column = (column - 1).clamp(min=0)
+        return hidden[row, column]
+
+    def diffusion_generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 256,
+        steps: int = 512,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        alg: str = "origin",
+        alg_temp: float | None = None,
+        eps: float = 1e-3,
+        output_history: bool = False,
+        return_dict_in_generate: bool = False,
+        generation_tokens_hook_func=None,
+        generation_logits_hook_func=None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> SampleOutput | Tensor:
+        """Generate by unmasking, with the arguments of Dream's `diffusion_generate` (arXiv 2508.15487).
+
+        Two things differ from the published code. Confidence comes from the model's own distribution instead of the one
+        after temperature and top-p (`confidence="scaled"` brings that back). Every step of `origin` unmasks the
+        expected number of positions, in random order, where the published code draws the number too.
+
+        Args:
+            input_ids: [B, P] prompts, left-padded.
+            attention_mask: [B, P], 0 at the padding.
+            generation_tokens_hook_func: `x = hook(step, x, logits)` after each step; first with (None, x, None).
+            generation_logits_hook_func: `logits = hook(step, x, logits)` on [B, L, V] before anything is drawn.
+            seed: makes the draws reproducible; None takes one from torch's generator.
+            settings: further fields of `sampling.SamplingConfig`, such as `block_length`.
+
+        Returns:
+            [B, L] tokens, or a SampleOutput(sequences, nfe, history) if `return_dict_in_generate`.
+
+        Raises:
+            ValueError: a setting outside its range.
+        """
+        config = SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            steps=steps,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            alg=alg,
+            alg_temp=alg_temp or 0.0,
+            eps=eps,
+            seed=int(torch.randint(2**31, ())) if seed is None else seed,
+            **settings,
+        )
+        output = sample(
+            self.denoise,
+            input_ids,
+            config,
+            self.mask_token_id,
+            attention_mask=attention_mask,
+            output_history=output_history,
+            tokens_hook=generation_tokens_hook_func,
+            logits_hook=generation_logits_hook_func,
+        )
+        return output if return_dict_in_generate else output.sequences
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        state_dict: Mapping[str, Tensor] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
+
+        Args:
+            state_dict: full tensors by their names in this module; its own by default.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        published = {
+            self.family.published_name(name.removeprefix("lm.")): tensor.contiguous()
+            for name, tensor in state_dict.items()
+        }
+        save_torch_state_dict(published, directory)
+        dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps({**self.published, "dtype": dtype}, indent=2) + "\n")
+        GenerationConfig(
+            bos_token_id=self.published.get("bos_token_id"),
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
+            use_cache=False,
+        ).save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+
+def load_model(
+    path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> DiffLLM:
+    """Load a Dream or LLaDA checkpoint as published; no remote code runs.
+
+    Args:
+        path_or_name: a local directory or a hub id.
+
+    Raises:
+        ValueError: no checkpoint there, an unknown family, no mask token, or weights that are missing, unexpected or of
+            another shape than config.json says.
+    """
+    source = str(path_or_name)
+    try:
+        published, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model.path={source}: no readable config.json there ({_first_line(error)})") from error
+    family = family_of(published, source)
+    for key in ("mask_token_id", "eos_token_id"):
+        if published.get(key) is None:
+            raise ValueError(f"{source}: config.json has no {key}, which a diffusion language model needs")
+    try:
+        lm, report = family.model_class.from_pretrained(
+            source,
+            config=family.config(published),
+            key_mapping=family.loading_names(),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model.path={source}: the weights cannot be read ({_first_line(error)})") from error
+    problems = [
+        f"{kind}: {', '.join(sorted(map(str, report[key])))}"
+        for kind, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("of another shape", "mismatched_keys"),
+        )
+        if report[key]
+    ]
+    if problems:
+        raise ValueError(f"{source}: the weights do not fit config.json. {'; '.join(problems)}")
+    return DiffLLM(lm, family, published)
+
+
+def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
+    """A model from scratch in the shape that `config` gives, the same for the same seed.
+
+    Raises:
+        ValueError: `model.vocab_size` is smaller than the tokenizer.
+    """
+    vocab_size = config.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size={vocab_size}: the tokenizer has {len(tokenizer)} tokens, give at least that"
+        )
+    family = FAMILIES[config.family]
+    published = family.published_config(
+        {
+            "vocab_size": vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "max_position_embeddings": config.max_position_embeddings,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": config.rope_theta,
+            "initializer_range": config.initializer_range,
+            "tie_word_embeddings": False,
+            "mask_token_id": tokenizer.mask_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
+    return DiffLLM(lm, family, published)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

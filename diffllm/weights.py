@@ -1,0 +1,69 @@
+"""Weights of the masked positions in the loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffllm.config import DiffusionConfig
+
+
+def time_weights(t: Tensor, masked: Tensor, attended: Tensor, config: DiffusionConfig) -> Tensor:
+    """Time reweighting of every masked position.
+
+    `none` 1 · `original` 1/t, the ELBO under the linear schedule (arXiv 2406.07524, eq. 10) · `linear` 1-t ·
+    `cart` see `cart_weights`.
+
+    Args:
+        t: [B] times.
+        masked: [B, L] positions noised in x_t.
+        attended: [B, L], False at padding that is not attended.
+
+    Returns:
+        [B, L] float32, 0 where not masked.
+    """
+    if config.time_reweighting == "cart":
+        weights = cart_weights(attended & ~masked, config.cart_p)
+    else:
+        per_row = {"none": torch.ones_like(t), "original": 1 / t, "linear": 1 - t}[config.time_reweighting]
+        weights = per_row[:, None].float()
+    return weights * masked
+
+
+def cart_weights(context: Tensor, p: float) -> Tensor:
+    """Context-adaptive token-level reweighting (CART, Dream 7B, arXiv 2508.15487).
+
+    w_i = Σ_{j ≠ i, j in context} ½·p·(1-p)^(|i-j|-1): how much clean context stands near i, nearer counting more.
+    Two exponential scans, one from each side, so time and memory grow linearly with L.
+
+    Args:
+        context: [B, L] positions that carry a clean token.
+        p: in (0, 1]; at 1 only the two direct neighbours count.
+
+    Returns:
+        [B, L] float32.
+    """
+    clean = context.float()
+    left = exponential_scan(clean, 1 - p)
+    right = exponential_scan(clean.flip(-1), 1 - p).flip(-1)
+    return 0.5 * p * (left + right)
+
+
+def exponential_scan(c: Tensor, q: float, block: int = 64) -> Tensor:
+    """y_i = Σ_{j < i} q^(i-1-j)·c_j along the last dimension of c [B, L].
+
+    A small matrix handles each block at once, and one number per row carries the past from block to block. q^0 = 1 also
+    at q = 0, so nothing needs a logarithm.
+    """
+    length = c.shape[-1]
+    c = F.pad(c, (0, -length % block)).unflatten(-1, (-1, block))  # [B, L/block, block]
+    k = torch.arange(block, device=c.device)
+    lag = k[:, None] - k - 1
+    within = torch.where(lag >= 0, torch.tensor(q, device=c.device) ** lag.clamp(min=0), 0.0)
+    decay = torch.tensor(q, device=c.device) ** k
+
+    totals = c @ decay.flip(0)  # [B, L/block] what each block leaves at its end
+    past = [torch.zeros_like(totals[:, 0])]
+    for total in totals.unbind(-1)[:-1]:
+        past.append(past[-1] * q**block + total)
+    y = c @ within.T + torch.stack(past, dim=-1)[..., None] * decay
+    return y.flatten(-2)[..., :length]
