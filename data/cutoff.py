@@ -1,0 +1,74 @@
+"""Per-batch cutoff: how long the response part of every row is in this batch.
+
+A cut is one width a row: that many positions after the prompt. The response fills the first of them, end-of-sequence
+tokens the rest. The latter are attended and trained on: this is how the model learns to stop. A negative width cuts
+into the prompt.
+"""
+
+import numpy as np
+
+from data.config import DataConfig
+from data.tokens import TokenRows
+
+
+def response_widths(
+    prompt_lengths: np.ndarray, response_lengths: np.ndarray, config: DataConfig, rng: np.random.Generator
+) -> np.ndarray:
+    """The cut of one global batch.
+
+    `min_pad` drops the columns that are padding in every row · `random` ends all rows at the length of one drawn row ·
+    `random_with_input_pad` gives all rows the response length of one drawn row, their prompts padded on the left ·
+    without a cutoff rows end at `max_length`. Then, with probability `resp_cutoff_ratio`, all rows lose a random tail
+    that leaves each at least one response position.
+
+    Args:
+        prompt_lengths, response_lengths: [B] over the global batch, so that every rank computes the same cut.
+        rng: keyed by the step, so that a resumed run cuts alike.
+
+    Returns:
+        [B] widths.
+    """
+    totals = prompt_lengths + response_lengths
+    drawn = rng.integers(len(totals))
+    if not config.enable_perbatch_cutoff:
+        widths = config.max_length - prompt_lengths
+    elif config.perbatch_cutoff_type == "min_pad":
+        widths = totals.max() - prompt_lengths
+    elif config.perbatch_cutoff_type == "random":
+        widths = totals[drawn] - prompt_lengths
+    else:
+        widths = np.full_like(response_lengths, response_lengths[drawn])
+
+    shortest = widths.min()
+    if rng.random() < config.resp_cutoff_ratio and shortest > 1:
+        widths = widths - rng.integers(1, shortest)
+    return widths
+
+
+def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token_id: int) -> dict[str, np.ndarray]:
+    """Cut and pad rows into one batch.
+
+    Args:
+        samples: [B] indices into `rows`.
+        widths: [B] from `response_widths`.
+
+    Returns:
+        input_ids [B, L]; maskable [B, L], the response part; attention_mask [B, L], 0 at left padding; position_ids
+        [B, L], counting the attended tokens (1 at padding, as in Dream); sample_index [B].
+    """
+    kept = rows.prompt_lengths[samples] + widths
+    L = int(kept.max())
+    input_ids = np.full((len(samples), L), eos_token_id, dtype=np.int64)
+    columns = np.arange(L)
+    first = (L - kept)[:, None]  # [B, 1] column where the row begins
+    for row, (sample, length) in enumerate(zip(samples, kept, strict=True)):
+        ids = rows.input_ids[sample][:length]
+        input_ids[row, L - length : L - length + len(ids)] = ids
+    attended = columns >= first
+    return {
+        "input_ids": input_ids,
+        "maskable": columns >= first + rows.prompt_lengths[samples][:, None],
+        "attention_mask": attended.astype(np.int64),
+        "position_ids": np.where(attended, columns - first, 1),
+        "sample_index": samples,
+    }

@@ -1,0 +1,60 @@
+"""Linear equations solved step by step, in S1K's schema: the built-in reasoning task.
+
+Every a·x + b = c and a·x - b = c with a in 2 … 9, x and b in 1 … 9 and c not negative is one problem. The order of the
+problems is fixed; the first sixth is held out, so no problem of the evaluation occurs in training.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from data.chat import END_THINK, THINK, final_answer
+from data.files import PlacedRow
+
+HELD_OUT_SHARE = 6  # one problem in six
+_ORDER_SEED = 0
+
+
+def train_rows() -> list[PlacedRow]:
+    """The problems to train on."""
+    return _rows()[_held_out() :]
+
+
+def held_out_rows() -> list[PlacedRow]:
+    """The problems to validate and evaluate on."""
+    return _rows()[: _held_out()]
+
+
+def is_correct(row: dict[str, Any], response: str) -> bool:
+    """Whether the response ends in exactly the row's answer."""
+    return final_answer(response) == final_answer(row["answer"])
+
+
+def _problems() -> list[tuple[int, int, int, str]]:
+    every = itertools.product(range(2, 10), range(1, 10), range(1, 10), "+-")
+    return [(a, x, b, sign) for a, x, b, sign in every if sign == "+" or a * x >= b]
+
+
+def _held_out() -> int:
+    return len(_problems()) // HELD_OUT_SHARE
+
+
+def _rows() -> list[PlacedRow]:
+    problems = _problems()
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(problems))
+    return [PlacedRow(_row(*problems[i]), f"equation {i}") for i in order]
+
+
+def _row(a: int, x: int, b: int, sign: str) -> dict[str, Any]:
+    product = a * x
+    c = product + b if sign == "+" else product - b
+    undo = "-" if sign == "+" else "+"
+    return {
+        "question": f"Solve {a}x{sign}{b}={c}",
+        "answer": f"{THINK}\n{c}{undo}{b}={product}\n{product}/{a}={x}\n{END_THINK}\n{x}",
+        "source": "equations",
+        "difficulty": product,
+        "thinking_tokens": 13,  # in the built-in tokenizer, where a number is one token
+        "answer_tokens": 2,
+    }

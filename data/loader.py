@@ -1,0 +1,117 @@
+"""Batches as pure functions of their number, so that a position is one integer and resuming is exact."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.config import DataConfig
+from data.cutoff import assemble, response_widths
+from data.tokens import TokenRows
+
+Batch = dict[str, Tensor]
+Noise = Callable[[Batch, int, int], Batch]  # (batch, epoch, rows of the global batch) → batch with x_t
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each global batch that one rank works on."""
+
+    rank: int
+    ranks: int
+    micro_batch_size: int
+    micro_batches: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.ranks * self.micro_batch_size * self.micro_batches
+
+    def slots(self, micro_batch: int) -> np.ndarray:
+        """Places in the global batch of the rows of one micro-batch."""
+        first = (self.rank * self.micro_batches + micro_batch) * self.micro_batch_size
+        return np.arange(first, first + self.micro_batch_size)
+
+
+class TrainBatches(Dataset):
+    """Item s is what this rank forwards in optimizer step s: a list of micro-batches.
+
+    Rows are visited in a new order every epoch; the few that do not fill a global batch wait for the next epoch.
+
+    Raises:
+        ValueError: there are fewer rows than a global batch has.
+    """
+
+    def __init__(self, rows: TokenRows, config: DataConfig, share: Share, eos_token_id: int, noise: Noise, seed: int):
+        if len(rows) < share.global_batch_size:
+            raise ValueError(
+                f"data.train_batch_size={share.global_batch_size}: more than the {len(rows)} training rows; lower it"
+            )
+        self.rows, self.config, self.share = rows, config, share
+        self.eos_token_id, self.noise, self.seed = eos_token_id, noise, seed
+        self.steps_per_epoch = len(rows) // share.global_batch_size
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        epoch, samples, widths = self.plan(step)
+        batches = []
+        for micro_batch in range(self.share.micro_batches):
+            slots = self.share.slots(micro_batch)
+            batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
+            batches.append(self.noise(_to_torch(batch, slots), epoch, self.share.global_batch_size))
+        return batches
+
+    def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Epoch, sample indices [B] and response widths [B] of a step's global batch."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        samples = order[step_in_epoch * self.share.global_batch_size :][: self.share.global_batch_size]
+        widths = response_widths(
+            self.rows.prompt_lengths[samples],
+            self.rows.response_lengths[samples],
+            self.config,
+            np.random.default_rng((self.seed, epoch, step_in_epoch)),
+        )
+        return epoch, samples, widths
+
+    def loader(self, steps: range) -> DataLoader:
+        """Iterate over steps, made ahead of time in worker processes."""
+        workers = self.config.num_workers
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            persistent_workers=False,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if workers else None,
+        )
+
+
+class ValBatches:
+    """Validation batches of one rank, the same at every call: uncut rows with the noise of epoch 0.
+
+    Every rank gets the same number of batches, since they forward together; where rows run out, the first row stands in
+    with nothing masked.
+    """
+
+    def __init__(self, rows: TokenRows, share: Share, eos_token_id: int, noise: Noise):
+        self.rows, self.share, self.eos_token_id, self.noise = rows, share, eos_token_id, noise
+
+    def __iter__(self):
+        size, ranks = self.share.micro_batch_size, self.share.ranks
+        for start in range(self.share.rank * size, -(-len(self.rows) // (size * ranks)) * size * ranks, size * ranks):
+            slots = np.arange(start, start + size)
+            real = slots < len(self.rows)
+            samples = np.where(real, slots, 0)
+            batch = _to_torch(
+                assemble(self.rows, samples, self.rows.response_lengths[samples], self.eos_token_id), slots
+            )
+            batch["maskable"] &= torch.from_numpy(real)[:, None]
+            yield self.noise(batch, 0, len(self.rows))
+
+
+def _to_torch(batch: dict[str, np.ndarray], slots: np.ndarray) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in {**batch, "slot": slots}.items()}

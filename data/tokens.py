@@ -1,0 +1,71 @@
+"""Chats into token rows through the tokenizer's chat template."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data.chat import Chat, Message, to_chat
+from data.files import PlacedRow
+
+
+@dataclass
+class TokenRows:
+    """Prompts followed by their responses; a response ends with the end-of-sequence token."""
+
+    input_ids: list[np.ndarray]  # int32, one array a row
+    prompt_lengths: np.ndarray  # [rows]
+    response_lengths: np.ndarray  # [rows]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a prompt, up to where the assistant begins.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template")
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokenize(
+    rows: Iterable[PlacedRow], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "error"
+) -> tuple[TokenRows, int]:
+    """Token rows of at most `max_length`, and how many rows were dropped.
+
+    Args:
+        truncation: of a row that is longer: `error` · `right` cuts its response · `drop`. A prompt that leaves no room
+            for a response cannot be cut: it is an error unless dropped.
+
+    Raises:
+        ValueError: a row that is not usable, is too long, or no row at all is left.
+    """
+    kept: list[np.ndarray] = []
+    prompt_lengths: list[int] = []
+    dropped = 0
+    for placed in rows:
+        chat: Chat = to_chat(placed)
+        prompt = prompt_ids(chat["prompt"], tokenizer)
+        response = [*tokenizer(chat["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        too_long = len(prompt) >= max_length or (len(prompt) + len(response) > max_length and truncation != "right")
+        if too_long and truncation == "drop":
+            dropped += 1
+            continue
+        if too_long:
+            raise ValueError(
+                f"{placed.place}: {len(prompt)} prompt and {len(response)} response tokens do not fit "
+                f"data.max_length={max_length}: raise it, or set data.truncation=drop"
+                + (" or right" if len(prompt) < max_length else "")
+            )
+        kept.append(np.array((prompt + response)[:max_length], dtype=np.int32))
+        prompt_lengths.append(len(prompt))
+    if not kept:
+        raise ValueError(f"no row is left: all {dropped} are longer than data.max_length={max_length}")
+    lengths = np.array([len(ids) for ids in kept])
+    return TokenRows(kept, np.array(prompt_lengths), lengths - prompt_lengths), dropped
