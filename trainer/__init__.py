@@ -1,0 +1,1 @@
+"""FSDP2 training: optimizer, checkpoints, metrics and the loop."""

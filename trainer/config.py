@@ -1,0 +1,211 @@
+"""The whole configuration: groups, strictness and batch arithmetic."""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from data import DataConfig, Share
+from diffllm import DiffusionConfig, ModelConfig
+from sampling import SamplingConfig
+
+LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+PRECISIONS = ("auto", "bf16", "fp32")
+LOGGERS = ("console", "wandb")
+DEFAULT_MICRO_BATCH_SIZE = 8
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its lr schedule.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    lr: float = 1e-5  # the highest learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.01  # on matrices, not on norms and biases
+    clip_grad: float = 1.0  # largest global gradient norm
+    lr_schedule: str = "cosine"  # after the warm-up: cosine to 0 | linear to 0 | constant
+    warmup_steps_ratio: float = 0.1  # share of the steps in which the learning rate rises
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr}: must be positive")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas}: must be two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={self.weight_decay}: must not be negative")
+        if self.clip_grad <= 0:
+            raise ValueError(f"optim.clip_grad={self.clip_grad}: must be positive")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"optim.lr_schedule={self.lr_schedule}: choose one of {', '.join(LR_SCHEDULES)}")
+        if not 0 <= self.warmup_steps_ratio <= 1:
+            raise ValueError(f"optim.warmup_steps_ratio={self.warmup_steps_ratio}: must be in [0, 1]")
+
+
+@dataclass
+class TrainerConfig:
+    """The loop: its length, what it saves and where it reports.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    project_name: str = "diffllm"  # wandb project
+    experiment_name: str = "default"  # names the run and its directory
+    output_dir: str = "outputs/${trainer.experiment_name}"  # everything the run writes
+    total_epochs: int = 3
+    max_steps: int | None = None  # optimizer steps; overrides total_epochs
+    val_check_interval: int | None = None  # steps between validations; null validates at the end only
+    save_checkpoint_steps: int | None = None  # steps between checkpoints; null saves at the end only
+    keep_checkpoints: int = 2  # older ones are deleted
+    resume: str = "auto"  # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
+    logger: list[str] = field(default_factory=lambda: ["console"])  # console, wandb; metrics.jsonl is always written
+    precision: str = "auto"  # bf16 parameters in the forward, float32 gradients and optimizer | fp32 | auto: by device
+
+    def __post_init__(self) -> None:
+        for name in ("total_epochs", "max_steps", "val_check_interval", "save_checkpoint_steps", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"trainer.{name}={value}: must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision={self.precision}: choose one of {', '.join(PRECISIONS)}")
+        if unknown := set(self.logger) - set(LOGGERS):
+            raise ValueError(f"trainer.logger={sorted(unknown)}: choose from {', '.join(LOGGERS)}")
+
+
+@dataclass
+class Config:
+    """The tree that train.py, sample.py and evaluate.py share."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0  # of weights from scratch, row order, cuts and noise; draws of the sampler have sampling.seed
+    prompt: str | None = None  # sample.py: one question
+    input: str | None = None  # sample.py: a .jsonl or .parquet file of rows with question or prompt
+    output: str | None = None  # sample.py: the .jsonl file that gets a row with its response for each input row
+
+
+def field_names(schema: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted name of the tree, groups included."""
+    names = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if is_dataclass(item.type):
+            names += field_names(item.type, f"{prefix}{item.name}.")
+    return names
+
+
+def nearest(name: str, allowed: list[str]) -> str:
+    """A hint for a misspelt name: the closest allowed ones."""
+    close = difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(allowed)}"
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The composed tree as checked dataclasses.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or outside its range.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except ConfigKeyError as error:
+        raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key}: has no default, give it a value") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved tree as plain values, as it is saved with checkpoints and results."""
+    return asdict(config)
+
+
+# What may differ when a run goes on: none of it changes what a step computes.
+FREE_WHEN_RESUMING = (
+    "model.path",
+    "model.enable_gradient_checkpointing",
+    "model.attn_implementation",
+    "data.train_batch_size",
+    "data.micro_batch_size_per_gpu",
+    "data.gradient_accumulation_steps",
+    "data.num_workers",
+    "data.val_files",
+    "trainer",
+    "sampling",
+    "prompt",
+    "input",
+    "output",
+)
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """What makes a run another one than a saved configuration describes, as `name is A there and B here`."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves = {}
+        for key, value in tree.items():
+            name = prefix + key
+            if name not in FREE_WHEN_RESUMING:
+                leaves |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        return leaves
+
+    there, here = flat(saved), flat(to_dict(config))
+    return [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+
+
+def share_of(config: DataConfig, rank: int, ranks: int) -> Share:
+    """This rank's part of the global batch, deriving of the three batch settings those not given.
+
+    Raises:
+        ValueError: the numbers contradict each other or do not divide; the message names all of them.
+    """
+    total, micro, accumulation = (
+        config.train_batch_size,
+        config.micro_batch_size_per_gpu,
+        config.gradient_accumulation_steps,
+    )
+    given = (
+        f"data.train_batch_size={total}, data.micro_batch_size_per_gpu={micro}, "
+        f"data.gradient_accumulation_steps={accumulation}, ranks={ranks}"
+    )
+    if total is None:
+        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or 1
+        total = micro * accumulation * ranks
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = total // (accumulation * ranks)
+    elif accumulation is None:
+        accumulation = total // (micro * ranks)
+    if micro * accumulation * ranks != total:
+        raise ValueError(
+            f"{given}: train_batch_size must be micro_batch_size_per_gpu × gradient_accumulation_steps × ranks; "
+            "change one, or leave one out to derive it"
+        )
+    return Share(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
+
+
+def total_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps or config.total_epochs * steps_per_epoch
+
+
+def warmup_steps(config: OptimConfig, steps: int) -> int:
+    """Steps of the warm-up."""
+    return math.ceil(config.warmup_steps_ratio * steps)

@@ -1,0 +1,52 @@
+"""The ranks of a run and the device of this one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: as torchrun says, or alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Sums over all ranks, in float64."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def ranks_from_environment() -> tuple[int, int]:
+    """This rank and the number of ranks: torchrun's, or 0 of 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """Join the process group; leave it at the end, so that another run can follow in this process."""
+    rank, size = ranks_from_environment()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
