@@ -1,0 +1,14 @@
+"""Score a checkpoint on held-out equations: `python evaluate.py model.path=outputs/quickstart/hf`."""
+
+from launch.cli import entry
+from launch.evaluation import evaluate
+from trainer.config import Config
+
+
+@entry
+def main(config: Config) -> None:
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The command line of the root scripts: Hydra composes, `resolve` checks, one function runs."""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha1
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from transformers.utils import logging as transformers_logging
+
+from trainer.config import Config, field_names, nearest, resolve
+from trainer.world import ranks_from_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+PACKAGES = ("data", "diffllm", "sampling", "trainer")
+
+# Plain values, not the dataclasses: a wrong one is then reported by `resolve`, the same way wherever it came from.
+ConfigStore.instance().store("defaults", OmegaConf.to_container(OmegaConf.structured(Config)))
+OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
+
+
+def run_name(overrides: str) -> str:
+    """A directory name out of a command line, the same on every rank; long ones end in a hash."""
+    if not overrides:
+        return "default"
+    name = re.sub(r"[^\w.+-]", "-", overrides.replace(",", "__"))  # as it can be typed on the next command line
+    return name if len(name) <= 100 else f"{name[:91]}_{sha1(overrides.encode()).hexdigest()[:8]}"
+
+
+def entry(run: Callable[[Config], None]) -> Callable[[], None]:
+    """Make a root script's main function out of one that takes the resolved configuration.
+
+    What the user got wrong ends the process with one line and exit code 1.
+    """
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def composed(config: DictConfig) -> None:
+        with user_errors():
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                config.trainer.output_dir = HydraConfig.get().runtime.output_dir
+            run(resolve(config))
+
+    def main() -> None:
+        transformers_logging.disable_progress_bar()
+        with user_errors():
+            check_checkout()
+            check_arguments(sys.argv[1:])
+        composed()
+
+    return main
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the process with one line and exit code 1 on an error that explains itself.
+
+    All ranks of a machine fail alike, so only its first one prints.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def check_checkout() -> None:
+    """Refuse packages of another checkout or of another project: their names are common.
+
+    Raises:
+        ValueError: a package would be imported from elsewhere; both places are named.
+    """
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        place = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if place != ROOT / package:
+            raise ValueError(f"package '{package}' would come from {place}, expected {ROOT / package}")
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse names that no group, choice or field has, with the nearest one that exists.
+
+    Raises:
+        ValueError: an unknown name, or a sweep started by torchrun.
+    """
+    if {"-m", "--multirun"} & set(arguments) and ranks_from_environment()[1] > 1:
+        raise ValueError("a sweep is started by `python train.py -m …`: under torchrun its ranks would part ways")
+    choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
+    names = sorted({*choices, *field_names()})
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except OverrideParseException:
+            continue  # Hydra's own message points at the character
+        key = override.key_or_group
+        if re.split(r"[./]", key)[0] == "hydra":
+            continue
+        if key not in names:
+            raise ValueError(f"{key}: no such setting; {nearest(key, names)}")
+        values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
+        for value in values if key in choices else ():
+            if value not in (*choices[key], "null"):
+                raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")

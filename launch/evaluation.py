@@ -1,0 +1,65 @@
+"""Exact match on the held-out equations: what evaluate.py does."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from data.chat import to_chat
+from data.equations import held_out_rows, is_correct, train_rows
+from launch.generate import Response, generate, load_for_sampling
+from trainer.config import Config, to_dict
+
+SHOWN = 6
+
+
+def evaluate(config: Config) -> None:
+    """Answer every held-out question, print a table and write `evaluation.json` into `trainer.output_dir`."""
+    model, tokenizer = load_for_sampling(config)
+    placed_rows = held_out_rows()
+    rows = [placed.row for placed in placed_rows]
+    chats = [to_chat(placed)["prompt"] for placed in placed_rows]
+    responses = list(
+        tqdm(generate(model, tokenizer, chats, config.sampling), total=len(chats), desc="evaluate", unit="question")
+    )
+    right = [is_correct(row, response.text) for row, response in zip(rows, responses, strict=True)]
+    scores = {
+        "questions": len(rows),
+        "right": sum(right),
+        "exact_match": sum(right) / len(rows),
+        "nfe": max(response.nfe for response in responses),
+        "tokens_per_second": sum(response.tokens for response in responses)
+        / sum(response.seconds for response in responses),
+    }
+    _print(rows, responses, right, scores)
+
+    path = Path(config.trainer.output_dir) / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "scores": scores,
+        "config": to_dict(config),
+        "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
+        "answers": [
+            {"question": row["question"], "expected": row["answer"], "response": response.text, "right": ok}
+            for row, response, ok in zip(rows, responses, right, strict=True)
+        ],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"every setting, version and answer: {path}")
+
+
+def _print(rows: list[dict], responses: list[Response], right: list[bool], scores: dict[str, float]) -> None:
+    table = Table(title=f"{SHOWN} of {len(rows)} held-out questions", show_lines=True)
+    for column in ("question", "response", "verdict"):
+        table.add_column(column)
+    for row, response, ok in list(zip(rows, responses, right, strict=True))[:SHOWN]:
+        table.add_row(row["question"], response.text, "right" if ok else "wrong")
+    Console(markup=False).print(table)
+    print(
+        f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} held-out questions; "
+        f"{len(train_rows()) + len(rows)} distinct problems, none of the held-out ones trained on)\n"
+        f"NFE {scores['nfe']} a batch, {scores['tokens_per_second']:,.0f} tokens/s"
+    )
