@@ -1,0 +1,69 @@
+"""What several tests share. The environment is set before torch is imported."""
+
+import os
+
+# The golden numerics were made with these kernels: with them float32 results are bitwise equal.
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffllm import DiffLLM, ModelConfig, load_model, new_model
+from diffllm.tokenizer import builtin_tokenizer
+from trainer.config import Config
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return builtin_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def dream() -> DiffLLM:
+    return load_model(GOLDEN / "dream_tiny").eval()
+
+
+@pytest.fixture(scope="session")
+def llada() -> DiffLLM:
+    return load_model(GOLDEN / "llada_tiny").eval()
+
+
+@pytest.fixture
+def small_model(tokenizer) -> DiffLLM:
+    return new_model(small_shape(), tokenizer).eval()
+
+
+def small_shape(**changes) -> ModelConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ModelConfig(**shape | {"num_key_value_heads": 1, "initializer_range": 0.06} | changes)
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """The configuration of a run that takes a second: 12 steps of a small model on the equations."""
+
+    def configure(name: str = "run", **changes) -> Config:
+        config = Config(model=small_shape())
+        config.data.max_length = 64
+        config.data.train_batch_size = 8
+        config.data.num_workers = 0
+        config.optim.lr = 1e-3
+        config.trainer.max_steps = 12
+        config.trainer.logger = []
+        config.trainer.output_dir = str(tmp_path / name)
+        for key, value in changes.items():
+            group, field = key.split("__")
+            assert hasattr(getattr(config, group), field), key
+            setattr(getattr(config, group), field, value)
+        return config
+
+    return configure

@@ -1,0 +1,132 @@
+"""Checkpoints in and out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffllm import load_model, new_model
+from diffllm.tokenizer import load_tokenizer
+from tests.conftest import GOLDEN, small_shape
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_a_published_checkpoint_survives_the_round_trip(family, tmp_path):
+    source = GOLDEN / f"{family}_tiny"
+    load_model(source).save_pretrained(tmp_path)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == generation["pad_token_id"] == 254
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_a_model_from_scratch_survives_the_round_trip(family, tmp_path, tokenizer):
+    model = new_model(small_shape(family=family), tokenizer, seed=3)
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    again = load_model(tmp_path)
+    assert again.family is model.family
+    assert again.mask_token_id == tokenizer.mask_token_id
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    # Rotary frequencies are no part of a checkpoint; they have gone wrong silently after loading.
+    assert torch.equal(model.lm.model.rotary_emb.inv_freq, again.lm.model.rotary_emb.inv_freq)
+    text = "Solve 3x+5=20 <think>é\n"
+    ids = tokenizer(text)["input_ids"]
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == ids
+
+
+@pytest.mark.parametrize(("family", "theta"), [("dream", 1e6), ("llada", 5e5)])
+def test_rotary_frequencies_come_from_the_config(family, theta, request):
+    model = request.getfixturevalue(family)
+    expected = theta ** -(torch.arange(0, 16, 2).float() / 16)
+    torch.testing.assert_close(model.lm.model.rotary_emb.inv_freq, expected)
+
+
+def test_the_seed_decides_the_weights(tokenizer):
+    one, same, other = (new_model(small_shape(), tokenizer, seed).lm.lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_token_sees_both_sides(small_model):
+    ids = torch.arange(12)[None]
+    changed = ids.clone()
+    changed[0, -1] = 99
+    with torch.no_grad():
+        assert not torch.equal(small_model.logits(ids)[0, 0], small_model.logits(changed)[0, 0])
+
+
+@pytest.mark.parametrize(("family", "shift"), [("dream", True), ("llada", False)])
+@torch.no_grad()
+def test_denoise_gives_shifted_logits_where_asked(family, shift, request):
+    model = request.getfixturevalue(family)
+    x = torch.arange(10)[None]
+    raw = model.logits(x)
+    expected = torch.cat([raw[:, :1], raw[:, :-1]], dim=1) if shift else raw
+    where = torch.zeros_like(x, dtype=torch.bool)
+    where[0, [0, 3, 9]] = True
+    torch.testing.assert_close(model.denoise(x), expected)
+    torch.testing.assert_close(model.denoise(x, where=where), expected[where])
+
+
+class TestBadCheckpoints:
+    @pytest.fixture
+    def copy(self, tmp_path):
+        shutil.copytree(GOLDEN / "dream_tiny", tmp_path / "copy")
+        return tmp_path / "copy"
+
+    def edit(self, copy, **changes):
+        config = json.loads((copy / "config.json").read_text()) | changes
+        (copy / "config.json").write_text(json.dumps(config))
+
+    def test_no_such_directory(self, tmp_path):
+        with pytest.raises(ValueError, match=r"nowhere: no readable config\.json"):
+            load_model(tmp_path / "nowhere")
+
+    def test_unknown_family(self, copy):
+        self.edit(copy, model_type="bert")
+        with pytest.raises(ValueError, match=r"model_type='bert'.*Dream, llada"):
+            load_model(copy)
+
+    def test_no_mask_token(self, copy):
+        self.edit(copy, mask_token_id=None)
+        with pytest.raises(ValueError, match="no mask_token_id"):
+            load_model(copy)
+
+    def test_weights_of_another_shape(self, copy):
+        self.edit(copy, vocab_size=300)
+        with pytest.raises(ValueError, match=r"of another shape.*lm_head"):
+            load_model(copy)
+
+    def test_missing_and_unexpected_weights_are_all_named(self, copy):
+        tensors = load_file(copy / "model.safetensors")
+        tensors["extra.weight"] = tensors.pop("model.norm.weight")
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"missing: model\.norm\.weight; unexpected: extra\.weight"):
+            load_model(copy)
+
+    def test_a_file_cut_short(self, copy):
+        data = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(data[:1000])
+        with pytest.raises(ValueError, match="weights cannot be read"):
+            load_model(copy)
+
+    def test_an_unsupported_variant(self, tmp_path):
+        shutil.copytree(GOLDEN / "llada_tiny", tmp_path / "copy")
+        self.edit(tmp_path / "copy", alibi=True)
+        with pytest.raises(ValueError, match="alibi=True"):
+            load_model(tmp_path / "copy")
+
+    def test_no_tokenizer(self, copy):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            load_tokenizer(copy)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(tokenizer):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=100.*1256"):
+        new_model(small_shape(vocab_size=100), tokenizer)
