@@ -55,9 +55,12 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(path_or_name, padding_side="left", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_name, padding_side="left", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path_or_name}: no tokenizer can be read there ({error})") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
+        raise ValueError(f"model.path={path_or_name}: no tokenizer files there")
+    return tokenizer
 
 
 def check_tokenizer(

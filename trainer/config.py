@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import DataConfig, Share
 from diffllm import DiffusionConfig, ModelConfig
@@ -118,12 +118,10 @@ def resolve(composed: DictConfig) -> Config:
         ValueError: an unknown key, a value of the wrong type or outside its range.
     """
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(composed, resolve=True)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except ConfigKeyError as error:
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key}: has no default, give it a value") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
 

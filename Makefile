@@ -1,0 +1,22 @@
+# Two commands do everything: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test lint
+
+quickstart: $(VENV)/installed
+	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
+	$(BIN)/python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,100 @@
+"""Every file that cannot be used is refused with its place."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from data import PlacedRow, read_rows
+from data.chat import final_answer, to_chat, to_prompt
+from data.s1k import from_hub
+
+ROW = {"question": "2+2?", "answer": "<think>\n2+2=4\n</think>\n4", "source": "made up", "difficulty": 1}
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def test_jsonl_and_parquet_rows_come_in_order_with_their_place(tmp_path):
+    jsonl = write(tmp_path / "a.jsonl", json.dumps(ROW), "", json.dumps(ROW | {"question": "3?"}))
+    parquet = tmp_path / "b.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([ROW]), parquet)
+    rows = read_rows([jsonl, parquet])
+    assert [placed.row["question"] for placed in rows] == ["2+2?", "3?", "2+2?"]
+    assert [placed.place for placed in rows] == [f"{jsonl}:1", f"{jsonl}:3", f"{parquet}:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such data file"),
+        ("empty.jsonl", "", "the file has no rows"),
+        ("bad.jsonl", '{"question": "a"}\n{"question": \n', r"bad\.jsonl:2: not JSON"),
+        ("list.jsonl", "[1]\n", r"list\.jsonl:1: a row is a JSON object, this is list"),
+        ("rows.csv", "a,b\n", r"end in \.jsonl or \.parquet"),
+        ("bad.parquet", "PAR1", "not a readable parquet file"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows([tmp_path / name])
+
+
+def test_invalid_utf8_is_named_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: not JSON"):
+        read_rows([tmp_path / "a.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a"}, "field 'answer' is missing"),
+        ({"answer": "<think>b</think>c"}, "field 'question' is missing"),
+        ({"question": "a", "answer": ""}, "field 'answer' is empty"),
+        ({"question": "a", "answer": 4}, "field 'answer' must be text, this is int"),
+        ({"question": "a", "answer": "4"}, "has no <think>…</think>"),
+        ({"question": "a", "answer": "</think><think>4"}, "has no <think>…</think>"),
+        ({"text": "a"}, "field 'question' is missing.*Its fields are: text"),
+        ({"prompt": "a", "response": "b"}, "'prompt' must be a non-empty list"),
+        ({"prompt": [], "response": "b"}, "'prompt' must be a non-empty list"),
+        ({"prompt": [{"role": "robot", "content": "a"}], "response": "b"}, "system or user"),
+        ({"prompt": [{"role": "user", "content": " "}], "response": "b"}, "field 'content' is empty"),
+        ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is missing"),
+    ],
+)
+def test_rows_that_are_no_chat(tmp_path, row, message):
+    [placed] = read_rows([write(tmp_path / "a.jsonl", json.dumps(row))])
+    with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{message}"):
+        to_chat(placed)
+
+
+def test_both_schemas_become_chats(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    path = write(tmp_path / "a.jsonl", json.dumps(ROW), json.dumps({"prompt": messages, "response": "Hello"}))
+    s1k, chat = map(to_chat, read_rows([path]))
+    assert s1k == {"prompt": [{"role": "user", "content": "2+2?"}], "response": ROW["answer"]}
+    assert chat == {"prompt": messages, "response": "Hello"}
+
+
+def test_a_prompt_needs_no_answer(tmp_path):
+    [placed] = read_rows([write(tmp_path / "a.jsonl", json.dumps({"question": "2+2?"}))])
+    assert to_prompt(placed) == [{"role": "user", "content": "2+2?"}]
+
+
+def test_the_final_answer_follows_the_thinking():
+    assert final_answer("<think>\n2+2=4\n</think>\n4") == "4"
+    assert final_answer("4 ") == "4"
+
+
+def test_s1k_rows_of_the_hub_become_ours():
+    row = from_hub(
+        {"question": "2+2?", "thinking_trajectories": [" Two twos.\n"], "attempt": "4\n", "source_type": "math"}
+    )
+    assert row == {"question": "2+2?", "answer": "<think>\nTwo twos.\n</think>\n4", "source": "math"}
+    assert to_chat(PlacedRow(row, "hub"))["response"] == row["answer"]

@@ -1,0 +1,155 @@
+"""Batches are functions of their number, and their cut does not depend on the layout."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import DataConfig, Share, TokenRows, TrainBatches, ValBatches
+from data.cutoff import assemble, response_widths
+
+EOS = 0
+
+
+def make_rows(prompts, responses):
+    """Row i holds 100·i + 1, 100·i + 2, …"""
+    lengths = zip(prompts, responses, strict=True)
+    ids = [np.arange(1, p + r + 1, dtype=np.int32) + 100 * i for i, (p, r) in enumerate(lengths)]
+    return TokenRows(ids, np.array(prompts), np.array(responses))
+
+
+ROWS = make_rows([3, 5, 2, 4, 6, 3, 2, 5, 4, 3], [4, 2, 6, 3, 5, 1, 8, 2, 7, 4])
+
+
+def no_noise(batch, epoch, batch_size):
+    return {**batch, "epoch": torch.tensor(epoch), "batch_size": torch.tensor(batch_size)}
+
+
+def batches(ranks=1, micro=4, accumulation=1, rows=ROWS, **settings):
+    config = DataConfig(num_workers=0, max_length=16, **settings)
+    return [
+        TrainBatches(rows, config, Share(rank, ranks, micro, accumulation), EOS, no_noise, seed=7)
+        for rank in range(ranks)
+    ]
+
+
+def by_slot(step, layout):
+    """slot → (sample, its attended tokens, its maskable tokens)"""
+    rows = {}
+    for rank_batches in layout:
+        for batch in rank_batches[step]:
+            for i, slot in enumerate(batch["slot"].tolist()):
+                attended = batch["attention_mask"][i].bool()
+                ids, maskable = batch["input_ids"][i], batch["maskable"][i]
+                rows[slot] = (int(batch["sample_index"][i]), ids[attended].tolist(), ids[maskable].tolist())
+    return rows
+
+
+@pytest.mark.parametrize(
+    "cutoff",
+    [
+        {"enable_perbatch_cutoff": False},
+        {"perbatch_cutoff_type": "min_pad"},
+        {"perbatch_cutoff_type": "random"},
+        {"perbatch_cutoff_type": "random_with_input_pad"},
+        {"perbatch_cutoff_type": "random_with_input_pad", "resp_cutoff_ratio": 0.5},
+    ],
+    ids=str,
+)
+def test_every_layout_sees_the_same_rows(cutoff):
+    layouts = [(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2), (4, 1, 1)]
+    for step in range(6):
+        first, *others = [by_slot(step, batches(*layout, **cutoff)) for layout in layouts]
+        assert sorted(first) == [0, 1, 2, 3]
+        assert all(other == first for other in others)
+
+
+def test_an_epoch_visits_rows_once_and_reshuffles():
+    [loader] = batches(micro=5)
+    orders = [
+        [int(i) for step in steps for batch in loader[step] for i in batch["sample_index"]]
+        for steps in ([0, 1], [2, 3])
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1]
+    assert [int(loader[step][0]["epoch"]) for step in range(4)] == [0, 0, 1, 1]
+    assert int(loader[0][0]["batch_size"]) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_position_is_one_integer(workers):
+    [loader] = batches()
+    loader.config.num_workers = workers
+    resumed = [batch["input_ids"] for micro_batches in loader.loader(range(3, 6)) for batch in micro_batches]
+    for step, ids in zip(range(3, 6), resumed, strict=True):
+        assert torch.equal(loader[step][0]["input_ids"], ids)
+
+
+def test_more_rows_in_a_batch_than_there_are():
+    with pytest.raises(ValueError, match=r"data\.train_batch_size=11: more than the 10"):
+        batches(micro=11)
+
+
+def widths(prompts, responses, seed=0, **settings):
+    config = DataConfig(max_length=20, **settings)
+    return response_widths(np.array(prompts), np.array(responses), config, np.random.default_rng(seed))
+
+
+def test_min_pad_ends_at_the_longest_row():
+    assert widths([3, 5], [4, 6], perbatch_cutoff_type="min_pad").tolist() == [8, 6]
+
+
+def test_without_cutoff_rows_end_at_max_length():
+    assert widths([3, 5], [4, 6], enable_perbatch_cutoff=False).tolist() == [17, 15]
+
+
+def test_random_ends_all_rows_at_the_length_of_one():
+    seen = {tuple(widths([3, 5], [4, 6], seed, perbatch_cutoff_type="random")) for seed in range(20)}
+    assert seen == {(4, 2), (8, 6)}
+
+
+def test_random_with_input_pad_gives_all_rows_one_response_length():
+    seen = {tuple(widths([3, 5], [4, 6], seed)) for seed in range(20)}
+    assert seen == {(4, 4), (6, 6)}
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_a_random_tail_leaves_every_row_something(seed, responses):
+    prompts = [2] * len(responses)
+    cut = widths(prompts, responses, seed, perbatch_cutoff_type="min_pad", resp_cutoff_ratio=1.0)
+    whole = widths(prompts, responses, seed, perbatch_cutoff_type="min_pad")
+    assert cut.min() >= 1
+    assert (whole - cut == (whole - cut)[0]).all()
+    assert (whole - cut)[0] >= 1 or whole.min() == 1
+
+
+def test_assembled_rows_are_cut_padded_and_marked():
+    rows = make_rows([3, 2], [2, 4])
+    batch = assemble(rows, np.array([0, 1]), np.array([3, 3]), EOS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, EOS], [EOS, 101, 102, 103, 104, 105]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [0] + [1] * 5]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [1, 0, 1, 2, 3, 4]]
+    assert batch["maskable"].tolist() == [[False] * 3 + [True] * 3] * 2
+
+
+def test_a_cut_can_fall_into_the_prompt():
+    batch = assemble(make_rows([5], [2]), np.array([0]), np.array([-2]), EOS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3]]
+    assert not batch["maskable"].any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_visits_every_row_once_on_equally_many_batches(ranks):
+    shares = [Share(rank, ranks, 2, 1) for rank in range(ranks)]
+    per_rank = [list(ValBatches(ROWS, share, EOS, no_noise)) for share in shares]
+    assert len({len(batches) for batches in per_rank}) == 1
+    counted = [
+        int(sample)
+        for batches in per_rank
+        for batch in batches
+        for sample, maskable in zip(batch["sample_index"], batch["maskable"], strict=True)
+        if maskable.any()
+    ]
+    assert sorted(counted) == list(range(10))
+    assert sum(int(batch["maskable"].sum()) for batches in per_rank for batch in batches) == ROWS.response_lengths.sum()

@@ -1,0 +1,71 @@
+"""Chats into token rows, and what does not fit."""
+
+import pytest
+
+from data import PlacedRow, tokenize
+from data.equations import held_out_rows, is_correct, train_rows
+
+
+def placed(question="Hi", answer="<think>a</think>b"):
+    return PlacedRow({"question": question, "answer": answer}, "rows.jsonl:1")
+
+
+def test_a_row_is_the_template_and_the_response_and_its_end(tokenizer):
+    rows, dropped = tokenize([placed()], tokenizer, 100)
+    prompt, response = (
+        rows.input_ids[0][: rows.prompt_lengths[0]],
+        rows.input_ids[0][rows.prompt_lengths[0] :],
+    )
+    assert tokenizer.decode(prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(response) == "<think>a</think>b<|endoftext|>"
+    assert rows.response_lengths.tolist() == [len(response)]
+    assert dropped == 0
+
+
+def test_truncation(tokenizer):
+    whole, _ = tokenize([placed()], tokenizer, 100)
+    length = len(whole.input_ids[0])
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*data\.max_length={length - 1}.*drop or right"):
+        tokenize([placed()], tokenizer, length - 1)
+    cut, dropped = tokenize([placed()], tokenizer, length - 1, "right")
+    assert cut.input_ids[0].tolist() == whole.input_ids[0][:-1].tolist()
+    assert dropped == 0
+    short = placed(answer="<think></think>b")
+    kept, dropped = tokenize([placed(), short], tokenizer, length - 1, "drop")
+    assert (len(kept), dropped) == (1, 1)
+
+
+def test_a_prompt_that_leaves_no_room_cannot_be_cut(tokenizer):
+    with pytest.raises(ValueError, match=r"prompt and .* do not fit data\.max_length=9: .*drop$"):
+        tokenize([placed("x" * 50)], tokenizer, 9, "right")
+
+
+def test_dropping_every_row_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="no row is left: all 1"):
+        tokenize([placed()], tokenizer, 5, "drop")
+
+
+def test_a_tokenizer_without_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize([placed()], tokenizer, 100)
+
+
+def test_equations_are_solved_right_and_split_without_overlap(tokenizer):
+    train, held_out = train_rows(), held_out_rows()
+    questions = [row.row["question"] for row in train + held_out]
+    assert len(set(questions)) == len(questions) > 1000
+    assert len(held_out) >= 200
+    assert train == train_rows()
+    for row, _ in train + held_out:
+        left, c = row["question"].removeprefix("Solve ").split("=")
+        x = int(row["answer"].rpartition("\n")[2])
+        a, rest = left.split("x")
+        assert int(a or 1) * x + int(rest) == int(c)
+        thinking = row["answer"].removeprefix("<think>").partition("</think>")[0]
+        assert len(tokenizer(thinking)["input_ids"]) == row["thinking_tokens"]
+        for line in thinking.split():
+            expression, value = line.split("=")
+            assert eval(expression) == int(value)
+        assert is_correct(row, row["answer"])
+        assert not is_correct(row, row["answer"] + "0")

@@ -1,0 +1,118 @@
+"""Strictness, batch arithmetic, and what makes a run another one."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import launch.cli  # noqa: F401 - registers the defaults
+from launch.cli import CONF
+from trainer.config import Config, differences, resolve, share_of, to_dict
+from trainer.config import DataConfig as DataSettings
+
+
+def resolved(*overrides, **extra):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=["trainer.experiment_name=test", *overrides])
+    OmegaConf.set_struct(composed, False)  # as a YAML file, which may hold any key
+    return resolve(OmegaConf.merge(composed, extra))
+
+
+CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice):
+    assert isinstance(resolved(f"{group}={choice}"), Config)
+
+
+def test_yaml_sets_what_it_says():
+    config = resolved("experiment=dream_s1k")
+    assert config.model.path == "Dream-org/Dream-v0-Base-7B"
+    assert config.diffusion.time_reweighting == "cart"
+    assert config.optim.lr == 2e-6
+    assert config.trainer.output_dir == "outputs/test"
+
+
+def test_the_published_command_line_is_understood():
+    config = resolved(
+        "data.micro_batch_size_per_gpu=4",
+        "data.max_length=2048",
+        "trainer.total_epochs=3",
+        "data.gradient_accumulation_steps=2",
+        "model.enable_gradient_checkpointing=True",
+        "data.enable_perbatch_cutoff=True",
+        "data.perbatch_cutoff_type=random_with_input_pad",
+        "trainer.val_check_interval=500",
+    )
+    assert share_of(config.data, 0, 2).global_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"optim": {"lrr": 1}}, r"optim\.lrr: no such setting; did you mean optim\.lr"),
+        ({"optmi": {"lr": 1}}, r"optmi: no such setting; did you mean optim"),
+        ({"optim": {"lr": "fast"}}, r"optim\.lr: Value 'fast'"),
+        ({"data": {"train_files": "a.jsonl"}}, r"data\.train_files"),
+        ({"trainer": {"logger": ["wand"]}}, r"trainer\.logger=\['wand'\]: choose from console, wandb"),
+        ({"optim": {"lr": 0}}, r"optim\.lr=0\.0: must be positive"),
+        ({"optim": {"betas": [0.9]}}, r"optim\.betas=\[0\.9\]: must be two numbers"),
+        ({"optim": {"lr_schedule": "step"}}, r"optim\.lr_schedule=step: choose one of cosine"),
+        ({"trainer": {"precision": "fp8"}}, r"trainer\.precision=fp8"),
+        ({"trainer": {"keep_checkpoints": 0}}, r"trainer\.keep_checkpoints=0: must be at least 1"),
+        ({"data": {"max_length": 0}}, r"data\.max_length=0: must be at least 1"),
+        ({"data": {"truncation": "left"}}, r"data\.truncation=left: choose one of error"),
+        ({"data": {"num_workers": -1}}, r"data\.num_workers=-1"),
+        ({"data": {"resp_cutoff_ratio": 2.0}}, r"data\.resp_cutoff_ratio=2\.0: must be in \[0, 1\]"),
+        ({"model": {"num_attention_heads": 3}}, r"model\.num_attention_heads=3: must divide"),
+        ({"model": {"family": "gpt"}}, r"model\.family=gpt: choose one of dream, llada"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_with_the_rule(extra, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(**extra)
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "accumulation", "ranks", "expected"),
+    [
+        (None, None, None, 2, (8, 1)),
+        (64, None, None, 2, (32, 1)),
+        (64, 8, None, 2, (8, 4)),
+        (64, None, 4, 2, (8, 4)),
+        (None, 4, 2, 2, (4, 2)),
+        (64, 8, 4, 2, (8, 4)),
+    ],
+)
+def test_batch_settings_are_derived(total, micro, accumulation, ranks, expected):
+    data = DataSettings(
+        train_batch_size=total, micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation
+    )
+    share = share_of(data, 0, ranks)
+    assert (share.micro_batch_size, share.micro_batches) == expected
+    assert share.global_batch_size == (total or expected[0] * expected[1] * ranks)
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "accumulation", "ranks"),
+    [(64, 8, 2, 2), (63, None, None, 2), (10, 4, None, 1), (2, None, None, 4), (8, 16, None, 1)],
+)
+def test_contradictions_name_all_the_numbers(total, micro, accumulation, ranks):
+    data = DataSettings(
+        train_batch_size=total, micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation
+    )
+    numbers = rf"size={total}, .*gpu={micro}, .*steps={accumulation}, ranks={ranks}"
+    with pytest.raises(ValueError, match=numbers):
+        share_of(data, 0, ranks)
+
+
+def test_what_makes_a_run_another_one():
+    config = resolved("optim.lr=1e-3")
+    saved = to_dict(config)
+    config.trainer.max_steps = 5
+    config.data.num_workers = 0
+    assert differences(saved, config) == []
+    config.optim.lr = 2e-3
+    config.seed = 1
+    assert differences(saved, config) == ["optim.lr is 0.001 there and 0.002 here", "seed is 0 there and 1 here"]
