@@ -39,6 +39,8 @@ class DiffLLM(nn.Module):
         for module in lm.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False
+        # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
+        lm.get_input_embeddings().padding_idx = None
         self.lm, self.family, self.published = lm, family, published
         self.mask_token_id: int = published["mask_token_id"]
         self.eos_token_id: int = published["eos_token_id"]

@@ -47,7 +47,7 @@ def shard(model: DiffLLM, world: World, precision: str, gradient_checkpointing: 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     model.to(world.device)
     if gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.lm.activation_checkpointing_enable({"use_reentrant": False})
     for part in (*model.lm.get_decoder().layers, model):
         fully_shard(part, mp_policy=policy)
         part.set_gradient_divide_factor(1.0)

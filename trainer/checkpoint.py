@@ -72,6 +72,7 @@ def save(directory: Path, step: int, state: TrainingState, manifest: dict[str, A
     unfinished = target.with_name(target.name + UNFINISHED)
     world = state.world
     try:
+        _on_main(world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
         dcp.save(state.state_dict(), checkpoint_id=unfinished)
         _on_main(world, lambda: _publish(unfinished, target, {"step": step, **manifest}))
     except (OSError, CheckpointException) as error:

@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, the console's progress bar, wandb."""
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ class MetricsLog:
 
     def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int):
         directory = Path(config.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         kept = [line for line in _lines(path) if done and json.loads(line)["step"] <= done]
         path.write_text("".join(kept))
@@ -66,7 +68,7 @@ def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path,
 
     id_file = directory / "wandb_id"
     if not done or not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     return wandb.init(
         project=config.project_name,
         name=config.experiment_name,

@@ -44,6 +44,14 @@ def test_only_masked_positions_reach_the_head(small_model):
     assert seen == [3]
 
 
+def test_the_embedding_of_the_end_of_sequence_learns(small_model):
+    """It is the padding token too, whose embedding Transformers would freeze."""
+    x_0 = torch.tensor([[1, 2, 3, small_model.eos_token_id]])
+    masked = torch.tensor([[False, False, True, False]])
+    small_model(x_0.masked_fill(masked, small_model.mask_token_id), x_0, masked).nll.sum().backward()
+    assert small_model.lm.get_input_embeddings().weight.grad[small_model.eos_token_id].any()
+
+
 def test_focal_reweighting():
     nll, config = torch.tensor([0.5, 2.0]), DiffusionConfig(token_reweighting=True)
     expected = sum(w * 0.25 * (1 - torch.exp(-x)) ** 2 * x for w, x in zip((1.0, 3.0), nll, strict=True))

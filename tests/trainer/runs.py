@@ -1,0 +1,50 @@
+"""Short runs for the tests, in this process or over several ranks."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from trainer.config import Config
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer.world import open_world
+
+
+def train(config: Config) -> Path:
+    """Run in this process, as one rank."""
+    with open_world() as world:
+        FSDPSFTTrainer(config, world).fit()
+    return Path(config.trainer.output_dir)
+
+
+def train_on_ranks(configs: list[Config], ranks: int) -> None:
+    """Run one configuration after the other, each over `ranks` processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (configs, ranks, port), nprocs=ranks)
+
+
+def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with open_world() as world:
+        for config in configs:
+            FSDPSFTTrainer(config, world).fit()
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(run)]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / "model.safetensors")

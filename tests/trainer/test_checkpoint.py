@@ -1,0 +1,161 @@
+"""Resuming is exact, and a checkpoint is whole or not there."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.trainer.runs import losses, metrics, train, weights
+from trainer.checkpoint import MANIFEST, UNFINISHED, find_newest
+
+
+def assert_bitwise(run, other):
+    assert losses(run) == losses(other)
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(run).items())
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_run, tmp_path):
+    """SIGKILL in the middle of a real run, then the same command again."""
+    whole = train(small_run("whole", trainer__max_steps=40))
+    config = small_run("killed", trainer__max_steps=40, trainer__save_checkpoint_steps=5)
+    overrides = [
+        "trainer.max_steps=40", "trainer.save_checkpoint_steps=5", f"trainer.output_dir={config.trainer.output_dir}",
+        "data.max_length=64", "data.train_batch_size=8", "data.num_workers=0", "optim.lr=1e-3", "trainer.logger=[]",
+        *(f"model.{field}={getattr(config.model, field)}" for field in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
+    ]  # fmt: skip
+    command = [sys.executable, ROOT / "train.py", *overrides]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    metrics_file = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics_file.is_file() or metrics_file.read_text().count("\n") < 12:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "hf").exists()
+
+    resumed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "resumed from" in resumed.stdout
+    assert_bitwise(whole, tmp_path / "killed")
+    assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 41))
+
+
+def test_save_and_load_restore_the_optimizer_exactly(small_run):
+    whole = train(small_run("whole", trainer__save_checkpoint_steps=6))
+    shutil.copytree(whole, whole.parent / "copy")
+    shutil.rmtree(whole.parent / "copy" / "checkpoints" / "step_00000012")
+    assert_bitwise(whole, train(small_run("copy", trainer__save_checkpoint_steps=6)))
+
+
+def test_old_checkpoints_are_deleted(small_run):
+    run = train(small_run(trainer__save_checkpoint_steps=3, trainer__keep_checkpoints=2))
+    assert checkpoints(run) == ["step_00000009", "step_00000012"]
+
+
+def test_auto_takes_the_newest_whole_one_and_says_what_it_skipped(small_run, capsys):
+    settings = {"trainer__save_checkpoint_steps": 3, "trainer__keep_checkpoints": 9}
+    run = train(small_run(**settings))
+    directory = run / "checkpoints"
+    (directory / "step_00000012" / MANIFEST).unlink()
+    data = next((directory / "step_00000009").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    (directory / "step_00000006").rename(directory / f"step_00000006{UNFINISHED}")
+    newest, skipped = find_newest(directory)
+    assert newest == directory / "step_00000003"
+    assert len(skipped) == 3
+    capsys.readouterr()
+    train(small_run(**settings))
+    said = capsys.readouterr().out
+    assert "step_00000012: not a checkpoint, checkpoint.json is missing" in said
+    assert f"step_00000009: half-written, {data.name} is missing or cut short" in said
+    assert f"step_00000006{UNFINISHED}: half-written, the run stopped while saving it" in said
+    assert "resumed from" in said
+
+
+def test_resume_from_a_path(small_run):
+    first = train(small_run("first", trainer__save_checkpoint_steps=6))
+    path = first / "checkpoints" / "step_00000006"
+    assert losses(train(small_run("second", trainer__resume=str(path)))) == losses(first)[6:]
+    with pytest.raises(ValueError, match=r"trainer\.resume=.*nowhere: no such checkpoint directory"):
+        train(small_run("third", trainer__resume=str(first / "nowhere")))
+    (path / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"half-written, \.metadata is missing"):
+        train(small_run("fourth", trainer__resume=str(path)))
+
+
+def test_never_does_not_write_over_a_run(small_run):
+    train(small_run())
+    with pytest.raises(ValueError, match=r"trainer\.resume=never, but .*holds the checkpoints of a run"):
+        train(small_run(trainer__resume="never"))
+
+
+def test_another_run_is_not_resumed(small_run):
+    train(small_run())
+    with pytest.raises(ValueError, match=r"other settings: optim\.lr is 0\.001 there and 0\.5 here"):
+        train(small_run(optim__lr=0.5))
+    with pytest.raises(ValueError, match="the global batch is 8 there and 4 here"):
+        train(small_run(data__train_batch_size=4))
+
+
+def test_a_checkpoint_of_another_shape(small_run):
+    config = small_run()
+    run = train(config)
+    manifest_file = run / "checkpoints" / "step_00000012" / MANIFEST
+    manifest = json.loads(manifest_file.read_text())
+    manifest["config"]["model"]["hidden_size"] = 16
+    manifest_file.write_text(json.dumps(manifest))
+    config.model.hidden_size = 16
+    with pytest.raises(
+        ValueError, match=r"another shape: lm\.lm_head\.weight is \(1256, 32\) there and \(1256, 16\) here"
+    ):
+        train(config)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(small_run):
+    """A limit on the size of files stands in for the disk: the write itself fails."""
+    run = train(small_run(trainer__max_steps=3))
+    before = checkpoints(run)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"step 6 could not be written.*File too large.*step_00000003"):
+            train(small_run(trainer__max_steps=6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert checkpoints(run) == before
+    assert find_newest(run / "checkpoints")[0].name == "step_00000003"
+    assert metrics(train(small_run(trainer__max_steps=6)))[-1]["step"] == 6
+
+
+def test_a_finished_run_only_exports_again(small_run):
+    first = train(small_run())
+    kept = weights(first)
+    shutil.rmtree(first / "hf")
+    again = train(small_run())
+    assert len(metrics(again)) == 12
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in kept.items())
+
+
+def test_wandb_goes_on_with_the_same_run(small_run):
+    config = small_run(trainer__logger=["wandb"], trainer__max_steps=4, trainer__save_checkpoint_steps=2)
+    run = train(config)
+    first = (run / "wandb_id").read_text()
+    config.trainer.max_steps = 6
+    train(config)
+    assert (run / "wandb_id").read_text() == first
+    runs = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert runs
+    assert all(name.endswith(first) for name in runs)

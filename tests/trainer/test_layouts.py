@@ -1,0 +1,80 @@
+"""One optimizer step is a function of parameters and rows, whatever the layout."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.conftest import GOLDEN
+from tests.trainer.runs import losses, metrics, train, train_on_ranks, weights
+
+
+def assert_same_run(run, other):
+    assert losses(run) == pytest.approx(losses(other), rel=1e-6)
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_norm", ["masked", "maskable", "sequence"])
+def test_micro_batches_change_nothing(small_run, loss_norm):
+    whole = train(small_run("whole", diffusion__loss_norm=loss_norm))
+    for micro in (4, 1):
+        split = train(small_run(f"micro{micro}", diffusion__loss_norm=loss_norm, data__micro_batch_size_per_gpu=micro))
+        assert_same_run(whole, split)
+
+
+def test_workers_and_gradient_checkpointing_change_not_a_bit(small_run):
+    plain = train(small_run("plain"))
+    others = [
+        train(small_run("workers", data__num_workers=2)),
+        train(small_run("recomputed", model__enable_gradient_checkpointing=True)),
+    ]
+    for other in others:
+        assert losses(other) == losses(plain)
+        assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
+
+
+def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
+    """Two ranks, with and without accumulation, as one rank; half a run on two ranks goes on on one."""
+    cut = {"data__resp_cutoff_ratio": 0.5, "trainer__val_check_interval": 6}
+    alone = train(small_run("alone", **cut))
+    half = {"trainer__save_checkpoint_steps": 6, **cut}
+    on_two = [
+        small_run("two", **cut),
+        small_run("two_accumulating", data__micro_batch_size_per_gpu=2, **cut),
+        small_run("moved", **half),
+    ]
+    train_on_ranks(on_two, ranks=2)
+    for config in on_two:
+        assert_same_run(alone, path := alone.parent / config.trainer.output_dir.rsplit("/")[-1])
+        for ours, theirs in zip(metrics(alone), metrics(path), strict=True):
+            for name in (key for key in ours if key.startswith("val/")):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+    moved = alone.parent / "moved"
+    shutil.rmtree(moved / "checkpoints" / "step_00000012")
+    assert_same_run(alone, train(small_run("moved", **half)))
+
+
+def test_a_step_with_no_masked_token_is_skipped_and_counted(small_run, monkeypatch):
+    monkeypatch.setattr("diffllm.noise.ForwardProcess.time", lambda *_: 0.0)
+    config = small_run("empty", trainer__max_steps=3)
+    run = train(config)
+    assert [line["train/skipped_steps"] for line in metrics(run)] == [1, 2, 3]
+    assert losses(run) == [0, 0, 0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(small_run, monkeypatch):
+    monkeypatch.setattr("trainer.fsdp_sft_trainer.weighted_sum", lambda nll, *_: (nll * torch.nan).sum())
+    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is nan"):
+        train(small_run())
+
+
+def test_the_loss_curve_is_the_golden_one(small_run):
+    """30 steps, which a refactor keeps. A change that is meant to change them puts the new ones into the file."""
+    settings = {"trainer__max_steps": 30, "data__train_batch_size": 32, "data__micro_batch_size_per_gpu": 8}
+    run = train(small_run("curve", optim__lr=5e-3, diffusion__time_reweighting="cart", **settings))
+    golden = json.loads((GOLDEN / "loss_curve.json").read_text())
+    assert losses(run) == pytest.approx(golden, rel=1e-5)
+    assert golden[-1] < 0.7 * golden[0]

@@ -1,0 +1,47 @@
+"""Validation metrics against a plain computation."""
+
+import math
+
+import pytest
+import torch
+
+from tests.trainer.runs import metrics, train
+from trainer.build import build_model
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer.validation import validate
+from trainer.world import open_world
+
+
+def test_metrics_are_what_they_say(small_run):
+    with open_world() as world:
+        trainer = FSDPSFTTrainer(small_run(), world)
+        measured = validate(trainer.model, trainer.val_batches, world)
+        assert validate(trainer.model, trainer.val_batches, world) == measured
+        model, _ = build_model(trainer.config.model, trainer.config.seed)
+        bound, tokens, right, masked = 0.0, 0, 0, 0
+        with torch.no_grad():
+            for batch in trainer.val_batches:
+                logits = model.denoise(batch["x_t"], batch["attention_mask"], batch["position_ids"])
+                log_p = logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None]).squeeze(-1)
+                bound -= (log_p / batch["t"][:, None])[batch["masked"]].sum().item()
+                tokens += batch["maskable"].sum().item()
+                right += (logits.argmax(-1) == batch["input_ids"])[batch["masked"]].sum().item()
+                masked += batch["masked"].sum().item()
+    assert measured["val/elbo"] == pytest.approx(bound / tokens, rel=1e-5)
+    assert measured["val/perplexity_bound"] == pytest.approx(math.exp(bound / tokens), rel=1e-4)
+    assert measured["val/masked_accuracy"] == pytest.approx(right / masked)
+    assert {name for name in measured if "nll_t" in name} == {
+        "val/nll_t_0_0.25", "val/nll_t_0.25_0.5", "val/nll_t_0.5_0.75", "val/nll_t_0.75_1",
+    }  # fmt: skip
+
+
+def test_validation_runs_when_due_and_at_the_end(small_run):
+    run = train(small_run(trainer__val_check_interval=5))
+    assert [line["step"] for line in metrics(run) if "val/elbo" in line] == [5, 10, 12]
+
+
+def test_without_validation_rows_there_is_none(small_run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "2+2?", "answer": "<think>\\n2+2=4\\n</think>\\n4"}\n' * 8)
+    run = train(small_run(data__train_files=[str(rows)]))
+    assert not any("val/elbo" in line for line in metrics(run))
