@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer
-from trainer.config import LR_SCHEDULES, OptimConfig, warmup_steps
+from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
 from trainer.world import World
 
 
@@ -38,18 +38,19 @@ def build_rows(config: DataConfig) -> tuple[list[PlacedRow], list[PlacedRow]]:
     return read_rows(config.train_files), read_rows(config.val_files)
 
 
-def shard(model: DiffLLM, world: World, precision: str, gradient_checkpointing: bool) -> None:
+def shard(model: DiffLLM, world: World, config: Config) -> None:
     """Split the model over all ranks with FSDP2, layer by layer; gradients are summed, never averaged.
 
     In bf16 the forward and backward see bf16 parameters; gradients are reduced and parameters kept in float32.
     """
+    precision = config.trainer.precision
     bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     model.to(world.device)
-    if gradient_checkpointing:
+    if config.model.enable_gradient_checkpointing:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     for part in (*model.lm.get_decoder().layers, model):
-        fully_shard(part, mp_policy=policy)
+        fully_shard(part, mp_policy=policy, reshard_after_forward=config.trainer.reshard_after_forward)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
     model.train()

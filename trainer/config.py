@@ -66,6 +66,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2  # older ones are deleted
     resume: str = "auto"  # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
     logger: list[str] = field(default_factory=lambda: ["console"])  # console, wandb; metrics.jsonl is always written
+    reshard_after_forward: bool = True  # free each layer's gathered weights until the backward; false is faster
     precision: str = "auto"  # bf16 parameters in the forward, float32 gradients and optimizer | fp32 | auto: by device
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class FSDPSFTTrainer:
         self.val_batches = ValBatches(val, share, eos, elbo) if val else None
 
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
-        shard(self.model, world, config.trainer.precision, config.model.enable_gradient_checkpointing)
+        shard(self.model, world, config)
         self.optimizer, self.lr_schedule = build_optimizer(self.model, config.optim, self.steps)
         self.skipped_steps = 0
 

@@ -1,0 +1,220 @@
+"""What a user types and reads: exit codes, one clear line, and what the scripts write."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from launch import cli
+from tests.conftest import GOLDEN, ROOT
+from tests.trainer.runs import metrics
+
+SMALL = [
+    "data.max_length=64", "data.num_workers=0", "data.train_batch_size=8", "trainer.max_steps=3",
+    "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run a root script in this process, in an empty directory; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [str(ROOT / name), *arguments])
+        namespace = __import__(name.removesuffix(".py"))
+        capsys.readouterr()
+        try:
+            namespace.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def assert_one_line(result, *words):
+    code, _, err = result
+    assert code == 1
+    [line] = err.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["optim.lrr=1"], ["optim.lrr", "did you mean optim.lr"]),
+        (["+optim.lrr=1"], ["optim.lrr", "did you mean optim.lr"]),
+        (["optm=adamw"], ["optm", "did you mean optim"]),
+        (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
+        (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
+        (["optim.lr=fast"], ["optim.lr", "'fast'"]),
+        (["diffusion.cart_p=0"], ["diffusion.cart_p=0.0", "(0, 1]"]),
+        (["sampling.alg=entropi"], ["sampling.alg=entropi", "origin, maskgit_plus, topk_margin, entropy"]),
+        (["data.train_files=[nowhere.jsonl]"], ["nowhere.jsonl", "no such data file"]),
+        (["data.train_batch_size=7", "data.micro_batch_size_per_gpu=2"], ["size=7", "gpu=2", "ranks=1"]),
+        (["data.train_batch_size=5000"], ["5000", "training rows"]),
+        (["data.max_length=10"], ["equation", "do not fit data.max_length=10"]),
+        (["data.max_length=4096"], ["data.max_length=4096", "context is 2048"]),
+        (["model.vocab_size=50"], ["model.vocab_size=50", "1256"]),
+        (["model.path=nowhere"], ["model.path=nowhere", "config.json"]),
+        (["trainer.resume=nowhere", *SMALL], ["trainer.resume=nowhere", "no such checkpoint"]),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_line(script, arguments, words):
+    assert_one_line(script("train.py", *arguments), *words)
+
+
+def test_a_sweep_under_torchrun_is_refused(script, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_line(script("train.py", "-m", "optim.lr=1,2"), "python train.py -m")
+
+
+def test_packages_of_another_checkout_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=rf"'data' would come from {ROOT / 'data'}, expected {tmp_path / 'data'}"):
+        cli.check_checkout()
+
+
+def test_a_typo_in_a_yaml_file(script, monkeypatch, tmp_path):
+    (tmp_path / "more" / "experiment").mkdir(parents=True)
+    (tmp_path / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  lrr: 1\n")
+    arguments = [f"hydra.searchpath=[file://{tmp_path / 'more'}]", "+experiment@_global_=mine"]
+    monkeypatch.setattr(cli, "check_arguments", lambda arguments: None)
+    assert_one_line(script("train.py", *arguments), "optim.lrr", "did you mean optim.lr")
+
+
+def test_help_explains_the_groups(script):
+    code, out, _ = script("train.py", "--help")
+    assert code == 0
+    for group in ("model", "data", "diffusion", "optim", "trainer", "sampling", "experiment"):
+        assert f"\n{group}" in out
+
+
+def test_the_tree_is_shown(script):
+    code, out, _ = script("train.py", "--cfg", "job")
+    assert code == 0
+    assert "time_reweighting: original" in out
+
+
+def test_runs_are_named_by_their_command_line():
+    assert cli.run_name("") == "default"
+    assert cli.run_name("diffusion.cart_p=0.1,optim.lr=2e-6") == "diffusion.cart_p-0.1__optim.lr-2e-6"
+    long = "data.train_files=[" + "a" * 300 + "]"
+    assert len(cli.run_name(long)) == 100
+    assert cli.run_name(long) != cli.run_name(long + "b")
+
+
+def test_a_sweep_trains_each_choice_in_its_own_directory(script, tmp_path):
+    code, _, _ = script("train.py", "-m", "optim.lr=1e-3,2e-3", "trainer.logger=[]", *SMALL)
+    assert code == 0
+    [sweep] = (tmp_path / "multirun").iterdir()
+    first, second = (metrics(sweep / str(job)) for job in (0, 1))
+    assert first[0]["train/loss"] == second[0]["train/loss"]
+    assert first[2]["train/loss"] != second[2]["train/loss"]
+
+
+def test_train_sample_evaluate(script, tmp_path):
+    code, _, err = script("train.py", "trainer.experiment_name=run", *SMALL)
+    assert code == 0, err
+    assert "loss" in err
+    assert "tokens/s" in err
+    model = "model.path=outputs/run/hf"
+    quick = ["sampling.max_new_tokens=4", "sampling.steps=2"]
+
+    code, out, err = script("sample.py", model, "prompt=Solve 3x+5\\=20", *quick)
+    assert code == 0, err
+
+    (tmp_path / "in.jsonl").write_text('{"question": "Solve 3x+5=20", "id": 7}\n{"question": "Hi"}\n')
+    code, _, err = script("sample.py", model, "input=in.jsonl", "output=out.jsonl", *quick)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["Solve 3x+5=20", "Hi"]
+    assert rows[0]["id"] == 7
+    assert all(row["nfe"] == 2 for row in rows)
+    alone = script("sample.py", model, "prompt=Solve 3x+5\\=20", *quick)[1]
+    assert alone.strip() == rows[0]["response"]
+
+    code, out, err = script("evaluate.py", model, "trainer.experiment_name=run", *quick)
+    assert code == 0, err
+    assert "exact match 0.0% (0 of" in out
+    record = json.loads((tmp_path / "outputs" / "run" / "evaluation.json").read_text())
+    assert record["scores"]["questions"] == len(record["answers"]) >= 200
+    assert record["config"]["sampling"]["steps"] == 2
+    assert record["versions"].keys() == {"diffllm", "torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prompt=Hi"], ["model.path is not given"]),
+        ([], ["prompt=", "input=FILE.jsonl output=FILE.jsonl"]),
+        (["prompt=Hi", "input=a.jsonl"], ["either"]),
+        (["input=a.jsonl"], ["output=FILE.jsonl"]),
+        (["input=a.jsonl", "output=b.jsonl"], ["a.jsonl", "no such data file"]),
+        (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer"]),
+    ],
+    ids=str,
+)
+def test_mistakes_of_sampling_end_in_one_line(script, arguments, words):
+    assert_one_line(script("sample.py", *arguments), *words)
+
+
+def test_a_prompt_that_does_not_fit_the_context(script):
+    script("train.py", "trainer.experiment_name=run", *SMALL)
+    model = "model.path=outputs/run/hf"
+    assert_one_line(script("sample.py", model, "prompt=Hi", "sampling.max_new_tokens=2048"), "context of 2048")
+
+
+@pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])
+def test_launch_scripts_are_valid_bash(name):
+    subprocess.run(["bash", "-n", ROOT / "launch" / name], check=True)
+
+
+def test_local_sh_trains_on_two_cpu_ranks(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "launch" / "local.sh", ROOT / "train.py", "trainer.experiment_name=run", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "outputs/run/checkpoints/step_00000003/checkpoint.json").read_text())
+    assert manifest["ranks"] == 2
+    assert (tmp_path / "outputs/run/hf/model.safetensors").is_file()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PUBLISHED = (
+    "data.micro_batch_size_per_gpu=4 data.max_length=2048 trainer.total_epochs=3 data.gradient_accumulation_steps=2 "
+    "model.enable_gradient_checkpointing=True data.enable_perbatch_cutoff=True "
+    "data.perbatch_cutoff_type=random_with_input_pad trainer.val_check_interval=500"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [
+        (TORCHRUN, "optim.lr=2e-6 diffusion.time_reweighting=cart"),
+        ([*TORCHRUN, "--nproc_per_node=2"], PUBLISHED),
+        ([sys.executable], "-m optim.lr=1e-6,2e-6,5e-6 trainer.total_epochs=2,3,5"),
+    ],
+    ids=["torchrun", "published", "sweep"],
+)
+def test_the_command_lines_people_know(start, arguments, tmp_path):
+    command = [*start, ROOT / "train.py", *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = list(tmp_path.glob("outputs/*")) + list(tmp_path.glob("multirun/*/[0-9]"))
+    assert len(runs) == (9 if "-m" in arguments else 1)
+    for run in runs:
+        assert (run / "hf" / "model.safetensors").is_file()
+        assert metrics(run)[-1]["val/elbo"] > 0
