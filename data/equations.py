@@ -1,7 +1,8 @@
 """Linear equations solved step by step, in S1K's schema: the built-in reasoning task.
 
-Every a·x + b = c and a·x - b = c with a in 2 … 9, x and b in 1 … 9 and c not negative is one problem. The order of the
-problems is fixed; the first sixth is held out, so no problem of the evaluation occurs in training.
+Every a·x + b = c and a·x - b = c with a, x and b in 1 … 9 and c not negative is one problem. Those with a = 1 need one
+step, the others two, so responses differ in length. The order of the problems is fixed; the first sixth is held out, so
+no problem of the evaluation occurs in training.
 """
 
 import itertools
@@ -32,7 +33,7 @@ def is_correct(row: dict[str, Any], response: str) -> bool:
 
 
 def _problems() -> list[tuple[int, int, int, str]]:
-    every = itertools.product(range(2, 10), range(1, 10), range(1, 10), "+-")
+    every = itertools.product(range(1, 10), range(1, 10), range(1, 10), "+-")
     return [(a, x, b, sign) for a, x, b, sign in every if sign == "+" or a * x >= b]
 
 
@@ -50,11 +51,12 @@ def _row(a: int, x: int, b: int, sign: str) -> dict[str, Any]:
     product = a * x
     c = product + b if sign == "+" else product - b
     undo = "-" if sign == "+" else "+"
+    steps = [f"{c}{undo}{b}={product}"] + ([f"{product}/{a}={x}"] if a > 1 else [])
     return {
-        "question": f"Solve {a}x{sign}{b}={c}",
-        "answer": f"{THINK}\n{c}{undo}{b}={product}\n{product}/{a}={x}\n{END_THINK}\n{x}",
+        "question": f"Solve {a if a > 1 else ''}x{sign}{b}={c}",
+        "answer": "\n".join([THINK, *steps, END_THINK, str(x)]),
         "source": "equations",
-        "difficulty": product,
-        "thinking_tokens": 13,  # in the built-in tokenizer, where a number is one token
+        "difficulty": len(steps),
+        "thinking_tokens": 1 + 6 * len(steps),  # in the built-in tokenizer, where a number is one token
         "answer_tokens": 2,
     }

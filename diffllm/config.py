@@ -25,6 +25,7 @@ class ModelConfig:
     num_key_value_heads: int = 4
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False  # one matrix reads and writes tokens
     initializer_range: float = 0.02  # standard deviation of fresh weights
     vocab_size: int | None = None  # null takes the tokenizer's
     enable_gradient_checkpointing: bool = False  # recompute each layer in the backward pass

@@ -186,6 +186,7 @@ class DiffLLM(nn.Module):
         published = {
             self.family.published_name(name.removeprefix("lm.")): tensor.contiguous()
             for name, tensor in state_dict.items()
+            if not (self.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
         }
         save_torch_state_dict(published, directory)
         dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
@@ -272,7 +273,7 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             "rms_norm_eps": 1e-6,
             "rope_theta": config.rope_theta,
             "initializer_range": config.initializer_range,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": config.tie_word_embeddings,
             "mask_token_id": tokenizer.mask_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -24,9 +24,10 @@ def test_a_published_checkpoint_survives_the_round_trip(family, tmp_path):
     assert generation["eos_token_id"] == generation["pad_token_id"] == 254
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["dream", "llada"])
-def test_a_model_from_scratch_survives_the_round_trip(family, tmp_path, tokenizer):
-    model = new_model(small_shape(family=family), tokenizer, seed=3)
+def test_a_model_from_scratch_survives_the_round_trip(family, tied, tmp_path, tokenizer):
+    model = new_model(small_shape(family=family, tie_word_embeddings=tied), tokenizer, seed=3)
     model.save_pretrained(tmp_path, tokenizer=tokenizer)
     again = load_model(tmp_path)
     assert again.family is model.family

@@ -14,6 +14,7 @@ import torch
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
 from trainer.checkpoint import MANIFEST, UNFINISHED, find_newest
+from trainer.export import export
 
 
 def assert_bitwise(run, other):
@@ -159,3 +160,12 @@ def test_wandb_goes_on_with_the_same_run(small_run):
     runs = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert runs
     assert all(name.endswith(first) for name in runs)
+
+
+def test_export_of_a_checkpoint_is_the_model_of_the_run(small_run, tmp_path):
+    run = train(small_run())
+    export(run / "checkpoints" / "step_00000012", tmp_path / "exported")
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
+        assert (tmp_path / "exported" / file).read_bytes() == (run / "hf" / file).read_bytes()
+    with pytest.raises(ValueError, match="nowhere: no such checkpoint directory"):
+        export(tmp_path / "nowhere", tmp_path / "exported")
