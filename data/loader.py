@@ -15,6 +15,8 @@ from data.tokens import TokenRows
 Batch = dict[str, Tensor]
 Noise = Callable[[Batch, int, int], Batch]  # (batch, epoch, rows of the global batch) → batch with x_t
 
+_ORDER, _CUT = 1, 2  # first words of the keys, so that no two draws share one
+
 
 @dataclass(frozen=True)
 class Share:
@@ -65,13 +67,13 @@ class TrainBatches(Dataset):
     def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Epoch, sample indices [B] and response widths [B] of a step's global batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(len(self.rows))
         samples = order[step_in_epoch * self.share.global_batch_size :][: self.share.global_batch_size]
         widths = response_widths(
             self.rows.prompt_lengths[samples],
             self.rows.response_lengths[samples],
             self.config,
-            np.random.default_rng((self.seed, epoch, step_in_epoch)),
+            np.random.default_rng((_CUT, self.seed, epoch, step_in_epoch)),
         )
         return epoch, samples, widths
 

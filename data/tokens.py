@@ -12,11 +12,13 @@ from data.files import PlacedRow
 
 @dataclass
 class TokenRows:
-    """Prompts followed by their responses; a response ends with the end-of-sequence token."""
+    """Prompts followed by their responses; a response ends with the end-of-sequence token, unless it was cut."""
 
     input_ids: list[np.ndarray]  # int32, one array a row
     prompt_lengths: np.ndarray  # [rows]
     response_lengths: np.ndarray  # [rows]
+    dropped: int = 0  # rows left out because they are too long
+    cut: int = 0  # rows whose response lost its end
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -36,8 +38,8 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
 
 def tokenize(
     rows: Iterable[PlacedRow], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "error"
-) -> tuple[TokenRows, int]:
-    """Token rows of at most `max_length`, and how many rows were dropped.
+) -> TokenRows:
+    """Token rows of at most `max_length`.
 
     Args:
         truncation: of a row that is longer: `error` · `right` cuts its response · `drop`. A prompt that leaves no room
@@ -48,7 +50,7 @@ def tokenize(
     """
     kept: list[np.ndarray] = []
     prompt_lengths: list[int] = []
-    dropped = 0
+    dropped = cut = 0
     for placed in rows:
         chat: Chat = to_chat(placed)
         prompt = prompt_ids(chat["prompt"], tokenizer)
@@ -63,9 +65,10 @@ def tokenize(
                 f"data.max_length={max_length}: raise it, or set data.truncation=drop"
                 + (" or right" if len(prompt) < max_length else "")
             )
+        cut += len(prompt) + len(response) > max_length
         kept.append(np.array((prompt + response)[:max_length], dtype=np.int32))
         prompt_lengths.append(len(prompt))
     if not kept:
         raise ValueError(f"no row is left: all {dropped} are longer than data.max_length={max_length}")
     lengths = np.array([len(ids) for ids in kept])
-    return TokenRows(kept, np.array(prompt_lengths), lengths - prompt_lengths), dropped
+    return TokenRows(kept, np.array(prompt_lengths), lengths - prompt_lengths, dropped, cut)

@@ -53,6 +53,7 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 
     def main() -> None:
         transformers_logging.disable_progress_bar()
+        sys.argv[1:] = map(quote_prompt, sys.argv[1:])
         with user_errors():
             check_checkout()
             check_arguments(sys.argv[1:])
@@ -88,6 +89,15 @@ def check_checkout() -> None:
         place = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if place != ROOT / package:
             raise ValueError(f"package '{package}' would come from {place}, expected {ROOT / package}")
+
+
+def quote_prompt(argument: str) -> str:
+    """Let `prompt=…` be any text; Hydra's grammar would read its commas, brackets and equals signs."""
+    text = argument.removeprefix("prompt=")
+    if text == argument or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
+        return argument
+    text = re.sub(r'(\\*)("|$)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)
+    return f'prompt="{text}"'
 
 
 def check_arguments(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from data import TrainBatches, ValBatches, tokenize
+from data import TokenRows, TrainBatches, ValBatches, tokenize
 from data.loader import Batch
 from diffllm import DiffusionConfig, ForwardProcess
 from diffllm.loss import weighted_sum
@@ -42,7 +42,7 @@ class FSDPSFTTrainer:
         context = self.model.lm.config.max_position_embeddings
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
-        train, val, self.dropped = self._tokenize()
+        train, val = self._tokenize()
         eos, mask = self.tokenizer.eos_token_id, self.model.mask_token_id
         noise = ForwardProcess(config.diffusion, mask, config.seed)
         self.train_batches = TrainBatches(train, config.data, share, eos, noise, config.seed)
@@ -54,14 +54,16 @@ class FSDPSFTTrainer:
         self.optimizer, self.lr_schedule = build_optimizer(self.model, config.optim, self.steps)
         self.skipped_steps = 0
 
-    def _tokenize(self):
+    def _tokenize(self) -> list[TokenRows | None]:
+        """Training and validation rows; nothing is dropped or cut without saying so."""
         data = self.config.data
-        train_rows, val_rows = build_rows(data)
-        train, dropped = tokenize(train_rows, self.tokenizer, data.max_length, data.truncation)
-        if not val_rows:
-            return train, None, dropped
-        val, dropped_val = tokenize(val_rows, self.tokenizer, data.max_length, data.truncation)
-        return train, val, dropped + dropped_val
+        tokenized = []
+        for name, rows in zip(("training", "validation"), build_rows(data), strict=True):
+            tokens = tokenize(rows, self.tokenizer, data.max_length, data.truncation) if rows else None
+            if tokens is not None:
+                self._say(f"{len(tokens)} {name} rows; {tokens.dropped} more dropped and {tokens.cut} cut as too long")
+            tokenized.append(tokens)
+        return tokenized
 
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model."""

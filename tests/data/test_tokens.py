@@ -11,7 +11,7 @@ def placed(question="Hi", answer="<think>a</think>b"):
 
 
 def test_a_row_is_the_template_and_the_response_and_its_end(tokenizer):
-    rows, dropped = tokenize([placed()], tokenizer, 100)
+    rows = tokenize([placed()], tokenizer, 100)
     prompt, response = (
         rows.input_ids[0][: rows.prompt_lengths[0]],
         rows.input_ids[0][rows.prompt_lengths[0] :],
@@ -19,20 +19,20 @@ def test_a_row_is_the_template_and_the_response_and_its_end(tokenizer):
     assert tokenizer.decode(prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(response) == "<think>a</think>b<|endoftext|>"
     assert rows.response_lengths.tolist() == [len(response)]
-    assert dropped == 0
+    assert (rows.dropped, rows.cut) == (0, 0)
 
 
 def test_truncation(tokenizer):
-    whole, _ = tokenize([placed()], tokenizer, 100)
+    whole = tokenize([placed()], tokenizer, 100)
     length = len(whole.input_ids[0])
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*data\.max_length={length - 1}.*drop or right"):
         tokenize([placed()], tokenizer, length - 1)
-    cut, dropped = tokenize([placed()], tokenizer, length - 1, "right")
+    cut = tokenize([placed()], tokenizer, length - 1, "right")
     assert cut.input_ids[0].tolist() == whole.input_ids[0][:-1].tolist()
-    assert dropped == 0
+    assert (cut.dropped, cut.cut) == (0, 1)
     short = placed(answer="<think></think>b")
-    kept, dropped = tokenize([placed(), short], tokenizer, length - 1, "drop")
-    assert (len(kept), dropped) == (1, 1)
+    kept = tokenize([placed(), short], tokenizer, length - 1, "drop")
+    assert (len(kept), kept.dropped, kept.cut) == (1, 1, 0)
 
 
 def test_a_prompt_that_leaves_no_room_cannot_be_cut(tokenizer):

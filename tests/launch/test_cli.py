@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch import cli
 from tests.conftest import GOLDEN, ROOT
@@ -107,6 +108,14 @@ def test_the_tree_is_shown(script):
     assert "time_reweighting: original" in out
 
 
+@pytest.mark.parametrize(
+    "text", ["Solve 3x+5=20", "a, b (c) [d] {e}?", 'say "hi"', "it's", "back\\slash\\", 'a\\"b', "two\nlines", "é"]
+)
+def test_a_prompt_is_any_text(text):
+    override = OverridesParser.create().parse_override(cli.quote_prompt(f"prompt={text}"))
+    assert override.value() == text
+
+
 def test_runs_are_named_by_their_command_line():
     assert cli.run_name("") == "default"
     assert cli.run_name("diffusion.cart_p=0.1,optim.lr=2e-6") == "diffusion.cart_p-0.1__optim.lr-2e-6"
@@ -132,7 +141,7 @@ def test_train_sample_evaluate(script, tmp_path):
     model = "model.path=outputs/run/hf"
     quick = ["sampling.max_new_tokens=4", "sampling.steps=2"]
 
-    code, out, err = script("sample.py", model, "prompt=Solve 3x+5\\=20", *quick)
+    code, out, err = script("sample.py", model, "prompt=Solve 3x+5=20", *quick)
     assert code == 0, err
 
     (tmp_path / "in.jsonl").write_text('{"question": "Solve 3x+5=20", "id": 7}\n{"question": "Hi"}\n')
@@ -142,7 +151,7 @@ def test_train_sample_evaluate(script, tmp_path):
     assert [row["question"] for row in rows] == ["Solve 3x+5=20", "Hi"]
     assert rows[0]["id"] == 7
     assert all(row["nfe"] == 2 for row in rows)
-    alone = script("sample.py", model, "prompt=Solve 3x+5\\=20", *quick)[1]
+    alone = script("sample.py", model, "prompt=Solve 3x+5=20", *quick)[1]
     assert alone.strip() == rows[0]["response"]
 
     code, out, err = script("evaluate.py", model, "trainer.experiment_name=run", *quick)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.trainer.runs import metrics, train
+from tests.trainer.runs import losses, metrics, train, weights
 from trainer.build import build_model
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.validation import validate
@@ -38,6 +38,15 @@ def test_metrics_are_what_they_say(small_run):
 def test_validation_runs_when_due_and_at_the_end(small_run):
     run = train(small_run(trainer__val_check_interval=5))
     assert [line["step"] for line in metrics(run) if "val/elbo" in line] == [5, 10, 12]
+
+
+def test_bf16_trains_like_float32(small_run):
+    """Two steps on a tiny shape: the loss agrees to the precision of bf16, and the weights stay in float32."""
+    runs = [train(small_run(p, trainer__precision=p, trainer__max_steps=2)) for p in ("fp32", "bf16")]
+    fp32, bf16 = map(losses, runs)
+    assert fp32 != bf16
+    assert fp32 == pytest.approx(bf16, rel=2e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(runs[1]).values())
 
 
 def test_without_validation_rows_there_is_none(small_run, tmp_path):
