@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha1
@@ -66,15 +67,17 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 def user_errors() -> Iterator[None]:
     """End the process with one line and exit code 1 on an error that explains itself.
 
-    All ranks of a machine fail alike, so only its first one prints.
+    Ranks mostly fail alike: the first one of a machine speaks at once, and torchrun then ends the others. One that
+    fails alone is still there to speak a little later.
     """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -4,7 +4,6 @@ import math
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,23 +69,16 @@ class FSDPSFTTrainer:
         settings = self.config.trainer
         state = TrainingState(self.model, self.optimizer, self.lr_schedule, self.world)
         done = self._resume(state)
-        log = MetricsLog(settings, to_dict(self.config), done, self.steps) if self.world.is_main else None
-
-        loader = self.train_batches.loader(range(done, self.steps))
-        for step, micro_batches in enumerate(loader, start=done + 1):
-            metrics = self.train_step(step, micro_batches)
-            if self._due(step, settings.val_check_interval) and self.val_batches is not None:
-                metrics |= validate(self.model, self.val_batches, self.world)
-            if log is not None:
+        with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
+            loader = self.train_batches.loader(range(done, self.steps))
+            for step, micro_batches in enumerate(loader, start=done + 1):
+                metrics = self.train_step(step, micro_batches)
+                if self._due(step, settings.val_check_interval) and self.val_batches is not None:
+                    metrics |= validate(self.model, self.val_batches, self.world)
                 log.log(step, metrics)
-                log.advance(metrics["train/loss"], metrics["perf/tokens_per_second"])
-                if "val/elbo" in metrics:
-                    log.say(_describe(step, metrics))
-            if self._due(step, settings.save_checkpoint_steps):
-                self._save(state, step)
+                if self._due(step, settings.save_checkpoint_steps):
+                    self._save(state, step)
         self.export(self.output_dir / "hf")
-        if log is not None:
-            log.close()
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step: a function of the parameters and the rows, whatever the layout.
@@ -216,10 +208,3 @@ class FSDPSFTTrainer:
         if self.world.is_main:
             for line in lines:
                 print(line, flush=True)
-
-
-def _describe(step: int, metrics: dict[str, Any]) -> str:
-    return (
-        f"step {step}: train loss {metrics['train/loss']:.4f}, val elbo {metrics['val/elbo']:.4f} nats/token "
-        f"(perplexity ≤ {metrics['val/perplexity_bound']:.3f}), masked accuracy {metrics['val/masked_accuracy']:.1%}"
-    )

@@ -11,60 +11,61 @@ from trainer.config import TrainerConfig
 
 
 class MetricsLog:
-    """Writes the metrics of each step; made on rank 0 only.
+    """Takes the metrics of each step until it is closed; only the one that is enabled, on rank 0, writes anything.
 
     After a resume the lines of steps that will be done again are removed, and the same wandb run goes on.
     """
 
-    def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int):
+    def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, enabled: bool):
+        self._file = self._bar = self._wandb = None
+        if not enabled:
+            return
         directory = Path(config.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        kept = [line for line in _lines(path) if done and json.loads(line)["step"] <= done]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
-        self._bar = tqdm(
-            total=steps,
-            initial=done,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            disable="console" not in config.logger,
-        )
-        self._wandb = _wandb_run(config, settings, directory, done) if "wandb" in config.logger else None
+        self._file = _open_metrics(directory / "metrics.jsonl", done)
+        if "console" in config.logger:
+            self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True)
+        if "wandb" in config.logger:
+            self._wandb = _wandb_run(config, settings, directory, done)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error[0] is not None))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
-
-    def advance(self, loss: float, tokens_per_second: float) -> None:
-        """Move the progress bar by one step."""
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        if not self._bar.disable:
-            self._bar.write(text)
-
-    def close(self) -> None:
-        self._bar.close()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._bar is not None:
+            loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+            if "val/elbo" in metrics:
+                self._bar.write(
+                    f"step {step}: train loss {loss:.4f}, val elbo {metrics['val/elbo']:.4f} nats/token (perplexity ≤ "
+                    f"{metrics['val/perplexity_bound']:.3f}), masked accuracy {metrics['val/masked_accuracy']:.1%}"
+                )
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines; a kill can leave half of one at the end."""
-    if not path.is_file():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _open_metrics(path: Path, done: int):
+    """The file, with the whole lines of the first `done` steps in it; a kill can leave half of one at the end."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    path.write_text("".join(kept))
+    return path.open("a")
 
 
 def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int):
-    import wandb
+    import wandb  # slow to import, and only needed here
 
     id_file = directory / "wandb_id"
     if not done or not id_file.is_file():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -33,8 +34,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_run, tmp_path):
     overrides = [
         "trainer.max_steps=40", "trainer.save_checkpoint_steps=5", f"trainer.output_dir={config.trainer.output_dir}",
         "data.max_length=64", "data.train_batch_size=8", "data.num_workers=0", "optim.lr=1e-3", "trainer.logger=[]",
-        *(f"model.{field}={getattr(config.model, field)}" for field in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
+        *(f"model.{name}={value}" for name, value in asdict(config.model).items() if value is not None),
     ]  # fmt: skip
     command = [sys.executable, ROOT / "train.py", *overrides]
     process = subprocess.Popen(command, cwd=tmp_path)
