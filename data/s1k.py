@@ -27,7 +27,10 @@ def from_hub(row: dict[str, Any]) -> dict[str, Any]:
 def main(path: Path) -> None:
     from datasets import load_dataset  # slow to import, and only needed here
 
-    rows = [from_hub(row) for row in load_dataset(HUB_ID, split="train")]
+    try:
+        rows = [from_hub(row) for row in load_dataset(HUB_ID, split="train")]
+    except ConnectionError as error:
+        sys.exit(f"error: {HUB_ID} cannot be reached: {error}")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(rows)} rows in {path}")
 
