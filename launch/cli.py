@@ -124,7 +124,7 @@ def check_arguments(arguments: list[str]) -> None:
         if re.split(r"[./]", key)[0] == "hydra":
             continue
         if key not in names:
-            raise ValueError(f"{key}: no such setting; {nearest(key, names)}")
+            raise ValueError(f"{argument}: no such setting; {nearest(key, names)}")
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
         for value in values if key in choices else ():
             if value not in (*choices[key], "null"):

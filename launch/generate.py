@@ -59,10 +59,9 @@ def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]
     """
     if config.model.path is None:
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
-    model, tokenizer = build_model(config.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return model.to(device, dtype).eval(), tokenizer
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokenizer = build_model(config.model, dtype=dtype)  # loaded in it: casting would round the rotary buffers
+    return model.to(device).eval(), tokenizer
 
 
 def generate(

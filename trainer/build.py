@@ -15,8 +15,10 @@ from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
 from trainer.world import World
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The checkpoint of `model.path` with its tokenizer, or a model from scratch with the built-in one.
+def build_model(
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in one.
 
     Raises:
         ValueError: see `load_model`, `load_tokenizer`, `check_tokenizer` and `new_model`.
@@ -25,7 +27,7 @@ def build_model(config: ModelConfig, seed: int = 0) -> tuple[DiffLLM, PreTrained
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
     else:
-        model = load_model(config.path, attn_implementation=config.attn_implementation)
+        model = load_model(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
     return model, tokenizer
@@ -49,8 +51,11 @@ def shard(model: DiffLLM, world: World, config: Config) -> None:
     model.to(world.device)
     if config.model.enable_gradient_checkpointing:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
-    for part in (*model.lm.get_decoder().layers, model):
-        fully_shard(part, mp_policy=policy, reshard_after_forward=config.trainer.reshard_after_forward)
+    layers = model.lm.get_decoder().layers
+    for layer in layers:
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=config.trainer.reshard_after_forward)
+    fully_shard(model, mp_policy=policy)
+    for part in (*layers, model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
     model.train()

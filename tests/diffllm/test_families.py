@@ -46,6 +46,9 @@ def test_rotary_frequencies_come_from_the_config(family, theta, request):
     model = request.getfixturevalue(family)
     expected = theta ** -(torch.arange(0, 16, 2).float() / 16)
     torch.testing.assert_close(model.lm.model.rotary_emb.inv_freq, expected)
+    half = load_model(GOLDEN / f"{family}_tiny", dtype=torch.bfloat16)
+    assert half.lm.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(half.lm.model.rotary_emb.inv_freq, model.lm.model.rotary_emb.inv_freq)
 
 
 def test_the_seed_decides_the_weights(tokenizer):

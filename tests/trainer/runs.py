@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from diffllm import loss
 from trainer.config import Config
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.world import open_world
@@ -31,6 +32,7 @@ def train_on_ranks(configs: list[Config], ranks: int) -> None:
 
 def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
     torch.set_num_threads(1)
+    loss.LOGITS_PER_CHUNK = 20_000  # so that the small model's loss comes in several chunks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with open_world() as world:

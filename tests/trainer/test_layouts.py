@@ -13,7 +13,7 @@ from tests.trainer.runs import losses, metrics, train, train_on_ranks, weights
 def assert_same_run(run, other):
     assert losses(run) == pytest.approx(losses(other), rel=1e-6)
     for name, tensor in weights(run).items():
-        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_norm", ["masked", "maskable", "sequence"])
@@ -36,13 +36,15 @@ def test_workers_and_gradient_checkpointing_change_not_a_bit(small_run):
 
 
 def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
-    """Two ranks, with and without accumulation, as one rank; half a run on two ranks goes on on one."""
+    """Two ranks in several ways as one rank; half a run on two ranks goes on on one."""
     cut = {"data__resp_cutoff_ratio": 0.5, "trainer__val_check_interval": 6}
     alone = train(small_run("alone", **cut))
     half = {"trainer__save_checkpoint_steps": 6, **cut}
     on_two = [
         small_run("two", **cut),
-        small_run("two_accumulating", data__micro_batch_size_per_gpu=2, **cut),
+        small_run("accumulating", data__micro_batch_size_per_gpu=2, **cut),
+        small_run("recomputing", model__enable_gradient_checkpointing=True, **cut),
+        small_run("gathered", trainer__reshard_after_forward=False, **cut),
         small_run("moved", **half),
     ]
     train_on_ranks(on_two, ranks=2)
