@@ -22,7 +22,7 @@ def export(source: Path, directory: Path) -> None:
     config = resolve(OmegaConf.create(checkpoint.read_manifest(source)["config"]))
     model, tokenizer = build_model(config.model, config.seed)
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=source)
+    dcp.load(state, checkpoint_id=source, no_dist=True)
     model.save_pretrained(directory, state["model"], tokenizer)
 
 

@@ -79,6 +79,7 @@ class FSDPSFTTrainer:
                 if self._due(step, settings.save_checkpoint_steps):
                     self._save(state, step)
         self.export(self.output_dir / "hf")
+        self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimizer step: a function of the parameters and the rows, whatever the layout.
