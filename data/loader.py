@@ -85,10 +85,8 @@ class TrainBatches(Dataset):
             batch_size=None,
             sampler=steps,
             num_workers=workers,
-            persistent_workers=False,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if workers else None,
         )
 
 

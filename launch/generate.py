@@ -95,5 +95,5 @@ def generate(
         sequences = output.sequences[:, input_ids.shape[1] :].tolist()
         seconds = (time.perf_counter() - started) / len(batch)
         for tokens in sequences:
-            tokens = trim(tokens, [model.eos_token_id])
+            tokens = trim(tokens, (model.eos_token_id, tokenizer.eos_token_id))
             yield Response(tokenizer.decode(tokens).strip(), len(tokens), output.nfe, seconds)
