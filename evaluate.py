@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out equations: `python evaluate.py model.path=outputs/quickstart/hf`."""
+"""Score on held-out equations: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`."""
 
 from launch.cli import entry
 from launch.evaluation import evaluate

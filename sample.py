@@ -1,4 +1,4 @@
-"""Sample from a checkpoint: `python sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"`."""
+"""Sample from a checkpoint: `python sample.py model.path=outputs/dream_s1k/hf prompt="What is 3 times 5?"`."""
 
 from launch.cli import entry
 from launch.generate import answer

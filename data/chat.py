@@ -66,6 +66,8 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
         raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
     if not row[field].strip():
         raise ValueError(f"{place}: field '{field}' is empty")
+    if not row[field].isascii() and any("\ud800" <= character <= "\udfff" for character in row[field]):
+        raise ValueError(f"{place}: field '{field}' is not valid Unicode, it has a lone surrogate")
     return row[field]
 
 

@@ -18,8 +18,8 @@ def response_widths(
 
     `min_pad` drops the columns that are padding in every row · `random` ends all rows at the length of one drawn row ·
     `random_with_input_pad` gives all rows the response length of one drawn row, their prompts padded on the left ·
-    without a cutoff rows end at `max_length`. Then, with probability `resp_cutoff_ratio`, all rows lose a random tail
-    that leaves each at least one response position.
+    without a cutoff rows end at `max_length`, which no row exceeds in any case. Then, with probability
+    `resp_cutoff_ratio`, all rows lose a random tail that leaves each at least one response position.
 
     Args:
         prompt_lengths, response_lengths: [B] over the global batch, so that every rank computes the same cut.
@@ -39,6 +39,7 @@ def response_widths(
     else:
         widths = np.full_like(response_lengths, response_lengths[drawn])
 
+    widths = np.minimum(widths, config.max_length - prompt_lengths)
     shortest = widths.min()
     if rng.random() < config.resp_cutoff_ratio and shortest > 1:
         widths = widths - rng.integers(1, shortest)
@@ -53,7 +54,8 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
         widths: [B] from `response_widths`.
 
     Returns:
-        input_ids [B, L]; maskable [B, L], the response part; attention_mask [B, L], 0 at left padding; position_ids
+        input_ids [B, L]; maskable [B, L], the response part, without padding behind a response that was cut when it was
+        tokenized; attention_mask [B, L], 0 at left padding; position_ids
         [B, L], counting the attended tokens (1 at padding, as in Dream); sample_index [B].
     """
     kept = rows.prompt_lengths[samples] + widths
@@ -65,9 +67,13 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
         ids = rows.input_ids[sample][:length]
         input_ids[row, L - length : L - length + len(ids)] = ids
     attended = columns >= first
+    maskable = columns >= first + rows.prompt_lengths[samples][:, None]
+    for row, sample in enumerate(samples):
+        if rows.input_ids[sample][-1] != eos_token_id:  # cut: where it ends is not known, so ending is not taught
+            maskable[row, first[row, 0] + len(rows.input_ids[sample]) :] = False
     return {
         "input_ids": input_ids,
-        "maskable": columns >= first + rows.prompt_lengths[samples][:, None],
+        "maskable": maskable,
         "attention_mask": attended.astype(np.int64),
         "position_ids": np.where(attended, columns - first, 1),
         "sample_index": samples,

@@ -55,6 +55,8 @@ def tokenize(
         chat: Chat = to_chat(placed)
         prompt = prompt_ids(chat["prompt"], tokenizer)
         response = [*tokenizer(chat["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in prompt + response:
+            raise ValueError(f"{placed.place}: the text contains the mask token {tokenizer.mask_token!r}")
         too_long = len(prompt) >= max_length or (len(prompt) + len(response) > max_length and truncation != "right")
         if too_long and truncation == "drop":
             dropped += 1

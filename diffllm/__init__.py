@@ -1,7 +1,8 @@
 """Diffusion language models: forward process, loss, families and the model itself."""
 
 from diffllm.config import DiffusionConfig, ModelConfig
-from diffllm.modeling_diffllm import DiffLLM, load_model, new_model
+from diffllm.loading import load_model, new_model
+from diffllm.modeling_diffllm import DiffLLM
 from diffllm.noise import ForwardProcess
 
 __all__ = ["DiffLLM", "DiffusionConfig", "ForwardProcess", "ModelConfig", "load_model", "new_model"]

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diffllm.config import ModelConfig
-from diffllm.families import FAMILIES, Family, family_of
+from diffllm.families import Family
 from diffllm.loss import masked_cross_entropy
+from diffllm.tokenizer import save_tokenizer
 from sampling import SampleOutput, SamplingConfig, sample
 
 
@@ -44,7 +43,8 @@ class DiffLLM(nn.Module):
         self.lm, self.family, self.published = lm, family, published
         self.mask_token_id: int = published["mask_token_id"]
         self.eos_token_id: int = published["eos_token_id"]
-        self.pad_token_id: int = published.get("pad_token_id", self.eos_token_id)
+        pad = published.get("pad_token_id")
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
 
     @property
     def device(self) -> torch.device:
@@ -198,93 +198,4 @@ class DiffLLM(nn.Module):
             use_cache=False,
         ).save_pretrained(directory)
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-
-
-def load_model(
-    path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
-) -> DiffLLM:
-    """Load a Dream or LLaDA checkpoint as published; no remote code runs.
-
-    Args:
-        path_or_name: a local directory or a hub id.
-
-    Raises:
-        ValueError: no checkpoint there, an unknown family, no mask token, or weights that are missing, unexpected or of
-            another shape than config.json says.
-    """
-    source = str(path_or_name)
-    try:
-        published, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model.path={source}: no readable config.json there ({_first_line(error)})") from error
-    family = family_of(published, source)
-    for key in ("mask_token_id", "eos_token_id"):
-        if published.get(key) is None:
-            raise ValueError(f"{source}: config.json has no {key}, which a diffusion language model needs")
-    try:
-        lm, report = family.model_class.from_pretrained(
-            source,
-            config=family.config(published),
-            key_mapping=family.loading_names(),
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.path={source}: the weights cannot be read ({_first_line(error)})") from error
-    problems = [
-        f"{kind}: {', '.join(sorted(map(str, report[key])))}"
-        for kind, key in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("of another shape", "mismatched_keys"),
-        )
-        if report[key]
-    ]
-    if problems:
-        raise ValueError(f"{source}: the weights do not fit config.json. {'; '.join(problems)}")
-    return DiffLLM(lm, family, published)
-
-
-def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
-    """A model from scratch in the shape that `config` gives, the same for the same seed.
-
-    Raises:
-        ValueError: `model.vocab_size` is smaller than the tokenizer.
-    """
-    vocab_size = config.vocab_size or len(tokenizer)
-    if vocab_size < len(tokenizer):
-        raise ValueError(
-            f"model.vocab_size={vocab_size}: the tokenizer has {len(tokenizer)} tokens, give at least that"
-        )
-    family = FAMILIES[config.family]
-    published = family.published_config(
-        {
-            "vocab_size": vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "max_position_embeddings": config.max_position_embeddings,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "rope_theta": config.rope_theta,
-            "initializer_range": config.initializer_range,
-            "tie_word_embeddings": config.tie_word_embeddings,
-            "mask_token_id": tokenizer.mask_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
-    return DiffLLM(lm, family, published)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+            save_tokenizer(tokenizer, directory)

@@ -1,20 +1,18 @@
 """Tokenizers: a checkpoint's own, or the built-in one."""
 
+import json
 import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
-
-from diffllm.families import DreamConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 WORDS = ("system", "user", "assistant", "Solve")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-AutoTokenizer.register(DreamConfig, Qwen2Tokenizer)
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,12 +53,26 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, padding_side="left", trust_remote_code=False)
+        published = get_tokenizer_config(path_or_name).get("tokenizer_class")
+        kind = Qwen2Tokenizer if published == "DreamTokenizer" else AutoTokenizer
+        tokenizer = kind.from_pretrained(path_or_name, padding_side="left")
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path_or_name}: no tokenizer can be read there ({error})") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
         raise ValueError(f"model.path={path_or_name}: no tokenizer files there")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Write the tokenizer so that Transformers 4, which the published code runs under, reads it as well."""
+    tokenizer.save_pretrained(directory)
+    path = Path(directory) / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_tokenizer(
@@ -69,11 +81,14 @@ def check_tokenizer(
     """Refuse a tokenizer that cannot serve a diffusion model.
 
     Raises:
-        ValueError: no mask token, mask and padding are one token, or more tokens than the model's vocabulary.
+        ValueError: no mask or end-of-sequence token, mask and padding are one token, or more tokens than the model's
+            vocabulary.
     """
     name = tokenizer.name_or_path or "built-in"
     if mask_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no mask token: add one with tokenizer.add_special_tokens")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no end-of-sequence token: set tokenizer.eos_token")
     if mask_token_id == tokenizer.pad_token_id:
         raise ValueError(f"tokenizer {name!r} uses token {mask_token_id} as mask and as padding: they must differ")
     if vocab_size is not None and vocab_size < len(tokenizer):

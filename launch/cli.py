@@ -14,10 +14,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
+from yaml import YAMLError
 
 from trainer.config import Config, field_names, nearest, resolve
 from trainer.world import ranks_from_environment
@@ -45,39 +47,43 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     What the user got wrong ends the process with one line and exit code 1.
     """
 
+    debug = "HYDRA_FULL_ERROR" in os.environ
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def composed(config: DictConfig) -> None:
-        with user_errors():
+        with user_errors(debug):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 config.trainer.output_dir = HydraConfig.get().runtime.output_dir
             run(resolve(config))
 
     def main() -> None:
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         sys.argv[1:] = map(quote_prompt, sys.argv[1:])
-        with user_errors():
+        with user_errors(debug):
             check_checkout()
             check_arguments(sys.argv[1:])
-        composed()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
+            composed()
 
     return main
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(debug: bool) -> Iterator[None]:
     """End the process with one line and exit code 1 on an error that explains itself.
 
     Ranks mostly fail alike: the first one of a machine speaks at once, and torchrun then ends the others. One that
-    fails alone is still there to speak a little later.
+    fails alone is still there to speak a little later. In debug mode the whole traceback is shown.
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
+    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
+        if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -100,6 +106,7 @@ def quote_prompt(argument: str) -> str:
     if text == argument or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
         return argument
     text = re.sub(r'(\\*)("|$)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)
+    text = text.replace("${", r"\${")  # no interpolation either
     return f'prompt="{text}"'
 
 
@@ -118,8 +125,8 @@ def check_arguments(arguments: list[str]) -> None:
             continue
         try:
             override = OverridesParser.create().parse_override(argument)
-        except OverrideParseException:
-            continue  # Hydra's own message points at the character
+        except HydraException as error:
+            raise ValueError(f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}") from error
         key = override.key_or_group
         if re.split(r"[./]", key)[0] == "hydra":
             continue

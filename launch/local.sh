@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: launch/local.sh train.py experiment=quickstart …
-# One rank a GPU, or two CPU ranks where there is none; RANKS=N overrides.
+# One rank a GPU, as many as the largest power of two, or two CPU ranks where there is no GPU; RANKS=N overrides.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+ranks=1
+while ((ranks * 2 <= (gpus > 0 ? gpus : 2))); do ranks=$((ranks * 2)); done
+ranks=${RANKS:-$ranks}
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 fi

@@ -37,7 +37,7 @@ class SamplingConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"sampling.{field}={value}: must be at least 1")
-        for field in ("temperature", "alg_temp"):
+        for field in ("temperature", "alg_temp", "seed"):
             if getattr(self, field) < 0:
                 raise ValueError(f"sampling.{field}={getattr(self, field)}: must not be negative")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -1,9 +1,10 @@
 """What a run is made of, from its configuration: model, tokenizer, rows, optimizer."""
 
+from collections.abc import Callable
+
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from data import PlacedRow, read_rows
@@ -61,14 +62,18 @@ def shard(model: DiffLLM, world: World, config: Config) -> None:
     model.train()
 
 
-def build_optimizer(model: DiffLLM, config: OptimConfig, steps: int) -> tuple[AdamW, LRScheduler]:
-    """AdamW without decay on norms and biases, and the lr schedule over `steps` optimizer steps."""
+def build_optimizer(model: DiffLLM, config: OptimConfig) -> AdamW:
+    """AdamW without decay on norms and biases."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = AdamW(
+    return AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr,
         betas=tuple(config.betas),
     )
-    lr_schedule = get_scheduler(LR_SCHEDULES[config.lr_schedule], optimizer, warmup_steps(config, steps), steps)
-    return optimizer, lr_schedule
+
+
+def build_lr_schedule(config: OptimConfig, optimizer: AdamW, steps: int) -> Callable[[int], float]:
+    """Learning rate by the number of steps done: a function, so that no position has to be kept."""
+    schedule = get_scheduler(LR_SCHEDULES[config.lr_schedule], optimizer, warmup_steps(config, steps), steps)
+    return lambda done: config.lr * schedule.lr_lambdas[0](done)

@@ -7,18 +7,19 @@ holds the step, the resolved configuration, the versions and the size of every f
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from diffllm import DiffLLM
 from trainer.world import World
@@ -29,11 +30,10 @@ UNFINISHED = ".unfinished"
 
 @dataclass
 class TrainingState:
-    """All that a step changes. The data position is the step: batches are functions of it."""
+    """All that a step changes. Data position and learning rate are functions of the step, which the manifest holds."""
 
     model: DiffLLM
     optimizer: Optimizer
-    lr_schedule: LRScheduler
     world: World
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,17 +42,15 @@ class TrainingState:
         return {
             "model": model,
             "optimizer": optimizer,
-            "lr_schedule": self.lr_schedule.state_dict(),
             "rng": {f"rank_{self.world.rank}": _rng_state(self.world.device)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
-        if rng := state["rng"].get(f"rank_{self.world.rank}"):
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng:
-                torch.cuda.set_rng_state(rng["cuda"], self.world.device)
+        rng = state["rng"][f"rank_{self.world.rank}"]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.world.device)
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -62,52 +60,67 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(directory: Path, step: int, state: TrainingState, manifest: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step, then delete all but the newest `keep`. Collective.
+def save(directory: Path, step: int, state: TrainingState, manifest: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of a step, then delete older whole ones but the newest `keep`. Collective.
 
     Raises:
         OSError: it could not be written, as on a full disk; earlier checkpoints are untouched.
     """
     target = directory / f"step_{step:08d}"
-    unfinished = target.with_name(target.name + UNFINISHED)
+    unfinished = _unfinished(target)
     world = state.world
     try:
-        _on_main(world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        world.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         dcp.save(state.state_dict(), checkpoint_id=unfinished)
-        _on_main(world, lambda: _publish(unfinished, target, {"step": step, **manifest}))
+        world.on_main(lambda: _publish(unfinished, target, {"step": step, **manifest}))
     except (OSError, CheckpointException) as error:
         if world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
-        newest = max(map(str, directory.glob("step_*[0-9]")), default="none")
         raise OSError(
             f"checkpoint of step {step} could not be written to {directory}: {_reason(error)}. "
-            f"Newest whole checkpoint: {newest}. Free space there and start again to resume from it"
+            f"Newest whole checkpoint: {find_newest(directory)[0]}. Free space there and start again to resume from it"
         ) from error
-    if world.is_main:
-        for old in sorted(directory.glob("step_*[0-9]"))[:-keep]:
-            shutil.rmtree(old)
-    return target
+    world.on_main(lambda: _prune(directory, keep))
 
 
 def _publish(unfinished: Path, target: Path, manifest: dict[str, Any]) -> None:
     sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
     (unfinished / MANIFEST).write_text(json.dumps({**manifest, "files": sizes}, indent=2))
+    _replace(unfinished, target)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints; what is broken does not count, and stays to be looked at."""
+    whole = [path for path in sorted(directory.glob("step_*")) if find_defect(path) is None]
+    for old in whole[:-keep]:
+        shutil.rmtree(old)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A directory to write in that takes the place of `target` when all is written.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; what was there before is untouched.
+    """
+    unfinished = _unfinished(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        _replace(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{target} could not be written: {error}") from error
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(target.name + UNFINISHED)
+
+
+def _replace(unfinished: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(unfinished, target)
-
-
-def _on_main(world: World, write: Callable[[], None]) -> None:
-    """Run on rank 0; an OSError there is raised on every rank."""
-    outcome: list[OSError | None] = [None]
-    if world.is_main:
-        try:
-            write()
-        except OSError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def _reason(error: BaseException) -> str:
@@ -149,23 +162,29 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())
 
 
-def load(checkpoint: Path, state: TrainingState) -> int:
-    """Restore everything from a whole checkpoint, written by any number of ranks. Collective.
+def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
+    """Restore everything from a whole checkpoint, written by any number of ranks on any device. Collective.
 
     Returns:
-        The number of steps done.
+        Its manifest.
 
     Raises:
-        ValueError: it belongs to a model of another shape.
+        ValueError: it belongs to a model of another shape, or its files are corrupt.
     """
     values = state.state_dict()
-    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    check_shapes(checkpoint, saved, values["model"])
-    if not any(key.startswith(f"rng.rank_{state.world.rank}.") for key in saved):
-        values["rng"] = {}
-    dcp.load(values, checkpoint_id=checkpoint)
+    try:
+        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        check_shapes(checkpoint, saved, values["model"])
+        # A rank or a kind of device that the run did not have keeps its own random state.
+        rank = f"rank_{state.world.rank}"
+        own = values["rng"][rank]
+        values["rng"] = {rank: {kind: value for kind, value in own.items() if f"rng.{rank}.{kind}" in saved}}
+        dcp.load(values, checkpoint_id=checkpoint)
+    except (CheckpointException, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{checkpoint}: its files are corrupt ({_reason(error)}); delete it") from error
+    values["rng"][rank] = own | values["rng"].get(rank, {})
     state.load_state_dict(values)
-    return read_manifest(checkpoint)["step"]
+    return read_manifest(checkpoint)
 
 
 def check_shapes(checkpoint: Path, saved: dict[str, Any], model: dict[str, torch.Tensor]) -> None:

@@ -95,6 +95,10 @@ class Config:
     input: str | None = None  # sample.py: a .jsonl or .parquet file of rows with question or prompt
     output: str | None = None  # sample.py: the .jsonl file that gets a row with its response for each input row
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+
 
 def field_names(schema: type = Config, prefix: str = "") -> list[str]:
     """Every dotted name of the tree, groups included."""
@@ -119,7 +123,10 @@ def resolve(composed: DictConfig) -> Config:
         ValueError: an unknown key, a value of the wrong type or outside its range.
     """
     try:
-        plain = OmegaConf.to_container(composed, resolve=True)
+        plain = OmegaConf.to_container(composed)
+        for group, name in (("data", "train_files"), ("data", "val_files"), ("trainer", "logger")):
+            if isinstance(value := plain.get(group, {}).get(name), str):
+                plain[group][name] = [value]  # a list of one may be written without brackets
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except ConfigKeyError as error:
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
@@ -132,7 +139,8 @@ def to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-# What may differ when a run goes on: none of it changes what a step computes.
+# What may differ when a run goes on. None of it changes what a step computes, but for the lr schedule, which follows
+# the length of the run.
 FREE_WHEN_RESUMING = (
     "model.path",
     "model.enable_gradient_checkpointing",
@@ -142,7 +150,7 @@ FREE_WHEN_RESUMING = (
     "data.gradient_accumulation_steps",
     "data.num_workers",
     "data.val_files",
-    "trainer",
+    *(f"trainer.{item.name}" for item in fields(TrainerConfig) if item.name != "precision"),
     "sampling",
     "prompt",
     "input",

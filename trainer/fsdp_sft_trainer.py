@@ -15,7 +15,7 @@ from data.loader import Batch
 from diffllm import DiffusionConfig, ForwardProcess
 from diffllm.loss import weighted_sum
 from trainer import checkpoint
-from trainer.build import build_model, build_optimizer, build_rows, shard
+from trainer.build import build_lr_schedule, build_model, build_optimizer, build_rows, shard
 from trainer.checkpoint import TrainingState
 from trainer.config import Config, differences, share_of, to_dict, total_steps
 from trainer.metrics import MetricsLog
@@ -50,7 +50,8 @@ class FSDPSFTTrainer:
 
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
         shard(self.model, world, config)
-        self.optimizer, self.lr_schedule = build_optimizer(self.model, config.optim, self.steps)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
         self.skipped_steps = 0
 
     def _tokenize(self) -> list[TokenRows | None]:
@@ -67,7 +68,7 @@ class FSDPSFTTrainer:
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model."""
         settings = self.config.trainer
-        state = TrainingState(self.model, self.optimizer, self.lr_schedule, self.world)
+        state = TrainingState(self.model, self.optimizer, self.world)
         done = self._resume(state)
         with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
             loader = self.train_batches.loader(range(done, self.steps))
@@ -93,7 +94,9 @@ class FSDPSFTTrainer:
         started = time.perf_counter()
         counts = self._count(micro_batches)
         norm = counts[self.config.diffusion.loss_norm]
-        lr = self.lr_schedule.get_last_lr()[0]
+        lr = self.lr_at(step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         loss = correct = grad_norm = 0.0
         if counts["masked"] == 0:
             self.skipped_steps += 1
@@ -107,7 +110,6 @@ class FSDPSFTTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             loss, correct = self.world.sum(loss, correct)
-        self.lr_schedule.step()
         return {
             "train/loss": loss,
             "train/masked_accuracy": correct / max(counts["masked"], 1),
@@ -155,27 +157,32 @@ class FSDPSFTTrainer:
 
     def _resume(self, state: TrainingState) -> int:
         """Steps already done, restored from the checkpoint that `trainer.resume` names; 0 if there is none."""
+        path = self.world.on_main(self._find_checkpoint)
+        if path is None:
+            return 0
+        manifest = checkpoint.load(path, state)
+        self.skipped_steps = manifest["skipped_steps"]
+        self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
+        return manifest["step"]
+
+    def _find_checkpoint(self) -> Path | None:
         directory, resume = self.output_dir / "checkpoints", self.config.trainer.resume
         newest, skipped = checkpoint.find_newest(directory)
-        if resume == "never":
-            if newest is not None:
-                raise ValueError(
-                    f"trainer.resume=never, but {directory} holds the checkpoints of a run: "
-                    "give another trainer.experiment_name, or delete it"
-                )
-            return 0
         if resume == "auto":
             self._say(*(f"skipped {reason}" for reason in skipped))
-            if newest is None:
-                return 0
-        else:
-            newest = Path(resume)
-            if defect := checkpoint.find_defect(newest):
-                raise ValueError(f"trainer.resume={resume}: {defect}")
-        self._check_same_run(newest)
-        done = checkpoint.load(newest, state)
-        self._say(f"resumed from {newest}: {done} of {self.steps} steps are done")
-        return done
+            path = newest
+        elif newest is not None and newest.resolve() != Path(resume).resolve():
+            raise ValueError(
+                f"trainer.resume={resume}, but {directory} holds the checkpoints of a run: "
+                "give another trainer.experiment_name, or delete it"
+            )
+        elif resume == "never":
+            path = None
+        elif defect := checkpoint.find_defect(path := Path(resume)):
+            raise ValueError(f"trainer.resume={resume}: {defect}")
+        if path is not None:
+            self._check_same_run(path)
+        return path
 
     def _check_same_run(self, path: Path) -> None:
         manifest = checkpoint.read_manifest(path)
@@ -192,7 +199,7 @@ class FSDPSFTTrainer:
     def _save(self, state: TrainingState, step: int) -> None:
         manifest = {
             "config": to_dict(self.config),
-            "published": self.model.published,
+            "skipped_steps": self.skipped_steps,
             "global_batch_size": self.train_batches.share.global_batch_size,
             "ranks": self.world.size,
             "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
@@ -203,7 +210,8 @@ class FSDPSFTTrainer:
         """Write the model and its tokenizer in the published format. Collective."""
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.world.is_main:
-            self.model.save_pretrained(directory, full, self.tokenizer)
+            with checkpoint.replacing(directory) as unfinished:
+                self.model.save_pretrained(unfinished, full, self.tokenizer)
 
     def _say(self, *lines: str) -> None:
         if self.world.is_main:

@@ -1,9 +1,10 @@
 """The ranks of a run and the device of this one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,19 @@ class World:
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
         dist.all_reduce(total)
         return total.tolist()
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Do something on rank 0; what it returns or raises, every rank returns or raises. Collective."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 def ranks_from_environment() -> tuple[int, int]:

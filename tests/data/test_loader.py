@@ -13,9 +13,11 @@ EOS = 0
 
 
 def make_rows(prompts, responses):
-    """Row i holds 100·i + 1, 100·i + 2, …"""
+    """Row i holds 100·i + 1, 100·i + 2, … and the end of sequence."""
     lengths = zip(prompts, responses, strict=True)
     ids = [np.arange(1, p + r + 1, dtype=np.int32) + 100 * i for i, (p, r) in enumerate(lengths)]
+    for row in ids:
+        row[-1] = EOS
     return TokenRows(ids, np.array(prompts), np.array(responses))
 
 
@@ -127,10 +129,26 @@ def test_a_random_tail_leaves_every_row_something(seed, responses):
 def test_assembled_rows_are_cut_padded_and_marked():
     rows = make_rows([3, 2], [2, 4])
     batch = assemble(rows, np.array([0, 1]), np.array([3, 3]), EOS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, EOS], [EOS, 101, 102, 103, 104, 105]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, EOS, EOS], [EOS, 101, 102, 103, 104, 105]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [0] + [1] * 5]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [1, 0, 1, 2, 3, 4]]
     assert batch["maskable"].tolist() == [[False] * 3 + [True] * 3] * 2
+
+
+def test_no_row_exceeds_max_length():
+    prompts = [15, 2]
+    for seed in range(9):
+        totals = widths(prompts, [5, 18], seed) + prompts
+        assert totals.max() <= 20
+
+
+def test_the_end_of_a_response_that_was_cut_is_not_taught():
+    rows = make_rows([2], [3])
+    rows.input_ids[0][-1] = 7  # no end of sequence: it was cut when it was tokenized
+    for tokens, taught in ((rows, 3), (make_rows([2], [3]), 5)):
+        batch = assemble(tokens, np.array([0]), np.array([5]), EOS)
+        assert batch["input_ids"].shape == (1, 7)
+        assert batch["maskable"].sum() == taught
 
 
 def test_a_cut_can_fall_into_the_prompt():

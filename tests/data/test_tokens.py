@@ -45,6 +45,11 @@ def test_dropping_every_row_is_an_error(tokenizer):
         tokenize([placed()], tokenizer, 5, "drop")
 
 
+def test_the_mask_token_in_a_text(tokenizer):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the text contains the mask token '<\|mask\|>'"):
+        tokenize([placed("What is <|mask|>?")], tokenizer, 100)
+
+
 def test_a_tokenizer_without_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):

@@ -102,9 +102,31 @@ class TestBadCheckpoints:
         with pytest.raises(ValueError, match="no mask_token_id"):
             load_model(copy)
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"mask_token_id": 254}, "token 254 as mask and as padding or end"),
+            ({"mask_token_id": 256}, "mask_token_id=256, outside vocab_size=256"),
+            ({"eos_token_id": None}, "no eos_token_id"),
+        ],
+        ids=str,
+    )
+    def test_special_tokens_that_cannot_serve(self, copy, changes, message):
+        self.edit(copy, **changes)
+        with pytest.raises(ValueError, match=message):
+            load_model(copy)
+
+    def test_padding_is_the_end_of_sequence_where_none_is_given(self, copy):
+        self.edit(copy, pad_token_id=None)
+        assert load_model(copy).pad_token_id == 254
+
+    def test_attention_that_is_not_installed(self, copy):
+        with pytest.raises(ValueError, match=r"flash_attention_2 is not installed: pip install 'diffllm\[flash\]'"):
+            load_model(copy, attn_implementation="flash_attention_2")
+
     def test_weights_of_another_shape(self, copy):
         self.edit(copy, vocab_size=300)
-        with pytest.raises(ValueError, match=r"of another shape.*lm_head"):
+        with pytest.raises(ValueError, match=r"another shape: lm_head.weight is \(256, 64\) in the file, \(300, 64\)"):
             load_model(copy)
 
     def test_missing_and_unexpected_weights_are_all_named(self, copy):

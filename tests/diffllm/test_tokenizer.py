@@ -1,10 +1,12 @@
 """The built-in tokenizer, and what no tokenizer may lack."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer
+from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
 
 TOKENIZER = builtin_tokenizer()
 
@@ -24,6 +26,37 @@ def test_chat_template_is_chatml():
     assert TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
+    """vocab.json, merges.txt and a class of the published code, which is not run."""
+    vocab = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["vocab"]
+    base = {token: id for token, id in vocab.items() if len(token) == 1}
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(base)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    special = {str(256 + i): {"content": text, "special": True} for i, text in enumerate(("<|endoftext|>", "<|mask|>"))}
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": special,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer("Hi é")["input_ids"]) == "Hi é"
+    assert (tokenizer.mask_token_id, tokenizer.eos_token_id, len(tokenizer)) == (257, 256, 258)
+
+
+def test_a_saved_tokenizer_names_what_transformers_4_knows(tmp_path):
+    save_tokenizer(TOKENIZER, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == TOKENIZER.get_vocab()
+    assert again.decode(again("<|im_start|>Hi")["input_ids"], skip_special_tokens=True) == "Hi"
 
 
 def test_what_a_tokenizer_needs():

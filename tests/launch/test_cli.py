@@ -27,6 +27,7 @@ def script(monkeypatch, capsys, tmp_path):
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
+        os.environ.pop("HYDRA_FULL_ERROR", None)  # which the script before this one has set
         monkeypatch.setattr(sys, "argv", [str(ROOT / name), *arguments])
         namespace = __import__(name.removesuffix(".py"))
         capsys.readouterr()
@@ -57,6 +58,8 @@ def assert_one_line(result, *words):
         (["optm=adamw"], ["optm", "did you mean optim"]),
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
+        (["optim.lr=[1,2"], ["optim.lr=[1,2", "NAME=VALUE"]),
+        (["seed=-1"], ["seed=-1", "not be negative"]),
         (["optim.lr=fast"], ["optim.lr", "'fast'"]),
         (["diffusion.cart_p=0"], ["diffusion.cart_p=0.0", "(0, 1]"]),
         (["sampling.alg=entropi"], ["sampling.alg=entropi", "origin, maskgit_plus, topk_margin, entropy"]),
@@ -151,6 +154,7 @@ def test_train_sample_evaluate(script, tmp_path):
     assert [row["question"] for row in rows] == ["Solve 3x+5=20", "Hi"]
     assert rows[0]["id"] == 7
     assert all(row["nfe"] == 2 for row in rows)
+    assert script("sample.py", model, "prompt=What is ${x}?", *quick)[0] == 0
     alone = script("sample.py", model, "prompt=Solve 3x+5=20", *quick)[1]
     assert alone.strip() == rows[0]["response"]
 
@@ -183,6 +187,23 @@ def test_a_prompt_that_does_not_fit_the_context(script):
     script("train.py", "trainer.experiment_name=run", *SMALL)
     model = "model.path=outputs/run/hf"
     assert_one_line(script("sample.py", model, "prompt=Hi", "sampling.max_new_tokens=2048"), "context of 2048")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("defaults:\n  - override /model: dream_7c\n", ["dream_7c", "dream_7b"]),
+        ("defaults:\n  - override /modle: tiny\n", ["modle"]),
+        ("optim:\n  lr: [1\n", ["mine.yaml"]),
+    ],
+    ids=["choice", "group", "syntax"],
+)
+def test_mistakes_in_a_yaml_file_end_in_one_line(script, monkeypatch, tmp_path, text, words):
+    (tmp_path / "more" / "experiment").mkdir(parents=True)
+    (tmp_path / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
+    monkeypatch.setattr(cli, "check_arguments", lambda arguments: None)
+    searchpath = f"hydra.searchpath=[file://{tmp_path / 'more'}]"
+    assert_one_line(script("train.py", searchpath, "experiment=mine"), *words)
 
 
 @pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])

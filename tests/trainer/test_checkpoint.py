@@ -66,6 +66,15 @@ def test_old_checkpoints_are_deleted(small_run):
     assert checkpoints(run) == ["step_00000009", "step_00000012"]
 
 
+def test_broken_checkpoints_do_not_count_as_kept(small_run):
+    settings = {"trainer__save_checkpoint_steps": 3, "trainer__keep_checkpoints": 2}
+    run = train(small_run(**settings))
+    for name in ("step_00000009", "step_00000012"):
+        (run / "checkpoints" / name / ".metadata").unlink()
+    train(small_run(**settings, trainer__max_steps=6))
+    assert find_newest(run / "checkpoints")[0].name == "step_00000006"
+
+
 def test_auto_takes_the_newest_whole_one_and_says_what_it_skipped(small_run, capsys):
     settings = {"trainer__save_checkpoint_steps": 3, "trainer__keep_checkpoints": 9}
     run = train(small_run(**settings))
@@ -95,6 +104,43 @@ def test_resume_from_a_path(small_run):
     (path / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"half-written, \.metadata is missing"):
         train(small_run("fourth", trainer__resume=str(path)))
+
+
+def test_a_path_does_not_branch_off_inside_a_run(small_run):
+    """The later checkpoints of the old road would be taken for newer ones."""
+    run = train(small_run(trainer__save_checkpoint_steps=6))
+    with pytest.raises(ValueError, match=r"holds the checkpoints of a run: give another trainer\.experiment_name"):
+        train(small_run(trainer__resume=str(run / "checkpoints" / "step_00000006")))
+
+
+def test_a_longer_run_has_its_own_lr_from_the_first_step(small_run):
+    whole = train(small_run("whole", trainer__max_steps=20))
+    train(small_run("longer"))
+    lrs = [line["train/lr"] for line in metrics(train(small_run("longer", trainer__max_steps=20)))]
+    assert lrs[12:] == [line["train/lr"] for line in metrics(whole)][12:]
+
+
+def test_skipped_steps_are_remembered(small_run, monkeypatch):
+    monkeypatch.setattr("diffllm.noise.ForwardProcess.time", lambda *_: 0.0)
+    train(small_run(trainer__max_steps=2))
+    assert metrics(train(small_run(trainer__max_steps=3)))[-1]["train/skipped_steps"] == 3
+
+
+def test_a_corrupt_file_of_the_right_size(small_run):
+    run = train(small_run())
+    file = run / "checkpoints" / "step_00000012" / ".metadata"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(ValueError, match=r"step_00000012: its files are corrupt"):
+        train(small_run())
+
+
+def test_a_random_state_of_another_device_is_left_out(small_run, monkeypatch):
+    """A run that goes from CPU to GPU asks for a state that was never saved."""
+    first = train(small_run())
+    shutil.rmtree(first / "hf")
+    other = {"cpu": torch.get_rng_state(), "xpu": torch.ones(3)}
+    monkeypatch.setattr("trainer.checkpoint._rng_state", lambda device: other)
+    assert (train(small_run()) / "hf").is_dir()
 
 
 def test_never_does_not_write_over_a_run(small_run):

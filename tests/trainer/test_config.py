@@ -33,6 +33,12 @@ def test_yaml_sets_what_it_says():
     assert config.trainer.output_dir == "outputs/test"
 
 
+def test_a_list_of_one_needs_no_brackets():
+    config = resolved("data.train_files=a.jsonl", "trainer.logger=wandb")
+    assert config.data.train_files == ["a.jsonl"]
+    assert config.trainer.logger == ["wandb"]
+
+
 def test_the_published_command_line_is_understood():
     config = resolved(
         "data.micro_batch_size_per_gpu=4",
@@ -53,7 +59,9 @@ def test_the_published_command_line_is_understood():
         ({"optim": {"lrr": 1}}, r"optim\.lrr: no such setting; did you mean optim\.lr"),
         ({"optmi": {"lr": 1}}, r"optmi: no such setting; did you mean optim"),
         ({"optim": {"lr": "fast"}}, r"optim\.lr: Value 'fast'"),
-        ({"data": {"train_files": "a.jsonl"}}, r"data\.train_files"),
+        ({"data": {"train_files": 5}}, r"data\.train_files"),
+        ({"seed": -1}, r"seed=-1: must not be negative"),
+        ({"sampling": {"seed": -1}}, r"sampling\.seed=-1: must not be negative"),
         ({"trainer": {"logger": ["wand"]}}, r"trainer\.logger=\['wand'\]: choose from console, wandb"),
         ({"optim": {"lr": 0}}, r"optim\.lr=0\.0: must be positive"),
         ({"optim": {"betas": [0.9]}}, r"optim\.betas=\[0\.9\]: must be two numbers"),
