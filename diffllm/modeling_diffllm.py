@@ -189,6 +189,8 @@ class DiffLLM(nn.Module):
             if not (self.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
         }
         save_torch_state_dict(published, directory)
+        for file in directory.glob("*.safetensors"):
+            file.chmod(0o644)  # the library leaves them readable by their owner alone
         dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
         (directory / "config.json").write_text(json.dumps({**self.published, "dtype": dtype}, indent=2) + "\n")
         GenerationConfig(

@@ -13,8 +13,8 @@ _NOISE = 3  # first word of the keys; the data road has 1 and 2
 class ForwardProcess:
     """Noises a batch. A row's noise is a pure function of (seed, epoch, sample index).
 
-    Neither rank nor worker, micro-batch, padding or wall time enter, so a run sees the same x_t in any layout and after
-    any resume.
+    With stratified t its place in the global batch enters too. Neither rank nor worker, micro-batch, padding or wall
+    time do, so a run sees the same x_t in any layout and after any resume.
     """
 
     def __init__(self, config: DiffusionConfig, mask_token_id: int, seed: int):

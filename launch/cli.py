@@ -1,6 +1,5 @@
 """The command line of the root scripts: Hydra composes, `resolve` checks, one function runs."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -8,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha1
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,12 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
+from launch import ROOT
 from trainer.config import Config, field_names, nearest, resolve
 from trainer.world import ranks_from_environment
 
-ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-PACKAGES = ("data", "diffllm", "sampling", "trainer")
 
 # Plain values, not the dataclasses: a wrong one is then reported by `resolve`, the same way wherever it came from.
 ConfigStore.instance().store("defaults", OmegaConf.to_container(OmegaConf.structured(Config)))
@@ -61,7 +58,6 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
         transformers_logging.set_verbosity_error()
         sys.argv[1:] = map(quote_prompt, sys.argv[1:])
         with user_errors(debug):
-            check_checkout()
             check_arguments(sys.argv[1:])
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
             composed()
@@ -85,19 +81,6 @@ def user_errors(debug: bool) -> Iterator[None]:
             time.sleep(3)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def check_checkout() -> None:
-    """Refuse packages of another checkout or of another project: their names are common.
-
-    Raises:
-        ValueError: a package would be imported from elsewhere; both places are named.
-    """
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        place = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if place != ROOT / package:
-            raise ValueError(f"package '{package}' would come from {place}, expected {ROOT / package}")
 
 
 def quote_prompt(argument: str) -> str:

@@ -18,8 +18,9 @@ from trainer import checkpoint
 from trainer.build import build_lr_schedule, build_model, build_optimizer, build_rows, shard
 from trainer.checkpoint import TrainingState
 from trainer.config import Config, differences, share_of, to_dict, total_steps
+from trainer.forward import forward
 from trainer.metrics import MetricsLog
-from trainer.validation import forward, validate
+from trainer.validation import validate
 from trainer.world import World
 
 VAL_SEED = 0

@@ -7,6 +7,7 @@ import torch
 
 from data.loader import Batch
 from diffllm import DiffLLM
+from trainer.forward import forward
 from trainer.world import World
 
 T_BUCKETS = 4
@@ -51,10 +52,3 @@ def validate(model: DiffLLM, batches: Iterable[Batch], world: World) -> dict[str
             if counts[i]
         },
     }
-
-
-def forward(model: DiffLLM, batch: Batch, world: World):
-    """Restore a batch's masked tokens on this rank's device."""
-    padded = not bool(batch["attention_mask"].all())
-    names = ("x_t", "input_ids", "masked") + (("attention_mask", "position_ids") if padded else ())
-    return model(*(batch[name].to(world.device, non_blocking=True) for name in names))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -84,10 +85,16 @@ def test_a_sweep_under_torchrun_is_refused(script, monkeypatch):
     assert_one_line(script("train.py", "-m", "optim.lr=1,2"), "python train.py -m")
 
 
-def test_packages_of_another_checkout_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match=rf"'data' would come from {ROOT / 'data'}, expected {tmp_path / 'data'}"):
-        cli.check_checkout()
+def test_packages_of_another_checkout_are_refused(tmp_path):
+    """A script beside its own `launch`, but with the other packages of this checkout."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    shutil.copy(ROOT / "train.py", tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    expected = f"error: package 'data' would come from {ROOT / 'data'}, expected {tmp_path / 'data'}"
+    assert done.stderr.strip() == expected
 
 
 def test_a_typo_in_a_yaml_file(script, monkeypatch, tmp_path):
