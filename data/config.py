@@ -26,6 +26,7 @@ class DataConfig:
     gradient_accumulation_steps: int | None = None  # forwards of one optimizer step
     enable_perbatch_cutoff: bool = True  # shorten each global batch; false pads every row to max_length
     perbatch_cutoff_type: str = "random_with_input_pad"  # min_pad | random | random_with_input_pad
+    group_by_length: bool = False  # rows of like length share a batch: less padding, a less random order
     resp_cutoff_ratio: float = 0.0  # share of the batches that lose a random tail
     num_workers: int = 1  # loader processes of each rank
 

@@ -55,8 +55,8 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
 
     Returns:
         input_ids [B, L]; maskable [B, L], the response part, without padding behind a response that was cut when it was
-        tokenized; attention_mask [B, L], 0 at left padding; position_ids
-        [B, L], counting the attended tokens (1 at padding, as in Dream); sample_index [B].
+        tokenized; attention_mask [B, L], 0 at left padding; position_ids [B, L], counting the attended tokens (1 at
+        padding, as in Dream); sample_index [B]; row_tokens [B], the row's own tokens that are left, padding excluded.
     """
     kept = rows.prompt_lengths[samples] + widths
     L = int(kept.max())
@@ -77,4 +77,5 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
         "attention_mask": attended.astype(np.int64),
         "position_ids": np.where(attended, columns - first, 1),
         "sample_index": samples,
+        "row_tokens": np.minimum(kept, rows.lengths[samples]),
     }

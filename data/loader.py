@@ -1,5 +1,6 @@
 """Batches as pure functions of their number, so that a position is one integer and resuming is exact."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class TrainBatches(Dataset):
         self.rows, self.config, self.share = rows, config, share
         self.eos_token_id, self.noise, self.seed = eos_token_id, noise, seed
         self.steps_per_epoch = len(rows) // share.global_batch_size
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, step: int) -> list[Batch]:
         epoch, samples, widths = self.plan(step)
@@ -67,8 +69,7 @@ class TrainBatches(Dataset):
     def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Epoch, sample indices [B] and response widths [B] of a step's global batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(len(self.rows))
-        samples = order[step_in_epoch * self.share.global_batch_size :][: self.share.global_batch_size]
+        samples = self.order(epoch)[step_in_epoch * self.share.global_batch_size :][: self.share.global_batch_size]
         widths = response_widths(
             self.rows.prompt_lengths[samples],
             self.rows.response_lengths[samples],
@@ -76,6 +77,16 @@ class TrainBatches(Dataset):
             np.random.default_rng((_CUT, self.seed, epoch, step_in_epoch)),
         )
         return epoch, samples, widths
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Sample indices in the order of an epoch; that of the last one asked for is kept."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng((_ORDER, self.seed, epoch))
+            order = rng.permutation(len(self.rows))
+            if self.config.group_by_length:
+                order = group_by_length(order, self.rows.lengths, self.share.global_batch_size, rng)
+            self._epoch, self._order = epoch, order
+        return self._order
 
     def loader(self, steps: range) -> DataLoader:
         """Iterate over steps, made ahead of time in worker processes."""
@@ -87,7 +98,33 @@ class TrainBatches(Dataset):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
         )
+
+
+def group_by_length(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator, pool: int = 50
+) -> np.ndarray:
+    """Reorder whole batches so that rows of like length share one.
+
+    Each `pool` batches in a row are sorted by length and cut into batches again. Batches then come in random order, and
+    so do the rows within, since a rank's rows are neighbours and ranks should have the same work.
+
+    Args:
+        order: sample indices; those that do not fill a batch are left out.
+        lengths: [rows] tokens.
+    """
+    whole = order[: len(order) // batch_size * batch_size]
+    pools = np.split(whole, range(pool * batch_size, len(whole), pool * batch_size))
+    batches = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]).reshape(-1, batch_size)
+    rng.shuffle(batches)
+    return rng.permuted(batches, axis=1).ravel()
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave it to the rank to react when a cluster asks the whole process group to stop."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class ValBatches:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha1
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,18 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    def fingerprint(self) -> str:
+        """Tells these rows, in this order, from any others."""
+        digest = sha1(self.prompt_lengths.tobytes())
+        for ids in self.input_ids:
+            digest.update(ids.tobytes() + b"/")
+        return digest.hexdigest()
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

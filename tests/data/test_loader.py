@@ -171,3 +171,41 @@ def test_validation_visits_every_row_once_on_equally_many_batches(ranks):
     ]
     assert sorted(counted) == list(range(10))
     assert sum(int(batch["maskable"].sum()) for batches in per_rank for batch in batches) == ROWS.response_lengths.sum()
+
+
+class TestGroupByLength:
+    ROWS = make_rows([2] * 64, list(np.random.default_rng(0).permutation(np.arange(2, 14)).tolist() * 6)[:64])
+
+    def plans(self, **settings):
+        [train] = batches(micro=8, rows=self.ROWS, **settings)
+        return [train.plan(step)[1] for step in range(train.steps_per_epoch)]
+
+    def test_every_row_comes_once_and_like_lengths_together(self):
+        spread = {}
+        for grouped in (False, True):
+            plans = self.plans(group_by_length=grouped)
+            assert sorted(np.concatenate(plans)) == list(range(64))
+            spread[grouped] = np.mean([np.ptp(self.ROWS.lengths[samples]) for samples in plans])
+        assert spread[True] < 0.3 * spread[False]
+
+    def test_neither_batches_nor_rows_in_them_are_sorted(self):
+        lengths = np.array([self.ROWS.lengths[samples] for samples in self.plans(group_by_length=True)])
+        assert (np.diff(lengths.mean(axis=1)) < 0).any()
+        assert (np.diff(lengths, axis=1) < 0).any()
+
+    def test_the_order_is_the_same_on_any_ranks_and_at_any_step(self):
+        layouts = [
+            by_slot(5, batches(ranks, micro, rows=self.ROWS, group_by_length=True)) for ranks, micro in ((1, 8), (4, 2))
+        ]
+        assert layouts[0] == layouts[1]
+
+
+def test_row_tokens_count_neither_padding_nor_what_was_cut():
+    batch = assemble(ROWS, np.array([0, 1]), np.array([2, 6]), EOS)
+    assert batch["row_tokens"].tolist() == [3 + 2, 5 + 2]
+
+
+def test_the_fingerprint_tells_rows_apart():
+    same, longer, moved = (make_rows([3, 4], lengths) for lengths in ([2, 2], [2, 3], [3, 1]))
+    assert same.fingerprint() == make_rows([3, 4], [2, 2]).fingerprint()
+    assert len({rows.fingerprint() for rows in (same, longer, moved)}) == 3
