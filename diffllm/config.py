@@ -6,6 +6,8 @@ FAMILY_NAMES = ("dream", "llada")
 T_SAMPLERS = ("stratified", "uniform")
 TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
+LOSS_KERNELS = ("chunked", "liger")
+RECOMPUTED = ("full", "selective")
 
 
 @dataclass
@@ -28,8 +30,14 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # one matrix reads and writes tokens
     initializer_range: float = 0.02  # standard deviation of fresh weights
     vocab_size: int | None = None  # null takes the tokenizer's
-    enable_gradient_checkpointing: bool = False  # recompute each layer in the backward pass
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2 (extra `flash`)
+    enable_gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
+    recompute: str = "full"  # then: full, whole layers | selective, all but matrix products and attention
+    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2 (extra `flash`), which forwards unpadded rows
+    loss_kernel: str = "chunked"  # chunked, on any device | liger, Triton (extra `liger`)
+    compile: bool = False  # torch.compile each layer
+    lora_rank: int = 0  # train adapters of this rank instead of the weights; 0 trains the weights
+    lora_alpha: float = 16.0  # adapters count alpha / rank times
+    target_modules: str = "all-linear"  # adapted: all-linear, or names of linear layers joined by commas: q_proj,v_proj
 
     def __post_init__(self) -> None:
         if self.family not in FAMILY_NAMES:
@@ -44,6 +52,13 @@ class ModelConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        for field, allowed in (("loss_kernel", LOSS_KERNELS), ("recompute", RECOMPUTED)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"model.{field}={getattr(self, field)}: choose one of {', '.join(allowed)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"model.lora_rank={self.lora_rank}: must not be negative")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"model.lora_alpha={self.lora_alpha}: must be positive")
         if self.initializer_range <= 0:
             raise ValueError(f"model.initializer_range={self.initializer_range}: must be positive")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:

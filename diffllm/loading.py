@@ -1,6 +1,7 @@
 """Models from checkpoints, or from scratch."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from diffllm.config import ModelConfig
-from diffllm.families import FAMILIES, family_of
+from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
 
 
@@ -26,12 +27,7 @@ def load_model(
             another shape than config.json says.
     """
     source = str(path_or_name)
-    try:
-        published, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model.path={source}: no readable config.json there ({_first_line(error)})") from error
-    _check_ids(published, source)
-    family = family_of(published, source)
+    published, family = _read_config(source)
     try:
         lm, report = family.model_class.from_pretrained(
             source,
@@ -46,18 +42,60 @@ def load_model(
         raise ValueError(_not_installed(attn_implementation)) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.path={source}: the weights cannot be read ({_first_line(error)})") from error
+    check_weights(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    return DiffLLM(lm, family, published)
+
+
+def empty_model(
+    path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> DiffLLM:
+    """The model of a checkpoint without its weights, which are on the meta device; buffers are real.
+
+    Raises:
+        ValueError: as `load_model`, as far as config.json goes.
+    """
+    published, family = _read_config(str(path_or_name))
+    try:
+        with torch.device("meta"):
+            lm = family.model_class._from_config(
+                family.config(published), dtype=dtype, attn_implementation=attn_implementation
+            )
+    except ImportError as error:
+        raise ValueError(_not_installed(attn_implementation)) from error
+    decoder = lm.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)  # its frequencies are in no file
+    return DiffLLM(lm, family, published)
+
+
+def check_weights(
+    source: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]
+) -> None:
+    """Refuse weights that are not those of config.json.
+
+    Args:
+        mismatched: (name, shape in the file, shape by the config).
+
+    Raises:
+        ValueError: naming all of them.
+    """
+    shapes = [f"{name} is {tuple(there)} in the file, {tuple(here)} by the config" for name, there, here in mismatched]
     problems = [
-        f"{kind}: {', '.join(sorted(map(_weight, report[key])))}"
-        for kind, key in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("of another shape", "mismatched_keys"),
-        )
-        if report[key]
+        f"{kind}: {', '.join(sorted(names))}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
     ]
     if problems:
         raise ValueError(f"{source}: the weights do not fit config.json. {'; '.join(problems)}")
-    return DiffLLM(lm, family, published)
+
+
+def _read_config(source: str) -> tuple[dict[str, Any], Family]:
+    """config.json of a checkpoint and its family."""
+    try:
+        published, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model.path={source}: no readable config.json there ({_first_line(error)})") from error
+    _check_ids(published, source)
+    return published, family_of(published, source)
 
 
 def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
@@ -123,13 +161,6 @@ def _check_ids(published: dict[str, Any], source: str) -> None:
     mask = published["mask_token_id"]
     if mask in (published.get("pad_token_id"), published["eos_token_id"]):
         raise ValueError(f"{source}: config.json uses token {mask} as mask and as padding or end")
-
-
-def _weight(name: str | tuple) -> str:
-    """A weight's name, with its two shapes where Transformers reports them."""
-    return (
-        name if isinstance(name, str) else f"{name[0]} is {tuple(name[1])} in the file, {tuple(name[2])} by the config"
-    )
 
 
 def _not_installed(attn_implementation: str) -> str:

@@ -1,60 +1,122 @@
-"""The loss: cross entropy of the masked tokens, weighted and normalised."""
+"""The loss: weighted cross entropy of the masked tokens, with its gradient made on the way."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from diffllm.config import DiffusionConfig
 
 LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
 
 
-def masked_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy through the vocabulary projection, a chunk of positions at a time.
+class Focal(NamedTuple):
+    """Token reweighting: nll becomes alpha·(1 - p)^gamma·nll with p = exp(-nll), which plays down what is known.
 
-    Only one chunk's logits exist at any moment: the backward pass computes them again.
+    The focal loss (arXiv 1708.02002, eq. 5).
+    """
+
+    alpha: float
+    gamma: float
+
+    def __call__(self, nll: Tensor) -> Tensor:
+        return self.alpha * (1 - torch.exp(-nll)) ** self.gamma * nll
+
+    def derivative(self, nll: Tensor) -> Tensor:
+        """d/d nll: alpha·(1 - p)^gamma + alpha·gamma·(1 - p)^(gamma - 1)·p·nll."""
+        p = torch.exp(-nll)
+        # Written with nll/(1 - p), which tends to 1 where p does, so that no gamma divides 0 by 0.
+        ratio = torch.where(nll > 0, nll / -torch.expm1(-nll), 1.0)
+        return self.alpha * (1 - p) ** self.gamma * (1 + self.gamma * p * ratio)
+
+
+def focal_of(config: DiffusionConfig) -> Focal | None:
+    """The token reweighting that a configuration asks for."""
+    return Focal(config.token_reweighting_alpha, config.token_reweighting_gamma) if config.token_reweighting else None
+
+
+def masked_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, focal: Focal | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ weight·nll through the vocabulary projection, a chunk of positions at a time.
+
+    Weights are known before the forward pass, and with them the gradient of every logit. So it is made and used while
+    the chunk's logits are there: they exist once, are never kept and never computed again.
 
     Args:
-        head: projects [n, D] to logits [n, V].
         hidden: [N, D] states that predict the masked tokens.
+        head: [V, D] vocabulary projection.
         targets: [N] clean tokens.
+        weights: [N] float32, the denominator of the loss included.
+        focal: token reweighting.
 
     Returns:
-        nll [N] in float32 and correct [N], whether the most likely token is the target.
+        The loss, a float32 scalar; nll [N] in float32 and correct [N], whether the most likely token is the target,
+        both without gradient.
     """
-    chunk = max(1, LOGITS_PER_CHUNK // vocab_size)
-    if len(hidden) <= chunk:
-        return _cross_entropy(head, hidden, targets)
-    pieces = [
-        checkpoint(_cross_entropy, head, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    nll, correct = zip(*pieces, strict=True)
-    return torch.cat(nll), torch.cat(correct)
+    return _MaskedLoss.apply(hidden, head, targets, weights, focal, torch.is_grad_enabled())
 
 
-def _cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    nll = F.cross_entropy(logits, targets, reduction="none")
-    return nll, logits.detach().argmax(-1) == targets
+def weighted_sum(nll: Tensor, weights: Tensor, focal: Focal | None = None) -> Tensor:
+    """Σ weight·nll over the masked positions, the numerator of the loss."""
+    return (weights * (nll if focal is None else focal(nll))).sum()
 
 
-def weighted_sum(nll: Tensor, weights: Tensor, config: DiffusionConfig) -> Tensor:
-    """Σ weight·nll over the masked positions, the numerator of the loss.
+def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`masked_loss` by Liger's Triton kernel (arXiv 2410.10989), which makes the logits again in the backward pass.
 
-    With token reweighting nll becomes alpha·(1 - exp(-nll))^gamma·nll: the focal loss (arXiv 1708.02002, eq. 5), which
-    plays down what the model already knows.
-
-    Args:
-        nll: [N].
-        weights: [N] time reweighting.
+    Raises:
+        ValueError: it is not installed.
     """
-    if config.token_reweighting:
-        focal = (1 - torch.exp(-nll)) ** config.token_reweighting_gamma
-        nll = config.token_reweighting_alpha * focal * nll
-    return (weights * nll).sum()
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise ValueError("model.loss_kernel=liger is not installed: pip install 'diffllm[liger]'") from error
+
+    def liger_loss(hidden, head, targets, weights, focal=None):
+        output = liger_fused_linear_cross_entropy(
+            hidden, head, targets, reduction="none", return_predicted_tokens=True, accum_dtype=torch.float32
+        )
+        nll = output.loss.float()
+        return weighted_sum(nll, weights, focal), nll.detach(), output.predicted_tokens == targets
+
+    return liger_loss
+
+
+class _MaskedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights, focal, training):
+        hidden_needs, head_needs = (training and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if hidden_needs else None
+        grad_head = torch.zeros_like(head) if head_needs else None
+        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+        correct = targets.new_empty(len(hidden), dtype=torch.bool)
+        size = max(1, LOGITS_PER_CHUNK // len(head))
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            h, y = hidden[chunk], targets[chunk, None]
+            logits = (h @ head.T).float()
+            highest, likeliest = logits.max(-1, keepdim=True)
+            correct[chunk] = (likeliest == y).squeeze(-1)
+            target = logits.gather(-1, y)
+            p = logits.sub_(highest).exp_()
+            total = p.sum(-1, keepdim=True)
+            nll[chunk] = (total.log() + highest - target).squeeze(-1)
+            if not (hidden_needs or head_needs):
+                continue
+            # d loss / d logits = slope·(softmax - onehot)
+            slope = weights[chunk] if focal is None else weights[chunk] * focal.derivative(nll[chunk])
+            grad = p.mul_(slope[:, None] / total).scatter_add_(-1, y, -slope[:, None]).to(h.dtype)
+            if hidden_needs:
+                torch.mm(grad, head, out=grad_hidden[chunk])
+            if head_needs:
+                grad_head.addmm_(grad.T, h)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(nll, correct)
+        return weighted_sum(nll, weights, focal), nll, correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
+        return *scaled, None, None, None, None

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffllm.families import Family
-from diffllm.loss import masked_cross_entropy
+from diffllm.loss import Focal, masked_loss
 from diffllm.tokenizer import save_tokenizer
 from sampling import SampleOutput, SamplingConfig, sample
 
 
 class Restored(NamedTuple):
-    """What the model makes of the N masked positions."""
+    """What the model makes of the N masked positions. Only the loss carries a gradient."""
 
+    loss: Tensor  # scalar, Σ weight·nll, float32
     nll: Tensor  # [N] negative log-likelihood of the clean tokens, float32
     correct: Tensor  # [N] whether the most likely token is the clean one
 
@@ -31,6 +33,8 @@ class DiffLLM(nn.Module):
         family: the published format it belongs to.
         published: its config.json in that format, which is what `save_pretrained` writes.
         mask_token_id, pad_token_id, eos_token_id: from that config.
+        unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
+        masked_loss: `diffllm.loss.masked_loss`, or another with the same arguments.
     """
 
     def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any]):
@@ -45,6 +49,8 @@ class DiffLLM(nn.Module):
         self.eos_token_id: int = published["eos_token_id"]
         pad = published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.unpad = "flash" in lm.config._attn_implementation
+        self.masked_loss = masked_loss
 
     @property
     def device(self) -> torch.device:
@@ -55,20 +61,24 @@ class DiffLLM(nn.Module):
         x_t: Tensor,
         x_0: Tensor,
         masked: Tensor,
+        weights: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        focal: Focal | None = None,
     ) -> Restored:
-        """Likelihood of the clean tokens under the masks; the head sees the masked positions only.
+        """Loss and likelihood of the clean tokens under the masks; the head sees the masked positions only.
 
         Args:
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
             masked: [B, L] bool, the N positions to restore.
+            weights: [B, L] float32, of each masked token in the loss.
             attention_mask: [B, L], 0 at left padding; None where no row is padded.
             position_ids: [B, L]; None counts from the first column.
+            focal: token reweighting.
         """
         hidden = self._hidden(x_t, attention_mask, position_ids, masked)
-        return Restored(*masked_cross_entropy(self.lm.lm_head, hidden, x_0[masked], self.lm.config.vocab_size))
+        return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[masked], weights[masked], focal))
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -98,13 +108,27 @@ class DiffLLM(nn.Module):
 
     def _hidden(self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, where: Tensor) -> Tensor:
         """[N, D] states that predict the tokens at the N positions of `where` [B, L]."""
-        hidden = self.lm.get_decoder()(
-            input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids
-        ).last_hidden_state
         row, column = where.nonzero(as_tuple=True)
         if self.family.shift:
             column = (column - 1).clamp(min=0)
+        decoder = self.lm.get_decoder()
+        if self.unpad and attention_mask is not None:
+            attended = attention_mask.bool()
+            one_row = {"input_ids": x_t[attended][None], "position_ids": position_ids[attended][None]}
+            hidden = decoder(**one_row, **self._row_bounds(attended)).last_hidden_state[0]
+            return hidden[attended.flatten().cumsum(0).view_as(attended)[row, column] - 1]
+        hidden = decoder(input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids).last_hidden_state
         return hidden[row, column]
+
+    def _row_bounds(self, attended: Tensor) -> dict[str, Any]:
+        """What keeps the tokens of one row from attending to those of another, as the attention takes it."""
+        lengths = attended.sum(-1)
+        if "flash" in self.lm.config._attn_implementation:
+            bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            longest = int(lengths.max())
+            return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        return {"attention_mask": (row[:, None] == row)[None, None]}
 
     def diffusion_generate(
         self,

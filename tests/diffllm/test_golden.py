@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffllm import DiffusionConfig
-from diffllm.loss import weighted_sum
+from diffllm.loss import focal_of, weighted_sum
 from diffllm.weights import time_weights
 from tests.conftest import GOLDEN
 
@@ -47,7 +47,7 @@ def test_llada_logits(llada):
 def test_nll_of_the_masked_tokens(dream):
     x_0, masked = DREAM["loss.x_0"], DREAM["loss.masked"]
     x_t = x_0.masked_fill(masked, dream.mask_token_id)
-    restored = dream(x_t, x_0, masked)
+    restored = dream(x_t, x_0, masked, masked.float())
     torch.testing.assert_close(restored.nll, DREAM["loss.nll"][masked], rtol=1e-6, atol=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_losses(case):
     )
     masked = DREAM["loss.masked"]
     weights = time_weights(DREAM["loss.t"], masked, torch.ones_like(masked), config)
-    total = weighted_sum(DREAM["loss.nll"][masked], weights[masked], config).item()
+    total = weighted_sum(DREAM["loss.nll"][masked], weights[masked], focal_of(config)).item()
     assert total == pytest.approx(case["weighted_sum"], rel=1e-6)
     assert total / masked.sum().item() == pytest.approx(case["loss"], rel=1e-6)
 

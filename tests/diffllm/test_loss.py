@@ -1,46 +1,82 @@
-"""The chunked cross entropy against the plain one."""
+"""The fused loss against autograd through full logits."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from diffllm import DiffusionConfig, loss
-from diffllm.loss import masked_cross_entropy, weighted_sum
+from diffllm import loss
+from diffllm.loss import Focal, masked_loss, weighted_sum
+
+V, D, N = 50, 8, 23
 
 
-def test_chunks_change_neither_value_nor_gradient(monkeypatch):
-    torch.manual_seed(0)
-    V, D, N = 50, 8, 23
-    results = []
-    for chunk in (N, 5):
-        monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * V)
-        torch.manual_seed(1)
-        head = torch.nn.Linear(D, V, bias=False)
-        hidden = torch.randn(N, D, requires_grad=True)
-        targets = torch.randint(V, (N,))
-        nll, correct = masked_cross_entropy(head, hidden, targets, V)
-        (nll * torch.arange(N)).sum().backward()
-        results.append((nll.detach(), correct, hidden.grad, head.weight.grad))
-        torch.testing.assert_close(nll, F.cross_entropy(head(hidden), targets, reduction="none"))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(whole, chunked)
+def by_autograd(hidden, head, targets, weights, focal):
+    """The loss as its definition says, all logits at once."""
+    logits = (hidden @ head.T).float()
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    return weighted_sum(nll, weights, focal), nll, logits.argmax(-1) == targets
+
+
+def value_and_gradients(kernel, dtype, focal, frozen=()):
+    torch.manual_seed(1)
+    hidden, head = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    hidden.requires_grad_("hidden" not in frozen)
+    head.requires_grad_("head" not in frozen)
+    total, nll, correct = kernel(hidden, head, torch.randint(V, (N,)), torch.rand(N), focal)
+    (total / 3).backward()
+    return total.detach(), nll.detach(), correct, hidden.grad, head.grad
+
+
+@pytest.mark.parametrize("chunk", [N, 5, 1])
+@pytest.mark.parametrize("focal", [None, Focal(0.25, 2.0), Focal(1.0, 0.0), Focal(1.0, 0.5)])
+def test_value_and_gradient_are_those_of_autograd(monkeypatch, chunk, focal):
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * V)
+    for ours, theirs in zip(
+        value_and_gradients(masked_loss, torch.float32, focal),
+        value_and_gradients(by_autograd, torch.float32, focal),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_is_as_near_to_float32_as_autograd_is(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 12 * V)
+    for ours, theirs in zip(
+        value_and_gradients(masked_loss, torch.bfloat16, None),
+        value_and_gradients(by_autograd, torch.bfloat16, None),
+        strict=True,
+    ):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    *_, hidden, head = value_and_gradients(masked_loss, torch.float32, None, frozen=[frozen])
+    assert (hidden is None, head is None) == (frozen == "hidden", frozen == "head")
+
+
+def test_the_focal_gradient_of_a_token_that_is_known_for_sure():
+    nll = torch.tensor([0.0, 1e-12, 200.0])
+    assert Focal(0.25, 2.0).derivative(nll).tolist() == pytest.approx([0, 0, 0.25])
+    assert Focal(0.25, 0.5).derivative(nll).isfinite().all()
 
 
 def test_no_masked_token_gives_a_gradient_of_zero(small_model):
     x = torch.arange(8)[None]
-    restored = small_model(x, x, torch.zeros_like(x, dtype=torch.bool))
+    restored = small_model(x, x, torch.zeros_like(x, dtype=torch.bool), torch.zeros(x.shape))
     assert restored.nll.shape == (0,)
-    restored.nll.sum().backward()
+    restored.loss.backward()
     assert all(not parameter.grad.any() for parameter in small_model.parameters())
 
 
 def test_only_masked_positions_reach_the_head(small_model):
     seen = []
-    small_model.lm.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    small_model.masked_loss = lambda hidden, *rest: (seen.append(len(hidden)), *masked_loss(hidden, *rest))[1:]
     x = torch.arange(20).reshape(2, 10)
     masked = torch.zeros_like(x, dtype=torch.bool)
     masked[0, 3:6] = True
-    small_model(x.masked_fill(masked, small_model.mask_token_id), x, masked)
+    small_model(x.masked_fill(masked, small_model.mask_token_id), x, masked, masked.float())
     assert seen == [3]
 
 
@@ -48,25 +84,44 @@ def test_the_embedding_of_the_end_of_sequence_learns(small_model):
     """It is the padding token too, whose embedding Transformers would freeze."""
     x_0 = torch.tensor([[1, 2, 3, small_model.eos_token_id]])
     masked = torch.tensor([[False, False, True, False]])
-    small_model(x_0.masked_fill(masked, small_model.mask_token_id), x_0, masked).nll.sum().backward()
+    small_model(x_0.masked_fill(masked, small_model.mask_token_id), x_0, masked, masked.float()).loss.backward()
     assert small_model.lm.get_input_embeddings().weight.grad[small_model.eos_token_id].any()
 
 
 def test_focal_reweighting():
-    nll, config = torch.tensor([0.5, 2.0]), DiffusionConfig(token_reweighting=True)
+    nll = torch.tensor([0.5, 2.0])
     expected = sum(w * 0.25 * (1 - torch.exp(-x)) ** 2 * x for w, x in zip((1.0, 3.0), nll, strict=True))
-    assert weighted_sum(nll, torch.tensor([1.0, 3.0]), config).item() == pytest.approx(expected.item())
+    assert weighted_sum(nll, torch.tensor([1.0, 3.0]), Focal(0.25, 2.0)).item() == pytest.approx(expected.item())
 
 
-def test_a_left_padded_row_has_the_loss_of_the_row_alone(small_model):
-    x = torch.arange(10)[None]
-    masked = torch.zeros_like(x, dtype=torch.bool)
-    masked[0, 4:] = True
-    x_t = x.masked_fill(masked, small_model.mask_token_id)
-    pad = torch.nn.functional.pad
-    attention_mask = pad(torch.ones_like(x), (3, 0))
+def left_padded_rows(model):
+    """Three rows of 10, 7 and 4 tokens, the last 3 of each masked, on one canvas of 10."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([10, 7, 4])
+    attention_mask = (torch.arange(10) >= 10 - lengths[:, None]).long()
+    x_0 = torch.randint(200, (3, 10)) * attention_mask
+    masked = (torch.arange(10) >= 7).expand(3, 10)
     position_ids = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+    return x_0.masked_fill(masked, model.mask_token_id), x_0, masked, masked.float(), attention_mask, position_ids
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_a_left_padded_row_has_the_loss_of_the_row_alone(small_model, unpad):
+    small_model.unpad = unpad
+    batch = left_padded_rows(small_model)
     with torch.no_grad():
-        alone = small_model(x_t, x, masked).nll
-        padded = small_model(pad(x_t, (3, 0)), pad(x, (3, 0)), pad(masked, (3, 0)), attention_mask, position_ids).nll
-    torch.testing.assert_close(alone, padded, rtol=1e-5, atol=1e-6)
+        together = small_model(*batch).nll.unflatten(0, (3, 3))
+        for row, length in enumerate((10, 7, 4)):
+            alone = small_model(*(tensor[row : row + 1, -length:] for tensor in batch)).nll
+            torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_unpadded_rows_have_the_gradient_of_padded_ones(small_model):
+    gradients = []
+    for unpad in (False, True):
+        small_model.unpad = unpad
+        small_model.zero_grad()
+        small_model(*left_padded_rows(small_model)).loss.backward()
+        gradients.append([parameter.grad for parameter in small_model.parameters()])
+    for padded, unpadded in zip(*gradients, strict=True):
+        torch.testing.assert_close(padded, unpadded, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,62 @@
+"""LoRA (arXiv 2106.09685) through peft: small matrices trained beside frozen weights, and merged into them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffllm.config import ModelConfig
+from diffllm.modeling_diffllm import DiffLLM
+
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
+    """Freeze the model and put adapters beside its linear layers, the same for the same seed. Changes no output yet.
+
+    Raises:
+        ValueError: peft is not installed, or `model.target_modules` names no linear layer of the decoder.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError as error:
+        raise ValueError("model.lora_rank needs peft: pip install 'diffllm[lora]'") from error
+
+    decoder = model.lm.get_decoder()
+    linear = {name.rsplit(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
+    chosen = linear if config.target_modules == "all-linear" else set(config.target_modules.split(","))
+    if unknown := chosen - linear:
+        raise ValueError(
+            f"model.target_modules={config.target_modules}: no linear layer is called {', '.join(sorted(unknown))}; "
+            f"choose all-linear or from {', '.join(sorted(linear))}"
+        )
+    model.requires_grad_(False)
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, decoder)
+        for layer in decoder.modules():
+            if isinstance(layer, LoraLayer):
+                for part in (layer.lora_A, layer.lora_B):  # peft makes them like the weights: in bf16, on meta
+                    part.to_empty(device="cpu").float()
+                layer.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def base_name(name: str) -> str | None:
+    """What a parameter was called before adapters came, None for the adapters' own."""
+    return None if ".lora_" in name else name.replace(_BASE, ".")
+
+
+def merge_lora(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Full tensors of an adapted model into those of a plain one: W + alpha/rank · B·A."""
+    merged = {}
+    for name, tensor in state_dict.items():
+        if (plain := base_name(name)) is None:
+            continue
+        layer, base, _ = name.rpartition(f"{_BASE}weight")
+        if base:
+            delta = state_dict[layer + _B].float() @ state_dict[layer + _A].float()
+            tensor = (tensor.float() + config.lora_alpha / config.lora_rank * delta).to(tensor.dtype)
+        merged[plain] = tensor
+    return merged
