@@ -1,25 +1,28 @@
 """What a run is made of, from its configuration: model, tokenizer, rows, optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.optim import AdamW
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from data import PlacedRow, read_rows
 from data.config import DataConfig
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
+from diffllm.loading import empty_model
 from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
-from trainer.world import World
 
 
 def build_model(
-    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, empty: bool = False
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
     """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in one.
+
+    Args:
+        empty: leave the weights of a checkpoint on the meta device, for `trainer.parallel.shard` to read.
 
     Raises:
         ValueError: see `load_model`, `load_tokenizer`, `check_tokenizer` and `new_model`.
@@ -28,7 +31,8 @@ def build_model(
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
     else:
-        model = load_model(config.path, dtype, config.attn_implementation)
+        load = empty_model if empty else load_model
+        model = load(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
     return model, tokenizer
@@ -41,39 +45,53 @@ def build_rows(config: DataConfig) -> tuple[list[PlacedRow], list[PlacedRow]]:
     return read_rows(config.train_files), read_rows(config.val_files)
 
 
-def shard(model: DiffLLM, world: World, config: Config) -> None:
-    """Split the model over all ranks with FSDP2, layer by layer; gradients are summed, never averaged.
+def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What weights are kept in: float32 if they are trained; beside adapters what they are computed in."""
+    return compute_dtype(config, device) if config.model.lora_rank else torch.float32
 
-    In bf16 the forward and backward see bf16 parameters; gradients are reduced and parameters kept in float32.
-    """
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What the forward and backward pass see parameters in."""
     precision = config.trainer.precision
-    bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    model.to(world.device)
-    if config.model.enable_gradient_checkpointing:
-        model.lm.activation_checkpointing_enable({"use_reentrant": False})
-    layers = model.lm.get_decoder().layers
-    for layer in layers:
-        fully_shard(layer, mp_policy=policy, reshard_after_forward=config.trainer.reshard_after_forward)
-    fully_shard(model, mp_policy=policy)
-    for part in (*layers, model):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
-    model.train()
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
-def build_optimizer(model: DiffLLM, config: OptimConfig) -> AdamW:
-    """AdamW without decay on norms and biases."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    return AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=tuple(config.betas),
-    )
+def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
+    """AdamW over what is trained, without decay on norms and biases.
+
+    Raises:
+        ValueError: 8-bit moments without torchao.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas))
 
 
-def build_lr_schedule(config: OptimConfig, optimizer: AdamW, steps: int) -> Callable[[int], float]:
+def _adamw(name: str) -> type[Optimizer]:
+    if name == "adamw":
+        return AdamW
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optim.name=adamw_8bit needs torchao: pip install 'diffllm[torchao]'") from error
+    return AdamW8bit
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give all groups a learning rate; torchao keeps it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def build_lr_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> Callable[[int], float]:
     """Learning rate by the number of steps done: a function, so that no position has to be kept."""
     schedule = get_scheduler(LR_SCHEDULES[config.lr_schedule], optimizer, warmup_steps(config, steps), steps)
     return lambda done: config.lr * schedule.lr_lambdas[0](done)

@@ -8,17 +8,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from diffllm import DiffLLM
@@ -30,7 +35,10 @@ UNFINISHED = ".unfinished"
 
 @dataclass
 class TrainingState:
-    """All that a step changes. Data position and learning rate are functions of the step, which the manifest holds."""
+    """All that a step changes. Data position and learning rate are functions of the step, which the manifest holds.
+
+    Frozen weights are not part of it: they are read from where the run began.
+    """
 
     model: DiffLLM
     optimizer: Optimizer
@@ -38,7 +46,8 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded tensors and plain values, as dcp takes them; loading into it fills it in place."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
         return {
             "model": model,
             "optimizer": optimizer,
@@ -46,7 +55,13 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),
+        )
         rng = state["rng"][f"rank_{self.world.rank}"]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
@@ -60,40 +75,95 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(directory: Path, step: int, state: TrainingState, manifest: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of a step, then delete older whole ones but the newest `keep`. Collective.
+class Checkpoints:
+    """Saves the checkpoints of a run, one at a time: the next waits for the one before.
 
-    Raises:
-        OSError: it could not be written, as on a full disk; earlier checkpoints are untouched.
+    If `asynchronous`, saving copies the state and writes the copy in the background, while training goes on. A
+    checkpoint becomes visible when all ranks have written theirs, and whole older ones but the newest `keep` are then
+    deleted.
     """
-    target = directory / f"step_{step:08d}"
-    unfinished = _unfinished(target)
-    world = state.world
-    try:
-        world.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-        dcp.save(state.state_dict(), checkpoint_id=unfinished)
-        world.on_main(lambda: _publish(unfinished, target, {"step": step, **manifest}))
-    except (OSError, CheckpointException) as error:
-        if world.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(
-            f"checkpoint of step {step} could not be written to {directory}: {_reason(error)}. "
-            f"Newest whole checkpoint: {find_newest(directory)[0]}. Free space there and start again to resume from it"
-        ) from error
-    world.on_main(lambda: _prune(directory, keep))
 
+    def __init__(self, directory: Path, state: TrainingState, keep: int, asynchronous: bool):
+        self.directory, self.state, self.keep, self.asynchronous = directory, state, keep, asynchronous
+        # Of its own, since it is used at the same time as the trainer's.
+        self._group = dist.new_group(backend="gloo")
+        cuda = state.world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+        )
+        self._pending: Future | None = None
+        self._target, self._manifest = directory, {}  # of what is pending
 
-def _publish(unfinished: Path, target: Path, manifest: dict[str, Any]) -> None:
-    sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-    (unfinished / MANIFEST).write_text(json.dumps({**manifest, "files": sizes}, indent=2))
-    _replace(unfinished, target)
+    def save(self, step: int, manifest: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of a step. Collective.
 
+        Raises:
+            OSError: it, or the one before it, could not be written, as on a full disk; whole ones are untouched.
+        """
+        self.wait()
+        self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
+        self.state.world.on_main(self._discard)
+        state, where = (
+            self.state.state_dict(),
+            {"checkpoint_id": _unfinished(self._target), "process_group": self._group},
+        )
+        if self.asynchronous:
+            self._pending = dcp.async_save(state, async_stager=self._stager, **where)
+            return
+        self._pending = Future()
+        try:
+            self._pending.set_result(dcp.save(state, **where))
+        except (OSError, CheckpointException) as error:
+            self._pending.set_exception(error)
+        self.wait()
 
-def _prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints; what is broken does not count, and stays to be looked at."""
-    whole = [path for path in sorted(directory.glob("step_*")) if find_defect(path) is None]
-    for old in whole[:-keep]:
-        shutil.rmtree(old)
+    def poll(self) -> None:
+        """Make a checkpoint visible as soon as it is written. Rank 0 alone does it: its part ends after all others'."""
+        written = self._pending is not None and self._pending.done() and self._pending.exception() is None
+        if self.state.world.is_main and written:
+            self._publish()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there. Collective.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+            self.state.world.on_main(self._publish)
+        except (OSError, CheckpointException) as error:
+            if self.state.world.is_main:
+                self._discard()
+            raise OSError(
+                f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: "
+                f"{find_newest(self.directory)[0]}. Free space there and start again to resume from it"
+            ) from error
+
+    def close(self) -> None:
+        self.wait()
+        self._stager.close()
+
+    def _discard(self) -> None:
+        shutil.rmtree(_unfinished(self._target), ignore_errors=True)
+
+    def _publish(self) -> None:
+        """Give what is written its name; nothing is left to do if `poll` has done so."""
+        unfinished = _unfinished(self._target)
+        if not unfinished.exists():
+            return
+        sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
+        (unfinished / MANIFEST).write_text(json.dumps({**self._manifest, "files": sizes}, indent=2))
+        _replace(unfinished, self._target)
+        # What is broken does not count, and stays to be looked at.
+        whole = [path for path in sorted(self.directory.glob("step_*")) if find_defect(path) is None]
+        for old in (*whole[: -self.keep], *self.directory.glob(f"*{UNFINISHED}")):
+            shutil.rmtree(old)
 
 
 @contextmanager
@@ -148,7 +218,7 @@ def find_defect(checkpoint: Path) -> str | None:
     if checkpoint.name.endswith(UNFINISHED):
         return "half-written, the run stopped while saving it"
     try:
-        files = read_manifest(checkpoint)["files"]
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, json.JSONDecodeError, KeyError):
         return f"not a checkpoint, {MANIFEST} is missing or unreadable"
     for name, size in files.items():
@@ -159,7 +229,21 @@ def find_defect(checkpoint: Path) -> str | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MANIFEST).read_text())
+    """checkpoint.json of a whole checkpoint.
+
+    Raises:
+        ValueError: a newer version wrote it.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    writer, reader = manifest["versions"]["diffllm"], version("diffllm")
+    if Version(writer) > Version(reader):
+        raise ValueError(f"{checkpoint} was written by diffllm {writer}, this is {reader}: update to go on with it")
+    return manifest
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step_{step:08d}"
 
 
 def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from sampling import SamplingConfig
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 PRECISIONS = ("auto", "bf16", "fp32")
 LOGGERS = ("console", "wandb")
+OPTIMIZERS = ("adamw", "adamw_8bit")
+NONFINITE = ("raise", "skip")
 DEFAULT_MICRO_BATCH_SIZE = 8
 
 
@@ -26,6 +28,7 @@ class OptimConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
+    name: str = "adamw"  # adamw | adamw_8bit, its moments in 8 bits (extra `torchao`)
     lr: float = 1e-5  # the highest learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.01  # on matrices, not on norms and biases
@@ -34,6 +37,8 @@ class OptimConfig:
     warmup_steps_ratio: float = 0.1  # share of the steps in which the learning rate rises
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optim.name={self.name}: choose one of {', '.join(OPTIMIZERS)}")
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr}: must be positive")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -66,16 +71,34 @@ class TrainerConfig:
     keep_checkpoints: int = 2  # older ones are deleted
     resume: str = "auto"  # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
     logger: list[str] = field(default_factory=lambda: ["console"])  # console, wandb; metrics.jsonl is always written
+    async_checkpoints: bool = True  # write them while training goes on, from a copy in the host's memory
+    nonfinite: str = "raise"  # a loss or gradient that is not finite: raise | skip the step
+    max_nonfinite_steps: int = 10  # more skipped ones than this end the run
+    replicate: int = 1  # copies of the model, each sharded over ranks / replicate ranks (HSDP)
+    cpu_offload: bool = False  # keep parameters, gradients and optimizer in the host's memory
+    peak_tflops: float | None = None  # of one device, for perf/mfu; null takes the data sheet's, or measures a product
     reshard_after_forward: bool = True  # free each layer's gathered weights until the backward; false is faster
     precision: str = "auto"  # bf16 parameters in the forward, float32 gradients and optimizer | fp32 | auto: by device
 
     def __post_init__(self) -> None:
-        for name in ("total_epochs", "max_steps", "val_check_interval", "save_checkpoint_steps", "keep_checkpoints"):
+        for name in (
+            "total_epochs",
+            "max_steps",
+            "val_check_interval",
+            "save_checkpoint_steps",
+            "keep_checkpoints",
+            "replicate",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"trainer.{name}={value}: must be at least 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision={self.precision}: choose one of {', '.join(PRECISIONS)}")
+        for name, allowed in (("precision", PRECISIONS), ("nonfinite", NONFINITE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"trainer.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"trainer.max_nonfinite_steps={self.max_nonfinite_steps}: must not be negative")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"trainer.peak_tflops={self.peak_tflops}: must be positive")
         if unknown := set(self.logger) - set(LOGGERS):
             raise ValueError(f"trainer.logger={sorted(unknown)}: choose from {', '.join(LOGGERS)}")
 
@@ -98,6 +121,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
+        if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
+            raise ValueError(
+                "optim.name=adamw_8bit: torchao's moments cannot be copied aside; set trainer.async_checkpoints=false"
+            )
 
 
 def field_names(schema: type = Config, prefix: str = "") -> list[str]:
@@ -142,9 +169,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 # What may differ when a run goes on. None of it changes what a step computes, but for the lr schedule, which follows
 # the length of the run.
 FREE_WHEN_RESUMING = (
-    "model.path",
+    "model.path",  # where training began; adapters go on only with the weights they belong to
     "model.enable_gradient_checkpointing",
+    "model.recompute",
     "model.attn_implementation",
+    "model.loss_kernel",
+    "model.compile",
     "data.train_batch_size",
     "data.micro_batch_size_per_gpu",
     "data.gradient_accumulation_steps",
@@ -161,15 +191,18 @@ FREE_WHEN_RESUMING = (
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What makes a run another one than a saved configuration describes, as `name is A there and B here`."""
 
+    free = set(FREE_WHEN_RESUMING) - ({"model.path"} if config.model.lora_rank else set())
+
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         leaves = {}
         for key, value in tree.items():
             name = prefix + key
-            if name not in FREE_WHEN_RESUMING:
+            if name not in free:
                 leaves |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
         return leaves
 
-    there, here = flat(saved), flat(to_dict(config))
+    # A setting that an older version did not have has its default there.
+    there, here = flat(to_dict(Config())) | flat(saved), flat(to_dict(config))
     return [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in sorted(there.keys() | here.keys())

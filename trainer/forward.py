@@ -2,12 +2,13 @@
 
 from data.loader import Batch
 from diffllm import DiffLLM
+from diffllm.loss import Focal
 from diffllm.modeling_diffllm import Restored
 from trainer.world import World
 
 
-def forward(model: DiffLLM, batch: Batch, world: World) -> Restored:
+def forward(model: DiffLLM, batch: Batch, world: World, focal: Focal | None = None) -> Restored:
     """Restore a batch's masked tokens on this rank's device."""
     padded = not bool(batch["attention_mask"].all())
-    names = ("x_t", "input_ids", "masked") + (("attention_mask", "position_ids") if padded else ())
-    return model(*(batch[name].to(world.device, non_blocking=True) for name in names))
+    names = ("x_t", "input_ids", "masked", "weights") + (("attention_mask", "position_ids") if padded else ())
+    return model(*(batch[name].to(world.device, non_blocking=True) for name in names), focal=focal)

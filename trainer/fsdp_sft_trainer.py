@@ -1,9 +1,10 @@
 """The trainer: supervised fine-tuning of a diffusion language model on FSDP2."""
 
 import math
+import signal
 import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,32 @@ from torch.distributed.tensor import DTensor
 from data import TokenRows, TrainBatches, ValBatches, tokenize
 from data.loader import Batch
 from diffllm import DiffusionConfig, ForwardProcess
-from diffllm.loss import weighted_sum
+from diffllm.lora import add_lora, merge_lora
+from diffllm.loss import focal_of, liger
+from diffllm.modeling_diffllm import Restored
 from trainer import checkpoint
-from trainer.build import build_lr_schedule, build_model, build_optimizer, build_rows, shard
-from trainer.checkpoint import TrainingState
-from trainer.config import Config, differences, share_of, to_dict, total_steps
+from trainer.build import (
+    build_lr_schedule,
+    build_model,
+    build_optimizer,
+    build_rows,
+    compute_dtype,
+    frozen_dtype,
+    set_lr,
+)
+from trainer.checkpoint import Checkpoints, TrainingState
+from trainer.config import Config, share_of, to_dict, total_steps
 from trainer.forward import forward
+from trainer.identity import Identity, find_checkpoint
+from trainer.interruption import Interruption
+from trainer.memory import check_fits
 from trainer.metrics import MetricsLog
+from trainer.nonfinite import FailedStep, keep
+from trainer.parallel import shard
+from trainer.speed import Speed
+from trainer.tally import Tally
 from trainer.validation import validate
-from trainer.world import World
+from trainer.world import World, locked
 
 VAL_SEED = 0
 
@@ -38,10 +56,16 @@ class FSDPSFTTrainer:
         self.output_dir = Path(config.trainer.output_dir)
         share = share_of(config.data, world.rank, world.size)
 
-        self.model, self.tokenizer = build_model(config.model, config.seed)
+        dtype = frozen_dtype(config, world.device)
+        self.model, self.tokenizer = build_model(config.model, config.seed, dtype, empty=True)
+        if config.model.lora_rank:
+            add_lora(self.model, config.model, config.seed)
+        if config.model.loss_kernel == "liger":
+            self.model.masked_loss = liger()
         context = self.model.lm.config.max_position_embeddings
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
+        check_fits(self.model, config, world)
         train, val = self._tokenize()
         eos, mask = self.tokenizer.eos_token_id, self.model.mask_token_id
         noise = ForwardProcess(config.diffusion, mask, config.seed)
@@ -49,11 +73,13 @@ class FSDPSFTTrainer:
         elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask, VAL_SEED)
         self.val_batches = ValBatches(val, share, eos, elbo) if val else None
 
+        self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
+        self.speed = Speed(self.model, world, compute_dtype(config, world.device), config.trainer.peak_tflops)
         shard(self.model, world, config)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
-        self.skipped_steps = 0
+        self.skipped_steps = self.nonfinite_steps = 0
 
     def _tokenize(self) -> list[TokenRows | None]:
         """Training and validation rows; nothing is dropped or cut without saying so."""
@@ -67,91 +93,161 @@ class FSDPSFTTrainer:
         return tokenized
 
     def fit(self) -> None:
-        """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model."""
-        settings = self.config.trainer
-        state = TrainingState(self.model, self.optimizer, self.world)
-        done = self._resume(state)
-        with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
-            loader = self.train_batches.loader(range(done, self.steps))
-            for step, micro_batches in enumerate(loader, start=done + 1):
-                metrics = self.train_step(step, micro_batches)
-                if self._due(step, settings.val_check_interval) and self.val_batches is not None:
-                    metrics |= validate(self.model, self.val_batches, self.world)
-                log.log(step, metrics)
-                if self._due(step, settings.save_checkpoint_steps):
-                    self._save(state, step)
-        self.export(self.output_dir / "hf")
-        self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
+        """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model.
 
-    def train_step(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
+        Asked to stop by a signal, it saves a checkpoint where the step ends and leaves.
+
+        Raises:
+            SystemExit: SIGTERM stopped the run.
+        """
+        settings = self.config.trainer
+        with locked(self.output_dir, self.world), Interruption() as self.interruption:
+            state = TrainingState(self.model, self.optimizer, self.world)
+            done = self._resume(state)
+            directory = self.output_dir / "checkpoints"
+            self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
+            with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
+                finished = self._train(done, log)
+            self.checkpoints.close()
+            if finished:
+                self.export(self.output_dir / "hf")
+                self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
+
+    def _train(self, done: int, log: MetricsLog) -> bool:
+        """Steps after the first `done`, until the last or a signal; whether it was the last."""
+        settings = self.config.trainer
+        batches = iter(self.train_batches.loader(range(done, self.steps)))
+        for step in range(done + 1, self.steps + 1):
+            started = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - started
+            counts = self._count(micro_batches)
+            metrics = self.train_step(step, micro_batches, counts)
+            metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
+            if self._due(step, settings.val_check_interval) and self.val_batches is not None:
+                metrics |= validate(self.model, self.val_batches, self.world)
+            log.log(step, metrics)
+            self.checkpoints.poll()
+            asked = step < self.steps and (counts["SIGTERM"] or counts["SIGUSR1"])
+            if asked or self._due(step, settings.save_checkpoint_steps):
+                self.checkpoints.save(step, self._manifest())
+            if asked:
+                self.checkpoints.wait()
+                self._say(f"stopped by a signal after {step} of {self.steps} steps; the same command goes on from here")
+                if counts["SIGTERM"]:
+                    raise SystemExit(128 + signal.SIGTERM)
+                return False
+        return True
+
+    def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
         """One optimizer step: a function of the parameters and the rows, whatever the layout.
+
+        Args:
+            counts: what `_count` makes of the micro-batches.
 
         Returns:
             Metrics of the step over all ranks.
 
         Raises:
-            FloatingPointError: the gradient is not finite; the parameters are left as they were.
+            FloatingPointError: the loss or the gradient is not finite; the parameters are left as they were.
         """
-        started = time.perf_counter()
-        counts = self._count(micro_batches)
-        norm = counts[self.config.diffusion.loss_norm]
         lr = self.lr_at(step - 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = correct = grad_norm = 0.0
-        if counts["masked"] == 0:
-            self.skipped_steps += 1
-        else:
+        set_lr(self.optimizer, lr)
+        tally, losses, grad_norm = Tally(self.world), [], 0.0
+        norm = counts[self.config.diffusion.loss_norm]
+        if counts["masked"]:
             for batch in micro_batches:
                 self.model.set_requires_gradient_sync(batch is micro_batches[-1])
-                batch_loss, batch_correct = self.compute_loss(batch, norm)
-                batch_loss.backward()
-                loss, correct = loss + batch_loss.detach(), correct + batch_correct
-            grad_norm = self._clip(step)
+                restored = self.compute_loss(batch, norm)
+                restored.loss.backward()
+                losses.append(restored.loss.detach())
+                tally.add(batch, restored, losses[-1])
+            grad_norm = self._clip()
+        metrics = tally.metrics("train")
+        if not counts["masked"]:
+            self.skipped_steps += 1
+        elif math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm):
             self.optimizer.step()
-            self.optimizer.zero_grad()
-            loss, correct = self.world.sum(loss, correct)
+        else:
+            self._refuse(step, micro_batches, losses, norm, grad_norm)
+        self.optimizer.zero_grad()
         return {
-            "train/loss": loss,
-            "train/masked_accuracy": correct / max(counts["masked"], 1),
+            **metrics,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/epoch": step / self.train_batches.steps_per_epoch,
             "train/skipped_steps": self.skipped_steps,
+            "train/nonfinite_steps": self.nonfinite_steps,
             "data/masked_share": counts["masked"] / max(counts["maskable"], 1),
-            "data/padding_share": 1 - counts["attended"] / counts["positions"],
-            "perf/tokens_per_second": counts["attended"] / (time.perf_counter() - started),
+            "data/padding_share": 1 - counts["row_tokens"] / counts["positions"],
         }
 
     def _count(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """What a step holds over all ranks and micro-batches, known before any forward: denominators among them."""
+        """What a step holds over all ranks and micro-batches, known before any forward: denominators among them.
+
+        The signals that came are counted too, so that all ranks learn of them in the same step.
+        """
+        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in micro_batches])
         counts = {
             "masked": sum(batch["masked"].sum() for batch in micro_batches),
             "maskable": sum(batch["maskable"].sum() for batch in micro_batches),
-            "sequence": sum(len(batch["input_ids"]) for batch in micro_batches),
-            "attended": sum(batch["attention_mask"].sum() for batch in micro_batches),
+            "sequence": len(lengths),
+            "attended": lengths.sum(),
+            "pairs": lengths.square().sum(),
+            "row_tokens": sum(batch["row_tokens"].sum() for batch in micro_batches),
             "positions": sum(batch["input_ids"].numel() for batch in micro_batches),
+            **self.interruption.received,
         }
         return dict(zip(counts, self.world.sum(*counts.values()), strict=True))
 
-    def compute_loss(self, batch: Batch, norm: float) -> tuple[Tensor, Tensor]:
-        """A micro-batch's part of the loss, Σ weight·nll / norm, and how many tokens it restores right.
+    def compute_loss(self, batch: Batch, norm: float) -> Restored:
+        """A micro-batch's part of the loss, Σ weight·nll / norm, and what the model makes of the masked tokens.
 
         Args:
             batch: x_t [B, L], input_ids (x_0) [B, L], masked [B, L], weights [B, L], attention_mask, position_ids.
             norm: the denominator of the whole optimizer step.
         """
-        restored = forward(self.model, batch, self.world)
-        weights = batch["weights"][batch["masked"]].to(self.world.device)
-        loss = weighted_sum(restored.nll, weights, self.config.diffusion) / norm
-        return loss, restored.correct.sum()
+        restored = forward(self.model, batch, self.world, focal_of(self.config.diffusion))
+        return restored._replace(loss=restored.loss / norm)
 
-    def _clip(self, step: int) -> float:
+    def _clip(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient norm is {norm}; lower optim.lr or check the data")
-        return norm
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _refuse(
+        self, step: int, micro_batches: list[Batch], losses: list[Tensor], norm: float, grad_norm: float
+    ) -> None:
+        """Leave a step out whose loss or gradient is not finite, and keep what it takes to look into it. Collective.
+
+        Raises:
+            FloatingPointError: `trainer.nonfinite=raise`, or too many such steps.
+        """
+        settings, checkpoints = self.config.trainer, self.output_dir / "checkpoints"
+        before = checkpoint.path_of(checkpoints, step - 1)
+        self.checkpoints.wait()
+        if not self.world.on_main(before.exists):
+            self.checkpoints.save(step - 1, self._manifest())
+            self.checkpoints.wait()
+        failed = FailedStep(
+            step=step,
+            rank=self.world.rank,
+            norm=norm,
+            dtype=compute_dtype(self.config, self.world.device),
+            micro_batches=micro_batches,
+            config=to_dict(self.config),
+            checkpoint=str(before),
+        )
+        places = keep(failed, losses, self.output_dir / "nonfinite", self.world)
+        self.nonfinite_steps += 1
+        message = (
+            f"step {step}: the loss or its gradient is not finite (gradient norm {grad_norm}), the step was not "
+            f"applied. Run its rows again with `python -m trainer.replay FILE`: {places}"
+        )
+        if settings.nonfinite == "raise":
+            raise FloatingPointError(f"{message}. Then lower optim.lr, check these rows, or set trainer.nonfinite=skip")
+        if self.nonfinite_steps > settings.max_nonfinite_steps:
+            raise FloatingPointError(f"{message}. More than trainer.max_nonfinite_steps={settings.max_nonfinite_steps}")
+        self._say(message)
 
     def _due(self, step: int, interval: int | None) -> bool:
         return step == self.steps or (interval is not None and step % interval == 0)
@@ -162,57 +258,28 @@ class FSDPSFTTrainer:
         if path is None:
             return 0
         manifest = checkpoint.load(path, state)
-        self.skipped_steps = manifest["skipped_steps"]
+        self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest["nonfinite_steps"]
         self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         return manifest["step"]
 
     def _find_checkpoint(self) -> Path | None:
-        directory, resume = self.output_dir / "checkpoints", self.config.trainer.resume
-        newest, skipped = checkpoint.find_newest(directory)
-        if resume == "auto":
-            self._say(*(f"skipped {reason}" for reason in skipped))
-            path = newest
-        elif newest is not None and newest.resolve() != Path(resume).resolve():
-            raise ValueError(
-                f"trainer.resume={resume}, but {directory} holds the checkpoints of a run: "
-                "give another trainer.experiment_name, or delete it"
-            )
-        elif resume == "never":
-            path = None
-        elif defect := checkpoint.find_defect(path := Path(resume)):
-            raise ValueError(f"trainer.resume={resume}: {defect}")
+        path, skipped = find_checkpoint(self.output_dir / "checkpoints", self.config.trainer.resume)
+        self._say(*(f"skipped {reason}" for reason in skipped))
         if path is not None:
-            self._check_same_run(path)
+            self.identity.check(path)
         return path
 
-    def _check_same_run(self, path: Path) -> None:
-        manifest = checkpoint.read_manifest(path)
-        batch_size = self.train_batches.share.global_batch_size
-        found = differences(manifest["config"], self.config)
-        if manifest["global_batch_size"] != batch_size:
-            found.append(f"the global batch is {manifest['global_batch_size']} there and {batch_size} here")
-        if found:
-            raise ValueError(
-                f"{path} belongs to a run with other settings: {'; '.join(found)}. "
-                "Give the same ones to go on with it, or another trainer.experiment_name to start anew"
-            )
-
-    def _save(self, state: TrainingState, step: int) -> None:
-        manifest = {
-            "config": to_dict(self.config),
-            "skipped_steps": self.skipped_steps,
-            "global_batch_size": self.train_batches.share.global_batch_size,
-            "ranks": self.world.size,
-            "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
-        }
-        checkpoint.save(self.output_dir / "checkpoints", step, state, manifest, self.config.trainer.keep_checkpoints)
+    def _manifest(self) -> dict[str, Any]:
+        return self.identity.manifest(
+            ranks=self.world.size, skipped_steps=self.skipped_steps, nonfinite_steps=self.nonfinite_steps
+        )
 
     def export(self, directory: Path) -> None:
         """Write the model and its tokenizer in the published format. Collective."""
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.world.is_main:
             with checkpoint.replacing(directory) as unfinished:
-                self.model.save_pretrained(unfinished, full, self.tokenizer)
+                self.model.save_pretrained(unfinished, merge_lora(full, self.config.model), self.tokenizer)
 
     def _say(self, *lines: str) -> None:
         if self.world.is_main:

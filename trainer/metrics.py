@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, the console's progress bar, wandb."""
 
 import json
+import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class MetricsLog:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
             self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)

@@ -1,9 +1,11 @@
 """The ranks of a run and the device of this one."""
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,12 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, item: Any) -> list[Any]:
+        """One item of every rank, in their order. Collective."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Do something on rank 0; what it returns or raises, every rank returns or raises. Collective."""
         outcome: list[Any] = [None, None]
@@ -46,6 +54,29 @@ class World:
 def ranks_from_environment() -> tuple[int, int]:
     """This rank and the number of ranks: torchrun's, or 0 of 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def locked(directory: Path, world: World) -> Iterator[None]:
+    """Keep a directory to this run. Collective.
+
+    Raises:
+        ValueError: another run writes there.
+    """
+    with ExitStack() as held:
+
+        def lock() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((directory / ".lock").open("w"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends
+            except (BlockingIOError, PermissionError) as error:
+                raise ValueError(
+                    f"another run writes to {directory}: wait for it, or give another trainer.experiment_name"
+                ) from error
+
+        world.on_main(lock)
+        yield
 
 
 @contextmanager

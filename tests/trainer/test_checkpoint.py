@@ -153,7 +153,7 @@ def test_another_run_is_not_resumed(small_run):
     train(small_run())
     with pytest.raises(ValueError, match=r"other settings: optim\.lr is 0\.001 there and 0\.5 here"):
         train(small_run(optim__lr=0.5))
-    with pytest.raises(ValueError, match="the global batch is 8 there and 4 here"):
+    with pytest.raises(ValueError, match="global_batch_size is 8 there and 4 here"):
         train(small_run(data__train_batch_size=4))
 
 
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_run):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"step 6 could not be written.*File too large.*step_00000003"):
+        with pytest.raises(OSError, match=r"step_00000006 could not be written.*File too large.*step_00000003"):
             train(small_run(trainer__max_steps=6))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

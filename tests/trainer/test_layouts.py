@@ -68,12 +68,6 @@ def test_a_step_with_no_masked_token_is_skipped_and_counted(small_run, monkeypat
     assert losses(run) == [0, 0, 0]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(small_run, monkeypatch):
-    monkeypatch.setattr("trainer.fsdp_sft_trainer.weighted_sum", lambda nll, *_: (nll * torch.nan).sum())
-    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is nan"):
-        train(small_run())
-
-
 def test_the_loss_curve_is_the_golden_one(small_run):
     """30 steps, which a refactor keeps. A change that is meant to change them puts the new ones into the file."""
     settings = {"trainer__max_steps": 30, "data__train_batch_size": 32, "data__micro_batch_size_per_gpu": 8}

@@ -1,0 +1,57 @@
+"""AdamW's groups, its learning rate, and its moments in 8 bits."""
+
+import importlib.util
+import shutil
+import sys
+
+import pytest
+import torch
+
+from tests.trainer.runs import losses, train, train_on_ranks
+from trainer.build import build_optimizer, set_lr
+from trainer.config import OptimConfig
+
+
+def test_norms_and_biases_do_not_decay(small_model):
+    decayed, others = build_optimizer(small_model.parameters(), OptimConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(small_model.parameters()))
+
+
+def test_frozen_parameters_are_left_out(small_model):
+    small_model.requires_grad_(False)
+    small_model.lm.lm_head.requires_grad_(True)
+    [group] = build_optimizer(small_model.parameters(), OptimConfig()).param_groups
+    assert group["params"] == [small_model.lm.lm_head.weight]
+
+
+def test_a_learning_rate_in_a_tensor_stays_one():
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=torch.tensor(0.5))
+    set_lr(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"].item() == 0.25
+
+
+def test_without_torchao(small_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"adamw_8bit needs torchao: pip install 'diffllm\[torchao\]'"):
+        build_optimizer(small_model.parameters(), OptimConfig(name="adamw_8bit"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install 'diffllm[torchao]'")
+def test_moments_in_8_bits_train_and_resume(small_run):
+    eight_bit = {
+        "optim__name": "adamw_8bit",
+        "trainer__async_checkpoints": False,
+        "trainer__save_checkpoint_steps": 6,
+        "model__hidden_size": 64,
+    }
+    plain, run = train(small_run("plain", model__hidden_size=64)), train(small_run(**eight_bit))
+    assert losses(run) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(run) != losses(plain)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    before = losses(run)
+    assert losses(train(small_run(**eight_bit))) == before
+    train_on_ranks([small_run("two", **eight_bit)], ranks=2)
+    assert losses(run.parent / "two") == pytest.approx(losses(plain), rel=0.02)

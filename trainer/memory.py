@@ -1,0 +1,73 @@
+"""Bytes that a rank holds all the time, from the shapes of a model."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from diffllm import DiffLLM
+from trainer.build import compute_dtype, frozen_dtype
+from trainer.config import Config
+from trainer.world import World
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes of one rank."""
+
+    weights: int  # this rank's share
+    gradients: int
+    optimizer: int
+    gathered: int  # weights of all ranks that are needed at once, and their gradients before they are reduced
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered
+
+
+def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.device) -> StateMemory:
+    """What weights, gradients and optimizer take on each of `ranks` ranks. The model may be on the meta device."""
+    shards = max(1, ranks // config.trainer.replicate)
+    layers = model.lm.get_decoder().layers
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    moment = 1 if config.optim.name == "adamw_8bit" else 4
+    layer = sum(p.numel() for p in layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - layer * len(layers)
+    # Embedding, head and final norm stay gathered; layers two at a time, one at work and the next on its way.
+    held = layer * (2 if config.trainer.reshard_after_forward else len(layers))
+    root_trained = 0 if config.model.lora_rank else root
+    computed = compute_dtype(config, device).itemsize
+    return StateMemory(
+        weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards,
+        gradients=4 * trained // shards,
+        optimizer=2 * moment * trained // shards,
+        gathered=computed * (root + held + root_trained),
+    )
+
+
+def check_fits(model: DiffLLM, config: Config, world: World) -> None:
+    """Refuse a run whose state alone is more than a rank's memory.
+
+    Raises:
+        ValueError: naming both and what helps.
+    """
+    device = torch.device("cpu") if config.trainer.cpu_offload else world.device
+    state = state_memory(model, config, world.size, world.device)
+    needed = state.total - (state.gathered if config.trainer.cpu_offload else 0)
+    available = device_memory(device)
+    if needed > available:
+        raise ValueError(
+            f"ranks={world.size}: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each rank, which has "
+            f"{available / GIB:.1f}. Use more ranks, model.lora_rank, optim.name=adamw_8bit or trainer.cpu_offload=true"
+        )
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a rank's device: of the GPU, or its part of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

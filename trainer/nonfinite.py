@@ -1,0 +1,60 @@
+"""Steps whose loss or gradient is not finite: what it takes to run them again is kept."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from trainer.world import World
+
+
+@dataclass
+class FailedStep:
+    """What one rank forwarded in a step that failed, and where the parameters are that it did so with."""
+
+    step: int
+    rank: int
+    norm: float  # denominator of the loss
+    dtype: torch.dtype  # that the parameters were computed in
+    micro_batches: list[Batch]
+    config: dict[str, Any]
+    checkpoint: str  # of the step before
+
+    def write(self, directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"step_{self.step:08d}_rank_{self.rank}.pt"
+        torch.save(asdict(self), path)
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "FailedStep":
+        """
+        Raises:
+            ValueError: no such file.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; a run writes them to OUTPUT_DIR/nonfinite")
+        return cls(**torch.load(path))
+
+
+def keep(failed: FailedStep, losses: list[Tensor], directory: Path, world: World) -> str:
+    """Write the micro-batches to blame, each rank its own. Collective.
+
+    Args:
+        failed: with all micro-batches of this rank.
+        losses: of each of them. If all on all ranks are finite, the gradient is not, and all micro-batches took part.
+
+    Returns:
+        The ranks, sample indices and files.
+    """
+    bad = [batch for batch, loss in zip(failed.micro_batches, losses, strict=True) if not loss.isfinite()]
+    if any(world.gather(bool(bad))):
+        failed.micro_batches = bad
+    place = None
+    if failed.micro_batches:
+        samples = [index for batch in failed.micro_batches for index in batch["sample_index"].tolist()]
+        place = f"rank {world.rank}, samples {samples}: {failed.write(directory)}"
+    return "; ".join(place for place in world.gather(place) if place)

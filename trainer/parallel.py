@@ -1,0 +1,142 @@
+"""A model over all ranks: FSDP2, activation checkpointing, compilation, and weights read shard by shard."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from diffllm import DiffLLM
+from diffllm.loading import check_weights
+from diffllm.lora import base_name
+from trainer.build import compute_dtype
+from trainer.config import Config
+from trainer.world import World
+
+# What selective recomputation keeps: the results of these cost more time than memory.
+KEPT_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "flash_attn::")
+
+
+def shard(model: DiffLLM, world: World, config: Config) -> None:
+    """Split the model over all ranks with FSDP2, layer by layer; gradients are summed, never averaged.
+
+    With `trainer.replicate` > 1 there are that many copies, each split over its own ranks (HSDP). In bf16 the forward
+    and backward see bf16 parameters; gradients are reduced and trained parameters kept in float32. A model whose
+    weights are on the meta device gets them from the checkpoint of `model.path`: each rank reads its own part.
+
+    Raises:
+        ValueError: `trainer.replicate` does not divide the ranks; see `read_weights` too.
+    """
+    settings = config.trainer
+    if config.model.enable_gradient_checkpointing:
+        model.lm.activation_checkpointing_enable({"use_reentrant": False, **_recompute(config.model.recompute)})
+    layers = model.lm.get_decoder().layers
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(config, world.device),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the weights of the loss stay float32; states follow the embedding
+    )
+    split = partial(
+        fully_shard,
+        mesh=build_mesh(world, settings.replicate),
+        mp_policy=policy,
+        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if settings.cpu_offload
+        else OffloadPolicy(),
+    )
+    for layer in layers:
+        if config.model.compile:
+            layer.compile()
+        split(layer, reshard_after_forward=settings.reshard_after_forward)
+    split(model)
+    for part in (*layers, model):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
+
+    home = torch.device("cpu") if settings.cpu_offload else world.device
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    model._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(home))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(world.device))
+    if empty:
+        model.lm.tie_weights()
+        read_weights(model, config.model.path)
+    model.train()
+
+
+def build_mesh(world: World, replicate: int) -> DeviceMesh:
+    """All ranks in one dimension, or in copies × shards.
+
+    Raises:
+        ValueError: the copies do not divide the ranks.
+    """
+    if world.size % replicate:
+        raise ValueError(f"trainer.replicate={replicate}: must divide the {world.size} ranks")
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (replicate, world.size // replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _recompute(kind: str) -> dict:
+    """Arguments of `torch.utils.checkpoint.checkpoint`."""
+    if kind == "full":
+        return {}
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        kept = operator.name().startswith(KEPT_OPERATORS)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+
+
+def read_weights(model: DiffLLM, source: str) -> None:
+    """Fill a sharded model from a published checkpoint; each rank reads its own slices of the safetensors. Collective.
+
+    Raises:
+        ValueError: no safetensors there, or weights that are cut short, missing, unexpected or of another shape.
+    """
+    directory = Path(source)
+    try:
+        if not directory.is_dir():
+            directory = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+        reader = HuggingFaceStorageReader(str(directory))
+        saved = {name: tuple(item.size) for name, item in reader.read_metadata().state_dict_metadata.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model.path={source}: the weights cannot be read ({error})") from error
+    if not saved:
+        raise ValueError(f"model.path={source}: no .safetensors files there; train from a checkpoint that has them")
+
+    weights = _published_weights(model)
+    unexpected = saved.keys() - weights.keys()
+    if model.lm.config.tie_word_embeddings:
+        unexpected -= {model.family.published_name("lm_head.weight")}
+    both = sorted(saved.keys() & weights.keys())
+    check_weights(
+        source,
+        weights.keys() - saved.keys(),
+        unexpected,
+        [(name, saved[name], weights[name].shape) for name in both if saved[name] != tuple(weights[name].shape)],
+    )
+    try:
+        dcp.load(weights, storage_reader=reader)
+    except CheckpointException as error:
+        raise ValueError(f"model.path={source}: the weights cannot be read ({error})") from error
+
+
+def _published_weights(model: DiffLLM) -> dict[str, Tensor]:
+    """A model's parameters by their names in a published checkpoint, adapters left out."""
+    return {
+        model.family.published_name(plain.removeprefix("lm.")): parameter
+        for name, parameter in model.named_parameters()
+        if (plain := base_name(name)) is not None
+    }

@@ -1,0 +1,71 @@
+"""A step that was not finite, row by row: `python -m trainer.replay FILE [CHECKPOINT]`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from data.loader import Batch
+from diffllm import DiffLLM
+from diffllm.loss import focal_of
+from trainer.checkpoint import find_defect
+from trainer.config import Config, resolve
+from trainer.export import load_trained
+from trainer.forward import forward
+from trainer.nonfinite import FailedStep
+from trainer.world import World
+
+
+def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]:
+    """Run a failed step's rows again, each alone, with the parameters of the step before.
+
+    Returns:
+        A dict a row: sample_index, t, masked, loss, largest_nll and grad_norm.
+
+    Raises:
+        ValueError: no such file, or no whole checkpoint.
+    """
+    failed = FailedStep.read(file)
+    checkpoint = checkpoint or Path(failed.checkpoint)
+    if defect := find_defect(checkpoint):
+        raise ValueError(f"{checkpoint}: {defect}. Name another: python -m trainer.replay {file} CHECKPOINT")
+    config = resolve(OmegaConf.create(failed.config))
+    model = load_trained(checkpoint, config)[0].to(failed.dtype)
+    return [_run(model, row, failed.norm, config) for batch in failed.micro_batches for row in _rows(batch)]
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
+
+
+def _run(model: DiffLLM, row: Batch, norm: float, config: Config) -> dict[str, float]:
+    model.zero_grad()
+    restored = forward(model, row, World(0, 1, torch.device("cpu")), focal_of(config.diffusion))
+    loss = restored.loss / norm
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return {
+        "sample_index": int(row["sample_index"]),
+        "t": float(row["t"]),
+        "masked": int(row["masked"].sum()),
+        "loss": float(loss.detach()),
+        "largest_nll": float(restored.nll.amax()) if len(restored.nll) else 0.0,
+        "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
+    }
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m trainer.replay FILE [CHECKPOINT]")
+    try:
+        rows = replay(*map(Path, sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(*(f"{name:>13}" for name in rows[0]))
+    for row in rows:
+        print(*(f"{value:13.6g}" for value in row.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Sums over masked tokens, and the figures made of them."""
+
+import math
+
+import torch
+
+from data.loader import Batch
+from diffllm.modeling_diffllm import Restored
+from trainer.world import World
+
+T_BUCKETS = 4
+
+
+class Tally:
+    """Collects what the model makes of batches; their sums over all ranks become metrics."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sums = torch.zeros(4 + 2 * T_BUCKETS, dtype=torch.float64, device=world.device)
+
+    def add(self, batch: Batch, restored: Restored, loss: torch.Tensor | float = 0.0) -> None:
+        """Count a batch; nothing waits for the device."""
+        masked, device = batch["masked"], self.world.device
+        t = batch["t"][:, None].expand(masked.shape)[masked].to(device, non_blocking=True).double()
+        nll = restored.nll.double()
+        bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
+        self.sums[0] += loss
+        self.sums[1] += (nll / t).sum()
+        self.sums[2] += batch["maskable"].sum()
+        self.sums[3] += restored.correct.sum()
+        self.sums[4 : 4 + T_BUCKETS].index_add_(0, bucket, nll)
+        self.sums[4 + T_BUCKETS :].index_add_(0, bucket, torch.ones_like(nll))
+
+    def metrics(self, group: str) -> dict[str, float]:
+        """Over all batches of all ranks. Collective.
+
+        Returns:
+            loss: the sum of the losses given.
+            elbo: nats a token, Σ nll/t over the masked tokens / number of response tokens: an upper bound on the
+            negative log-likelihood, one Monte-Carlo draw of t a row.
+            perplexity_bound: exp(elbo).
+            masked_accuracy: share of the masked tokens whose most likely token is the clean one.
+            nll_t_A_B: mean nll of the masked tokens of rows with t in [A, B); left out where no token is.
+        """
+        loss, weighted, tokens, correct, *by_bucket = self.world.sum(*self.sums)
+        nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]
+        elbo = weighted / max(tokens, 1)
+        return {
+            f"{group}/loss": loss,
+            f"{group}/elbo": elbo,
+            f"{group}/perplexity_bound": math.exp(min(elbo, 700)),
+            f"{group}/masked_accuracy": correct / max(sum(counts), 1),
+            **{
+                f"{group}/nll_t_{i / T_BUCKETS:g}_{(i + 1) / T_BUCKETS:g}": nlls[i] / counts[i]
+                for i in range(T_BUCKETS)
+                if counts[i]
+            },
+        }
