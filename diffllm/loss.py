@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffllm.config import DiffusionConfig
 
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+LOGITS_PER_CHUNK = 2**26  # at most; 256 MiB in float32
 
 
 class Focal(NamedTuple):
@@ -89,17 +89,17 @@ class _MaskedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, weights, focal, training):
         hidden_needs, head_needs = (training and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if hidden_needs else None
-        grad_head = torch.zeros_like(head) if head_needs else None
+        grad_head = torch.zeros_like(head) if head_needs and not len(hidden) else None
         nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = targets.new_empty(len(hidden), dtype=torch.bool)
-        size = max(1, LOGITS_PER_CHUNK // len(head))
-        for start in range(0, len(hidden), size):
+        chunks = -(-len(hidden) * len(head) // LOGITS_PER_CHUNK)
+        size = -(-len(hidden) // max(chunks, 1))
+        for start in range(0, len(hidden), max(size, 1)):
             chunk = slice(start, start + size)
             h, y = hidden[chunk], targets[chunk, None]
             logits = (h @ head.T).float()
-            highest, likeliest = logits.max(-1, keepdim=True)
-            correct[chunk] = (likeliest == y).squeeze(-1)
-            target = logits.gather(-1, y)
+            highest, target = logits.amax(-1, keepdim=True), logits.gather(-1, y)
+            correct[chunk] = (target == highest).squeeze(-1)
             p = logits.sub_(highest).exp_()
             total = p.sum(-1, keepdim=True)
             nll[chunk] = (total.log() + highest - target).squeeze(-1)
@@ -111,7 +111,7 @@ class _MaskedLoss(torch.autograd.Function):
             if hidden_needs:
                 torch.mm(grad, head, out=grad_hidden[chunk])
             if head_needs:
-                grad_head.addmm_(grad.T, h)
+                grad_head = grad.T @ h if grad_head is None else grad_head.addmm_(grad.T, h)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, correct)
         return weighted_sum(nll, weights, focal), nll, correct

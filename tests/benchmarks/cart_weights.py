@@ -4,13 +4,12 @@ Prints the medians of 5 runs, their ratio, and the largest difference.
 """
 
 import math
-import statistics
-import time
 
 import torch
 from torch import Tensor
 
 from diffllm.weights import cart_weights
+from tests.benchmarks.measure import median_seconds
 
 P = 0.1
 BATCH = 4
@@ -25,21 +24,11 @@ def by_matrix(context: Tensor, p: float) -> Tensor:
     return context.float() @ kernel.masked_fill(distance == 0, 0.0)
 
 
-def median_seconds(weights, context: Tensor) -> float:
-    def run() -> float:
-        started = time.perf_counter()
-        weights(context, P)
-        return time.perf_counter() - started
-
-    run()
-    return statistics.median(run() for _ in range(5))
-
-
 def main() -> None:
     torch.manual_seed(0)
     for length in LENGTHS:
         context = torch.rand(BATCH, length) < 0.5
-        scans, matrix = (median_seconds(weights, context) for weights in (cart_weights, by_matrix))
+        scans, matrix = median_seconds(lambda: cart_weights(context, P), lambda: by_matrix(context, P))  # noqa: B023
         error = (cart_weights(context, P) - by_matrix(context, P)).abs().max()
         print(
             f"L = {length}, batch {BATCH}: scans {scans * 1e3:.2f} ms, matrix {matrix * 1e3:.2f} ms, "

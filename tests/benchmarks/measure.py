@@ -1,0 +1,34 @@
+"""Time and memory of two variants in one process."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float]:
+    """Medians over `runs` calls of each variant, taken in turn so that a busy moment meets both; one call warms up."""
+    seconds: list[list[float]] = [[] for _ in variants]
+    for run in range(runs + 1):
+        for variant, taken in zip(variants, seconds, strict=True):
+            started = time.perf_counter()
+            variant()
+            if run:
+                taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """How far the process's resident memory rises above what it holds before (Linux)."""
+    work()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # makes the peak start anew
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
