@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: launch/local.sh train.py experiment=quickstart …
 # One rank a GPU, as many as the largest power of two, or two CPU ranks where there is no GPU; RANKS=N overrides.
+# With RESTARTS=N, ranks are started again up to N times when one of them dies, and go on from the newest checkpoint.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -10,4 +11,6 @@ ranks=${RANKS:-$ranks}
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$@"
+# torch 2.13: else ranks that are started again find what those before them left in the store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" "$@"

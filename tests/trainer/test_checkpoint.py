@@ -14,7 +14,8 @@ import torch
 
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
-from trainer.checkpoint import MANIFEST, UNFINISHED, find_newest
+from trainer import checkpoint
+from trainer.checkpoint import MANIFEST, UNFINISHED, Checkpoints, find_newest
 from trainer.export import export
 
 
@@ -155,6 +156,77 @@ def test_another_run_is_not_resumed(small_run):
         train(small_run(optim__lr=0.5))
     with pytest.raises(ValueError, match="global_batch_size is 8 there and 4 here"):
         train(small_run(data__train_batch_size=4))
+
+
+def test_other_data_of_the_same_name(small_run, tmp_path):
+    file = tmp_path / "rows.jsonl"
+
+    def write(answers):
+        rows = ({"question": f"What is {n}?", "answer": f"<think>n</think>{answer}"} for n, answer in answers)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    config = {"data__train_files": [str(file)], "trainer__max_steps": 2}
+    write([(n, n) for n in range(16)])
+    train(small_run(**config))
+    write([(n, n + 1) for n in range(16)])
+    with pytest.raises(ValueError, match=r"other settings: training_tokens is \w+ there and \w+ here"):
+        train(small_run(**config))
+    write([(n, n) for n in range(17)])
+    with pytest.raises(ValueError, match=r"training_rows is 16 there and 17 here; training_tokens"):
+        train(small_run(**config))
+
+
+def test_a_checkpoint_of_a_newer_version(small_run):
+    run = train(small_run())
+    manifest = run / "checkpoints" / "step_00000012" / MANIFEST
+    saved = json.loads(manifest.read_text())
+    saved["versions"]["diffllm"] = "99.1"
+    manifest.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"step_00000012 was written by diffllm 99\.1, this is .*: update"):
+        train(small_run())
+
+
+def test_a_setting_that_an_older_version_did_not_have(small_run):
+    run = train(small_run())
+    manifest = run / "checkpoints" / "step_00000012" / MANIFEST
+    saved = json.loads(manifest.read_text())
+    del saved["config"]["data"]["group_by_length"]
+    manifest.write_text(json.dumps(saved))
+    train(small_run())
+    with pytest.raises(ValueError, match=r"data\.group_by_length is False there and True here"):
+        train(small_run(data__group_by_length=True))
+
+
+def test_a_save_waits_for_the_one_before(small_run, monkeypatch):
+    """Every step saves: each finds the one before whole and visible, and none is lost."""
+    begun = []
+    save = Checkpoints.save
+
+    def recording(self, step, manifest):
+        save(self, step, manifest)
+        begun.append((step, [path.name for path in self.directory.glob("step_*[0-9]")]))
+
+    monkeypatch.setattr(Checkpoints, "save", recording)
+    run = train(small_run(trainer__save_checkpoint_steps=1, trainer__keep_checkpoints=20))
+    assert all(f"step_{step - 1:08d}" in visible for step, visible in begun[1:])
+    assert checkpoints(run) == [f"step_{step:08d}" for step in range(1, 13)]
+
+
+def test_what_is_saved_is_the_state_of_the_step(small_run):
+    """Training goes on while a checkpoint is written, from a copy."""
+    blocking = train(small_run("blocking", trainer__save_checkpoint_steps=3, trainer__async_checkpoints=False))
+    asynchronous = train(small_run("asynchronous", trainer__save_checkpoint_steps=3, trainer__keep_checkpoints=9))
+    for step in ("step_00000009", "step_00000012"):
+        ours, theirs = ((run / "checkpoints" / step) for run in (asynchronous, blocking))
+        assert tensors_of(ours).keys() == tensors_of(theirs).keys()
+        assert all(torch.equal(tensor, tensors_of(theirs)[name]) for name, tensor in tensors_of(ours).items())
+
+
+def tensors_of(directory):
+    metadata = checkpoint.dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    model = {name: torch.empty(item.size) for name, item in metadata.items() if name.startswith("model.")}
+    checkpoint.dcp.load(model, checkpoint_id=directory, no_dist=True)
+    return model
 
 
 def test_a_checkpoint_of_another_shape(small_run):

@@ -1,0 +1,73 @@
+"""What a run reports at every step, and what its figures mean."""
+
+import pytest
+import torch
+
+from tests.trainer.runs import metrics, train
+from trainer.config import Config
+from trainer.memory import check_fits, state_memory
+from trainer.speed import Speed
+from trainer.world import World
+
+EVERY_STEP = {
+    "train/loss", "train/elbo", "train/perplexity_bound", "train/masked_accuracy", "train/grad_norm", "train/lr",
+    "train/epoch", "train/skipped_steps", "train/nonfinite_steps", "perf/tokens_per_second", "perf/step_seconds",
+    "perf/mfu", "perf/data_wait", "perf/memory_gib", "data/padding_share", "data/masked_share",
+}  # fmt: skip
+NLL = {f"nll_t_{low:g}_{low + 0.25:g}" for low in (0, 0.25, 0.5, 0.75)}
+
+
+def test_every_metric_at_every_step(small_run):
+    lines = metrics(train(small_run(trainer__val_check_interval=6)))
+    for line in lines:
+        assert set(line) - {"step"} >= EVERY_STEP | {f"train/{name}" for name in NLL}
+        assert 0 <= line["perf/data_wait"] < 1
+        assert 0 < line["perf/mfu"] < 1
+        assert 0 <= line["data/padding_share"] < 1
+    assert [{f"val/{name}" for name in NLL} < set(line) for line in lines] == [False] * 5 + [True] + [False] * 5 + [
+        True
+    ]
+
+
+def test_with_1_over_t_weights_the_loss_is_the_bound(small_run):
+    for line in metrics(train(small_run())):
+        assert line["train/loss"] == pytest.approx(line["train/elbo"], rel=1e-5)
+
+
+def test_grouping_by_length_leaves_less_padding(small_run):
+    shares = {}
+    for grouped in (False, True):
+        config = small_run(f"{grouped}", data__group_by_length=grouped, data__perbatch_cutoff_type="min_pad")
+        lines = metrics(train(config))
+        shares[grouped] = sum(line["data/padding_share"] for line in lines) / len(lines)
+    assert shares[True] < 0.6 * shares[False]
+
+
+def test_model_flops_are_those_of_the_products(small_model):
+    """6 a weight and token, the head on masked tokens only, and 12·L²·D a layer for attention."""
+    speed = Speed(small_model, World(0, 1, torch.device("cpu")), torch.float32, peak_tflops=1e-12)
+    counts = {"row_tokens": 20, "attended": 20, "pairs": 200, "masked": 5}
+    weights = sum(parameter.numel() for parameter in small_model.lm.get_decoder().layers.parameters())
+    head = small_model.lm.lm_head.weight.numel()
+    found = speed.metrics(counts, seconds=2.0, waited=0.5)
+    assert found["perf/mfu"] == (6 * weights * 20 + 6 * head * 5 + 12 * 32 * 2 * 200) / 2
+    assert (found["perf/tokens_per_second"], found["perf/data_wait"]) == (10, 0.25)
+
+
+def test_state_of_each_rank(small_model):
+    config = Config()
+    count = sum(parameter.numel() for parameter in small_model.parameters())
+    alone, shared = (state_memory(small_model, config, ranks, torch.device("cpu")) for ranks in (1, 4))
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert shared.weights == alone.weights // 4
+    config.trainer.replicate = 2
+    assert state_memory(small_model, config, 4, torch.device("cpu")).weights == alone.weights // 2
+
+
+def test_a_world_that_shrank_below_what_fits(small_model, monkeypatch):
+    monkeypatch.setattr("trainer.memory.device_memory", lambda device: 2**20)
+    check_fits(small_model, Config(), World(0, 64, torch.device("cpu")))
+    with pytest.raises(
+        ValueError, match=r"ranks=1: weights, gradients and optimizer need .* GiB on each rank, which has"
+    ):
+        check_fits(small_model, Config(), World(0, 1, torch.device("cpu")))
