@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha1
+from inspect import getfile
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from launch import ROOT
+from launch.sweep import reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
 from trainer.world import ranks_from_environment
 
@@ -41,23 +45,27 @@ def run_name(overrides: str) -> str:
 def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     """Make a root script's main function out of one that takes the resolved configuration.
 
-    What the user got wrong ends the process with one line and exit code 1.
+    What the user got wrong ends the process with one line and exit code 1. A sweep of train.py starts processes for
+    each job; one of another script has all its jobs in this process.
     """
 
     debug = "HYDRA_FULL_ERROR" in os.environ
+    trains = Path(getfile(run)).name == "train.py"
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def composed(config: DictConfig) -> None:
+    def composed(config: DictConfig) -> float | None:
         with user_errors(debug):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
+                if trains:
+                    return train_job(debug)
                 config.trainer.output_dir = HydraConfig.get().runtime.output_dir
-            run(resolve(config))
+            return run(resolve(config))
 
     def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         sys.argv[1:] = map(quote_prompt, sys.argv[1:])
-        with user_errors(debug):
+        with user_errors(debug), reported():
             check_arguments(sys.argv[1:])
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
             composed()
@@ -111,11 +119,26 @@ def check_arguments(arguments: list[str]) -> None:
         except HydraException as error:
             raise ValueError(f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}") from error
         key = override.key_or_group
+        if key in ("hydra/launcher", "hydra/sweeper"):
+            check_plugin(key, override.get_value_string())
         if re.split(r"[./]", key)[0] == "hydra":
             continue
         if key not in names:
             raise ValueError(f"{argument}: no such setting; {nearest(key, names)}")
+        if key not in choices:
+            continue
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
-        for value in values if key in choices else ():
+        for value in values:
             if value not in (*choices[key], "null"):
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
+
+
+def check_plugin(group: str, name: str) -> None:
+    """Refuse a launcher or sweeper that is not installed."""
+    Plugins.instance()  # finds those that are
+    installed = [file.removesuffix(".yaml") for file in ConfigStore.instance().list(group) if file.endswith(".yaml")]
+    if name not in installed:
+        raise ValueError(
+            f"{group}={name}: not among {', '.join(installed)}; pip install 'diffllm[sweep]' adds the launchers "
+            "joblib, submitit_local and submitit_slurm and the sweeper optuna"
+        )

@@ -134,15 +134,6 @@ def test_runs_are_named_by_their_command_line():
     assert cli.run_name(long) != cli.run_name(long + "b")
 
 
-def test_a_sweep_trains_each_choice_in_its_own_directory(script, tmp_path):
-    code, _, _ = script("train.py", "-m", "optim.lr=1e-3,2e-3", "trainer.logger=[]", *SMALL)
-    assert code == 0
-    [sweep] = (tmp_path / "multirun").iterdir()
-    first, second = (metrics(sweep / str(job)) for job in (0, 1))
-    assert first[0]["train/loss"] == second[0]["train/loss"]
-    assert first[2]["train/loss"] != second[2]["train/loss"]
-
-
 def test_train_sample_evaluate(script, tmp_path):
     code, _, err = script("train.py", "trainer.experiment_name=run", *SMALL)
     assert code == 0, err

@@ -1,0 +1,118 @@
+"""Sweeps of train.py: each job is a run of its own on all devices of a machine; at the end, a table of all jobs.
+
+Hydra's sweeper chooses the jobs and its launcher starts them. A job's directory holds what the trainer writes, what
+the run printed (`output.log`) and how it ended (`job.json`).
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from launch import ROOT
+
+
+class Sweep(Callback):
+    """Hydra calls it in the process that the user started, before any job."""
+
+    directory: ClassVar[Path | None] = None  # of the sweep that this process runs
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        Sweep.directory = Path(config.hydra.sweep.dir)
+
+
+def train_job(debug: bool) -> float | None:
+    """Run train.py with the overrides of this job on all devices of this machine.
+
+    Returns:
+        The last val/elbo, or train/loss where nothing was validated, for a sweeper to minimise. None for a job that
+        failed: the optuna sweeper then counts a failed trial and goes on, whereas NaN would end it.
+    """
+    hydra = HydraConfig.get()
+    directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    output_dir = QuotedString(str(directory), Quote.single).with_quotes()
+    command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *overrides, f"trainer.output_dir={output_dir}"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    if not debug:
+        environment.pop("HYDRA_FULL_ERROR", None)  # which the sweep has set for itself
+    job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
+    record, log, start = directory / "job.json", directory / "output.log", time.perf_counter()
+    record.write_text(json.dumps(job))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with log.open("wb") as copy, subprocess.Popen(command, env=environment, **pipes) as process:
+        while piece := process.stdout.read1():  # not by lines: a progress bar is a single one
+            copy.write(piece)
+            sys.stderr.buffer.write(piece)
+            sys.stderr.flush()
+    job |= {"exit_code": process.returncode, "seconds": round(time.perf_counter() - start), "error": None}
+    if process.returncode:
+        said = re.search(r"\w*error: .+", log.read_text(errors="replace"), re.IGNORECASE)  # the first is the cause
+        job["error"] = said[0].removeprefix("error: ") if said else f"exit code {process.returncode}, see {log}"
+    record.write_text(json.dumps(job))
+    metrics = last_metrics(directory)
+    return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))
+
+
+def last_metrics(run: Path) -> dict[str, float | None]:
+    """The last values of train/loss and of all that validation measures, as far as the run came."""
+    file, last = run / "metrics.jsonl", {}
+    for line in file.read_text().splitlines(keepends=True) if file.is_file() else ():
+        if line.endswith("\n"):  # a kill can leave half of one
+            last |= json.loads(line)
+    return {name: value for name, value in last.items() if name == "train/loss" or name.startswith("val/")}
+
+
+def results(sweep: Path) -> list[dict[str, Any]]:
+    """A row for each job: its number, the overrides that not all jobs have, how it ended, its last metrics."""
+    jobs = [json.loads(file.read_text()) | {"metrics": last_metrics(file.parent)} for file in sweep.rglob("job.json")]
+    return [
+        {"job": job["job"]}
+        | dict(each.partition("=")[::2] for each in job["overrides"] if not all(each in j["overrides"] for j in jobs))
+        | {"status": "failed" if job["error"] else "done", "seconds": job["seconds"], "error": job["error"]}
+        | job["metrics"]
+        for job in sorted(jobs, key=lambda job: job["job"])
+    ]
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Report the sweep that runs inside, if one does, however it ends; exit with 1 if a job failed."""
+    Sweep.directory, rows = None, []
+    try:
+        yield
+    finally:
+        if Sweep.directory and (rows := results(Sweep.directory)):
+            report(rows, Sweep.directory / "results.csv")
+    if any(row["error"] for row in rows):
+        sys.exit(1)
+
+
+def report(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write results as CSV and print them as a table, then a line for each job that failed."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with file.open("w", newline="") as table:
+        writer = csv.DictWriter(table, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    shown = [name for name in names if name != "error" and not name.startswith("val/nll_t")]
+    values = [[row.get(name) for name in shown] for row in rows]
+    text = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
+    widths = [max(map(len, column)) for column in zip(shown, *text, strict=True)]
+    for line in (shown, *text):
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    print(f"also in {file}", flush=True)
+    for row in rows:
+        if row["error"]:
+            print(f"error: job {row['job']}: {row['error']}", file=sys.stderr)

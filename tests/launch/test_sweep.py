@@ -1,0 +1,168 @@
+"""Sweeps: what a job gets, what the table says, and real ones with every launcher."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from launch import cli, sweep
+from tests.conftest import ROOT
+from tests.launch.test_cli import SMALL, assert_one_line, script  # noqa: F401
+from tests.trainer.runs import metrics
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """Put Python code in the place of local.sh; it knows its `overrides` and the `directory` of its job."""
+
+    def write(code: str) -> None:
+        (tmp_path / "launch").mkdir()
+        file = tmp_path / "launch" / "local.sh"
+        file.write_text(
+            f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\n"
+            "from hydra.core.override_parser.overrides_parser import OverridesParser\n"
+            "overrides = OverridesParser.create().parse_overrides(sys.argv[2:])\n"
+            f"directory = Path(overrides[-1].value())\n{code}\n"
+        )
+        file.chmod(0o755)
+        monkeypatch.setattr(sweep, "ROOT", tmp_path)
+
+    return write
+
+
+def write_job(directory, job, overrides, error=None, lines=()):
+    directory.mkdir()
+    record = {"job": job, "overrides": overrides, "exit_code": int(bool(error)), "seconds": 9, "error": error}
+    (directory / "job.json").write_text(json.dumps(record))
+    if lines:
+        (directory / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_results_of_jobs(tmp_path):
+    lines = ['{"step": 1, "train/loss": 3.0, "perf/mfu": 0.1}\n', '{"step": 2, "train/loss": 2.0, "val/elbo": 1.5}\n']
+    write_job(tmp_path / "10", 10, ["seed=1", "optim.lr=1e-3"], "out of luck", [lines[0], '{"step": 2, "trai'])
+    write_job(tmp_path / "2", 2, ["seed=1", "optim.lr=2e-3"], None, lines)
+    done, failed = sweep.results(tmp_path)
+    assert done == {
+        "job": 2, "optim.lr": "2e-3", "status": "done", "seconds": 9, "error": None, "train/loss": 2.0, "val/elbo": 1.5
+    }  # fmt: skip
+    assert failed == {
+        "job": 10, "optim.lr": "1e-3", "status": "failed", "seconds": 9, "error": "out of luck", "train/loss": 3.0
+    }  # fmt: skip
+
+
+def test_the_table_and_its_file(tmp_path, capsys):
+    rows = [
+        {"job": 0, "optim.lr": "1e-3", "status": "failed", "seconds": None, "error": "out of luck"},
+        {"job": 1, "optim.lr": "2e-3", "status": "done", "seconds": 90, "error": None}
+        | {"train/loss": 2.0, "val/nll_t_0": 1},
+    ]
+    sweep.report(rows, tmp_path / "results.csv")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:3] == [
+        "job  optim.lr  status  seconds  train/loss",
+        "0    1e-3      failed",
+        "1    2e-3      done    90       2",
+    ]
+    assert err == "error: job 0: out of luck\n"
+    with (tmp_path / "results.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [row["error"] for row in read] == ["out of luck", ""]
+    assert read[1]["val/nll_t_0"] == "1"
+
+
+def test_no_two_sweeps_share_a_directory():
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        configs = [compose("config", ["hydra.job.name=x"], return_hydra_config=True) for _ in range(2)]
+    assert configs[0].hydra.sweep.dir == configs[0].hydra.sweep.dir
+    assert configs[0].hydra.sweep.dir != configs[1].hydra.sweep.dir
+
+
+def test_a_job_gets_its_overrides_as_they_were_typed(script, local, tmp_path):  # noqa: F811
+    local("(directory / 'given').write_text(json.dumps([sys.argv[1:], os.environ.get('HYDRA_FULL_ERROR')]))")
+    typed = ["trainer.experiment_name='a, b=[c] \"d\"'", "data.train_files=[a.jsonl,'b, c.jsonl']", "optim.lr=1e-06"]
+    where = ["hydra.sweep.dir='here, it\\'s'", "hydra.sweep.subdir=${hydra.job.override_dirname}"]
+    code, out, err = script("train.py", "-m", *typed, "seed=1,2", *where)
+    assert (code, err) == (0, "")
+    given = [json.loads(file.read_text()) for file in sorted((tmp_path / "here, it's").glob("*/given"))]
+    for seed, (arguments, debug) in zip((1, 2), given, strict=True):
+        assert arguments[:-1] == [str(tmp_path / "train.py"), *typed, f"seed={seed}"]
+        assert debug is None  # an error is to be one line
+    assert out.splitlines()[-4].split() == ["job", "seed", "status", "seconds"]
+
+
+def test_a_failed_job_does_not_stop_the_others(script, local, tmp_path):  # noqa: F811
+    local(
+        "seed = overrides[0].value()\n"
+        "if seed == 1: sys.exit('Traceback\\nerror: out of luck\\nerror: again')\n"
+        "if seed == 2: os.kill(os.getpid(), 9)\n"
+        "(directory / 'metrics.jsonl').write_text(json.dumps({'train/loss': 2.0, 'val/elbo': 1.5}) + '\\n')\n"
+        "print('trained', flush=True)"
+    )
+    code, out, err = script("train.py", "-m", "seed=1,2,3")
+    assert code == 1
+    assert "trained" in err
+    [directory] = (tmp_path / "multirun").iterdir()
+    killed = f"exit code -9, see {directory / '1' / 'output.log'}"
+    assert err.splitlines()[-2:] == ["error: job 0: out of luck", f"error: job 1: {killed}"]
+    rows = [line.split() for line in out.splitlines()[-5:-1]]
+    assert rows[0] == ["job", "seed", "status", "seconds", "train/loss", "val/elbo"]
+    assert [row[2] for row in rows[1:]] == ["failed", "failed", "done"]
+    assert rows[3][4:] == ["2", "1.5"]
+    assert json.loads((directory / "1" / "job.json").read_text())["exit_code"] == -9
+
+
+def test_the_other_scripts_do_not_start_processes(script, local):  # noqa: F811
+    local("raise AssertionError")
+    assert_one_line(script("sample.py", "-m", "seed=1,2", "prompt=Hi"), "model.path is not given")
+
+
+@pytest.mark.parametrize("choice", ["hydra/launcher=joblibb", "hydra/sweeper=optun"])
+def test_what_is_not_installed_is_refused(script, choice, tmp_path):  # noqa: F811
+    assert_one_line(script("train.py", "-m", choice, "seed=1,2"), choice, "basic", "pip install 'diffllm[sweep]'")
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_sweeper_may_draw_from_an_interval():
+    cli.check_arguments(["optim.lr=tag(log,interval(1e-6,1e-4))"])
+
+
+OPTUNA = "hydra/sweeper=optuna hydra.sweeper.n_trials=3 hydra.sweeper.n_jobs=1 hydra/sweeper/sampler=random"
+WAYS = {
+    "basic": ("hydra", ""),
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib hydra.launcher.n_jobs=2"),
+    "submitit": ("hydra_plugins.hydra_submitit_launcher", "hydra/launcher=submitit_local"),
+    # With this seed it draws each of three choices once.
+    "optuna": ("hydra_plugins.hydra_optuna_sweeper", f"{OPTUNA} hydra.sweeper.sampler.seed=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "ranks"), [*((way, 1) for way in WAYS), ("basic", 2)])
+def test_sweeps(way, ranks, tmp_path):
+    plugin, choices = WAYS[way]
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
+    settings = [setting for setting in SMALL if "batch_size" not in setting] + ["data.micro_batch_size_per_gpu=2"]
+    command = [sys.executable, ROOT / "train.py", "-m", *choices.split(), *settings, "data.train_batch_size=8,7,4"]
+    environment = os.environ | {"RANKS": str(ranks)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    [directory] = (tmp_path / "multirun").iterdir()
+    with (directory / "results.csv").open() as file:
+        rows = {row["data.train_batch_size"]: row for row in csv.DictReader(file)}
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: job")]
+    assert error.startswith(f"error: job {rows['7']['job']}: data.train_batch_size=7, data.micro_batch_size_per_gpu=2")
+    assert f"ranks={ranks}" in error
+    assert {size: row["status"] for size, row in rows.items()} == {"8": "done", "7": "failed", "4": "done"}
+    for size in ("8", "4"):
+        run = directory / rows[size]["job"]
+        assert (run / "hf" / "model.safetensors").is_file()
+        assert float(rows[size]["val/elbo"]) == metrics(run)[-1]["val/elbo"]
+    if way == "optuna":
+        best = OmegaConf.load(directory / "optimization_results.yaml").best_value
+        assert best == min(float(rows[size]["val/elbo"]) for size in ("8", "4"))
