@@ -78,9 +78,9 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 class Checkpoints:
     """Saves the checkpoints of a run, one at a time: the next waits for the one before.
 
-    If `asynchronous`, saving copies the state and writes the copy in the background, while training goes on. A
-    checkpoint becomes visible when all ranks have written theirs, and whole older ones but the newest `keep` are then
-    deleted.
+    If `asynchronous`, the state is copied and the copy written in the background, while training goes on; what changes
+    the state has to call `wait_for_copy` first. A checkpoint becomes visible when all ranks have written theirs, and
+    whole older ones but the newest `keep` are then deleted.
     """
 
     def __init__(self, directory: Path, state: TrainingState, keep: int, asynchronous: bool):
@@ -90,9 +90,10 @@ class Checkpoints:
         cuda = state.world.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
             )
         )
+        self._copied: Future | None = None
         self._pending: Future | None = None
         self._target, self._manifest = directory, {}  # of what is pending
 
@@ -110,7 +111,8 @@ class Checkpoints:
             {"checkpoint_id": _unfinished(self._target), "process_group": self._group},
         )
         if self.asynchronous:
-            self._pending = dcp.async_save(state, async_stager=self._stager, **where)
+            saving = dcp.async_save(state, async_stager=self._stager, **where)
+            self._copied, self._pending = saving.staging_completion, saving.upload_completion
             return
         self._pending = Future()
         try:
@@ -118,6 +120,12 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             self._pending.set_exception(error)
         self.wait()
+
+    def wait_for_copy(self) -> None:
+        """Until the state that is being saved may change."""
+        if self._copied is not None:
+            self._copied.result()
+            self._copied = None
 
     def poll(self) -> None:
         """Make a checkpoint visible as soon as it is written. Rank 0 alone does it: its part ends after all others'."""

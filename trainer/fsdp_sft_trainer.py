@@ -167,6 +167,7 @@ class FSDPSFTTrainer:
         if not counts["masked"]:
             self.skipped_steps += 1
         elif math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm):
+            self.checkpoints.wait_for_copy()
             self.optimizer.step()
         else:
             self._refuse(step, micro_batches, losses, norm, grad_norm)
