@@ -78,6 +78,7 @@ class TrainerConfig:
     cpu_offload: bool = False  # keep parameters, gradients and optimizer in the host's memory
     peak_tflops: float | None = None  # of one device, for perf/mfu; null takes the data sheet's, or measures a product
     reshard_after_forward: bool = True  # free each layer's gathered weights until the backward; false is faster
+    reduce_each_micro_batch: bool = True  # so that ranks add up their shard of the gradients only; false is faster
     precision: str = "auto"  # bf16 parameters in the forward, float32 gradients and optimizer | fp32 | auto: by device
 
     def __post_init__(self) -> None:

@@ -157,7 +157,8 @@ class FSDPSFTTrainer:
         norm = counts[self.config.diffusion.loss_norm]
         if counts["masked"]:
             for batch in micro_batches:
-                self.model.set_requires_gradient_sync(batch is micro_batches[-1])
+                last = batch is micro_batches[-1]
+                self.model.set_requires_gradient_sync(last or self.config.trainer.reduce_each_micro_batch)
                 restored = self.compute_loss(batch, norm)
                 restored.loss.backward()
                 losses.append(restored.loss.detach())

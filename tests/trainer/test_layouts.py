@@ -46,6 +46,9 @@ def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
         small_run("accumulating", data__micro_batch_size_per_gpu=2, data__num_workers=1, **settings),
         small_run("recomputing", model__enable_gradient_checkpointing=True, **settings),
         small_run("gathered", trainer__reshard_after_forward=False, **settings),
+        small_run(
+            "reducing-once", data__micro_batch_size_per_gpu=1, trainer__reduce_each_micro_batch=False, **settings
+        ),
         small_run("moved", **half),
     ]
     train_on_ranks(on_two, ranks=2)
