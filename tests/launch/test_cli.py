@@ -72,6 +72,13 @@ def assert_one_line(result, *words):
         (["model.vocab_size=50"], ["model.vocab_size=50", "1256"]),
         (["model.path=nowhere"], ["model.path=nowhere", "config.json"]),
         (["trainer.resume=nowhere", *SMALL], ["trainer.resume=nowhere", "no such checkpoint"]),
+        (["trainer.replicate=3", *SMALL], ["trainer.replicate=3", "divide the 1 ranks"]),
+        (["trainer.nonfinite=ignore"], ["trainer.nonfinite=ignore", "raise, skip"]),
+        (["model.lora_rank=4", "model.target_modules=w_proj", *SMALL], ["w_proj", "all-linear or from", "q_proj"]),
+        (["model.attn_implementation=flash_attention_2", *SMALL], ["flash_attention_2", "diffllm[flash]"]),
+        (["model.loss_kernel=liger", *SMALL], ["model.loss_kernel=liger", "diffllm[liger]"]),
+        (["optim.name=adamw_8bit", *SMALL], ["optim.name=adamw_8bit", "trainer.async_checkpoints=false"]),
+        (["optim.name=adamw_8bit", "trainer.async_checkpoints=false", *SMALL], ["adamw_8bit", "diffllm[torchao]"]),
     ],
     ids=str,
 )
