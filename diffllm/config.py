@@ -8,6 +8,19 @@ TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
+SHAPE_FIELDS = (  # of ModelConfig; a checkpoint has its own
+    "family",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rope_theta",
+    "tie_word_embeddings",
+    "initializer_range",
+    "vocab_size",
+)
 
 
 @dataclass

@@ -112,6 +112,7 @@ class _MaskedLoss(torch.autograd.Function):
                 torch.mm(grad, head, out=grad_hidden[chunk])
             if head_needs:
                 grad_head = grad.T @ h if grad_head is None else grad_head.addmm_(grad.T, h)
+            del logits, p, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, correct)
         return weighted_sum(nll, weights, focal), nll, correct

@@ -10,6 +10,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import DataConfig, Share
 from diffllm import DiffusionConfig, ModelConfig
+from diffllm.config import SHAPE_FIELDS
 from sampling import SamplingConfig
 
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -193,6 +194,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What makes a run another one than a saved configuration describes, as `name is A there and B here`."""
 
     free = set(FREE_WHEN_RESUMING) - ({"model.path"} if config.model.lora_rank else set())
+    if config.model.path is not None:  # whose config.json says them
+        free |= {f"model.{name}" for name in SHAPE_FIELDS}
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         leaves = {}

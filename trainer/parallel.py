@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from diffllm import DiffLLM
+from diffllm import DiffLLM, ModelConfig
 from diffllm.loading import check_weights
 from diffllm.lora import base_name
 from trainer.build import compute_dtype
@@ -36,8 +36,7 @@ def shard(model: DiffLLM, world: World, config: Config) -> None:
         ValueError: `trainer.replicate` does not divide the ranks; see `read_weights` too.
     """
     settings = config.trainer
-    if config.model.enable_gradient_checkpointing:
-        model.lm.activation_checkpointing_enable({"use_reentrant": False, **_recompute(config.model.recompute)})
+    recompute_activations(model, config.model)
     layers = model.lm.get_decoder().layers
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config, world.device),
@@ -87,16 +86,19 @@ def build_mesh(world: World, replicate: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _recompute(kind: str) -> dict:
-    """Arguments of `torch.utils.checkpoint.checkpoint`."""
-    if kind == "full":
-        return {}
+def recompute_activations(model: DiffLLM, config: ModelConfig) -> None:
+    """Activation checkpointing as the settings say; none without `model.enable_gradient_checkpointing`."""
+    if not config.enable_gradient_checkpointing:
+        return
+    arguments = {"use_reentrant": False}
+    if config.recompute == "selective":
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_not)
+    model.lm.activation_checkpointing_enable(arguments)
 
-    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-        kept = operator.name().startswith(KEPT_OPERATORS)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+def _kept_or_not(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    kept = operator.name().startswith(KEPT_OPERATORS)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def read_weights(model: DiffLLM, source: str) -> None:

@@ -124,3 +124,12 @@ def test_what_makes_a_run_another_one():
     config.optim.lr = 2e-3
     config.seed = 1
     assert differences(saved, config) == ["optim.lr is 0.001 there and 0.002 here", "seed is 0 there and 1 here"]
+
+
+def test_shape_settings_do_not_matter_where_a_checkpoint_has_its_own():
+    config = Config()
+    saved = to_dict(config)
+    config.model.hidden_size = 256
+    assert differences(saved, config) == ["model.hidden_size is 128 there and 256 here"]
+    config.model.path = saved["model"]["path"] = "somewhere"
+    assert differences(saved, config) == []

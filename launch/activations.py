@@ -1,0 +1,87 @@
+"""Memory of a forward and backward pass, counted over tensors without data."""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from diffllm import DiffLLM
+from diffllm.loss import focal_of
+from trainer.config import Config
+from trainer.parallel import recompute_activations
+
+
+class PassMemory(NamedTuple):
+    """Bytes of a micro-batch's forward and backward pass, beyond parameters and their gradients."""
+
+    kept: int  # from the forward for the backward pass
+    loss: int  # more at most while the loss is made, with the gradient of the head
+    backward: int  # more at most while the layers are differentiated, and computed again if they are
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside as long as they live; those `outside` do not count."""
+
+    def __init__(self, outside: Iterable[Tensor]):
+        super().__init__()
+        self.known = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in outside})
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known[storage] = None
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -> PassMemory:
+    """Of a micro-batch of `rows`, computed in `dtype`.
+
+    Three layers are run, since all keep alike, and on a fake CPU, whose attention keeps no L×L scores either.
+    """
+    model, length, layers = copy.deepcopy(model), config.data.max_length, model.lm.config.num_hidden_layers
+    decoder, begun = model.lm.get_decoder(), []
+    decoder.layers = decoder.layers[:3]
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda *_: begun.append(live.now))
+    with FakeTensorMode():
+        model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype)).train()
+        model.lm.tie_weights()
+        recompute_activations(model, config.model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        outside = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+        with LiveBytes(outside) as live:
+            embedded = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype)
+            embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
+            positions = torch.empty(rows, length, dtype=torch.long)
+            # FlashAttention gets rows without padding instead of a mask.
+            unpadded = "flash" in config.model.attn_implementation
+            mask = None if unpadded else torch.empty(rows, 1, length, length, dtype=torch.bool)
+            output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
+            index = positions.flatten()
+            states = output.last_hidden_state[index, index]
+            del output
+            kept = live.peak = live.now
+            hidden = states.detach().requires_grad_()
+            weights, focal = torch.empty(len(index)), focal_of(config.diffusion)
+            model.masked_loss(hidden, model.lm.lm_head.weight, index, weights, focal)[0].backward()
+            loss, live.peak = live.peak - kept, live.now
+            states.backward(hidden.grad)
+    others = (layers - 3) * (begun[2] - begun[1]) if layers > 3 else 0
+    return PassMemory(kept + others, loss, live.peak - kept)

@@ -1,0 +1,219 @@
+"""What a run needs, before there is a GPU: `python -m launch.plan model=dream_7b gpus=8 gpu_memory=80`.
+
+Takes the settings of train.py and those of `Machine`. Predicts the memory of each GPU, the largest micro-batch, and the
+time of a step at a given MFU. The exit code is 1 if the run does not fit.
+
+State comes from `trainer.memory`. Activations and logits are counted in a forward and backward pass over tensors
+without data, in the worst case: rows of data.max_length, all of it masked, some rows padded. model.compile would need
+less, and model.loss_kernel=liger is planned as chunked.
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from data import Share
+from diffllm import DiffLLM, new_model
+from diffllm.loading import empty_model
+from diffllm.lora import add_lora
+from diffllm.loss import LOGITS_PER_CHUNK
+from diffllm.tokenizer import builtin_tokenizer
+from launch.activations import pass_memory
+from launch.cli import CONF, check_arguments, user_errors
+from trainer.build import compute_dtype
+from trainer.config import Config, field_names, nearest, resolve, share_of
+from trainer.memory import GIB, state_memory
+from trainer.speed import Speed
+from trainer.world import World
+
+MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
+PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    gpus: int = 8
+    gpu_memory: float = 80.0  # GiB of each
+    mfu: float = 0.4  # model FLOPs utilisation, see trainer.speed
+    tflops: float = 989.0  # peak of each, bf16
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be a positive number")
+        if self.mfu > 1:
+            raise ValueError(f"mfu={self.mfu}: must be in (0, 1]")
+
+
+def memory_table(model: DiffLLM, config: Config, share: Share) -> dict[str, tuple[int, ...]]:
+    """Bytes of a GPU in each of PHASES, and their totals.
+
+    Gradients come as activations go: the backward pass needs most in the last layer or, at its end, in the first.
+    """
+    dtype, head = compute_dtype(config, CUDA), model.lm.lm_head.weight
+    passed = pass_memory(model, config, share.micro_batch_size, dtype)
+    state = state_memory(model, config, share.ranks, CUDA)
+    if config.trainer.cpu_offload:
+        state = replace(state, weights=0, gradients=0, optimizer=0)
+    # Gradients of the micro-batches before: this GPU's share, or unreduced ones, which are whole.
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    summed = state.gradients if config.trainer.reduce_each_micro_batch else 4 * trained
+    if share.micro_batches == 1:
+        summed = 0
+    # PyTorch's AdamW copies a moment to compute its step.
+    updating = state.optimizer + (state.gradients if config.optim.name == "adamw" else 0)
+    # The gradient of the head is counted with the gathered weights.
+    logits = passed.loss - (head.numel() * dtype.itemsize if head.requires_grad else 0)
+    one_layer = passed.kept // model.lm.config.num_hidden_layers + passed.backward
+    table = {
+        "weights": (state.weights,) * 4,
+        "gradients": (summed, summed, state.gradients, state.gradients),
+        "optimizer": (state.optimizer, state.optimizer, state.optimizer, updating),
+        "gathered weights": (state.gathered, state.gathered, state.gathered, 0),
+        "activations": (passed.kept, passed.kept + passed.backward, one_layer, 0),
+        "logits": (logits, 0, 0, 0),
+    }
+    return table | {"total": tuple(map(sum, zip(*table.values(), strict=True)))}
+
+
+def largest_micro_batch(model: DiffLLM, config: Config, share: Share, usable: float) -> int:
+    """Rows of which all fits into `usable` bytes; 0 if not even one does."""
+
+    def totals(rows: int) -> tuple[int, ...]:
+        return memory_table(model, config, replace(share, micro_batch_size=rows))["total"]
+
+    # From so many tokens on memory grows evenly: chunks of logits are many, activations outweigh a weight's gradient.
+    tokens = max(8 * LOGITS_PER_CHUNK / model.lm.config.vocab_size, 4 * model.lm.config.hidden_size)
+    rows = math.ceil(tokens / config.data.max_length)
+    once, twice = totals(rows), totals(2 * rows)
+    if once[-1] > usable:
+        return 0
+    fitting = min(rows + rows * (usable - a) / (b - a) for a, b in zip(once[:-1], twice[:-1], strict=True))
+    largest = max(0, int(fitting))
+    while largest and max(totals(largest)) > usable:
+        largest -= 1
+    return largest
+
+
+def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
+    """Machine, settings, and the choice of the group `model`.
+
+    Raises:
+        ValueError: an unknown name, or a value outside its range.
+    """
+    names, own, settings = [field.name for field in fields(Machine)], {}, []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in names:
+            own[name] = value
+        elif name not in field_names() and get_close_matches(name, names):
+            raise ValueError(f"{argument}: no such setting; {nearest(name, names)}")
+        elif "=" not in argument:
+            raise ValueError(f"{argument}: settings are given as NAME=VALUE, such as gpus=8")
+        else:
+            settings.append(argument)
+    check_arguments(settings)
+    machine = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), own))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", ["trainer.experiment_name=plan", *settings], return_hydra_config=True)
+    with open_dict(composed):
+        choice = composed.pop("hydra").runtime.choices.model
+    return machine, resolve(composed), choice
+
+
+def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
+    """The model without weights, and the file that says its shape.
+
+    Raises:
+        ValueError: no file says it, or its context is shorter than data.max_length.
+    """
+    path, file = config.model.path, f"conf/model/{choice}.yaml"
+    # FlashAttention keeps what PyTorch's own kernels keep, and need not be installed here.
+    attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
+    if path and Path(path).is_dir():
+        model, file = empty_model(path, attn_implementation=attention), f"{path}/config.json"
+    elif path and config.model.vocab_size is None:
+        raise ValueError(
+            f"model.path={path}: no such directory, and {file} has no checkpoint's shape; for one on the hub choose "
+            "model=dream_7b or model=llada_8b"
+        )
+    else:
+        with torch.device("meta"):
+            model = new_model(replace(config.model, attn_implementation=attention), builtin_tokenizer())
+    if config.model.lora_rank:
+        add_lora(model, config.model, config.seed)
+    context = model.lm.config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
+    return model, file
+
+
+def remedies(config: Config, share: Share, largest: int) -> list[str]:
+    """Settings that need less memory than those of the run."""
+    settings = {
+        f"data.micro_batch_size_per_gpu={largest}": 0 < largest < share.micro_batch_size,
+        "model.enable_gradient_checkpointing=true": not config.model.enable_gradient_checkpointing,
+        "trainer.reduce_each_micro_batch=true": share.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
+        "trainer.reshard_after_forward=true": not config.trainer.reshard_after_forward,
+        "more GPUs": True,
+        "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
+        "model.lora_rank=16": not config.model.lora_rank,
+        "trainer.cpu_offload=true": not config.trainer.cpu_offload,
+    }
+    return [setting for setting, helps in settings.items() if helps]
+
+
+def plan(arguments: list[str]) -> bool:
+    """Print what a command line needs; whether it fits."""
+    machine, config, choice = read_arguments(arguments)
+    share, length = share_of(config.data, 0, machine.gpus), config.data.max_length
+    if machine.gpus % config.trainer.replicate:
+        raise ValueError(f"trainer.replicate={config.trainer.replicate}: must divide gpus={machine.gpus}")
+    model, file = meta_model(config, choice)
+    parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), share.global_batch_size * length
+    print(f"{parameters / 1e9:.2f} billion parameters, shape from {file}")
+    print(
+        f"{tokens:,} tokens a step: gpus={machine.gpus} × {share.micro_batches} forward passes × "
+        f"{share.micro_batch_size} rows × {length}\n"
+    )
+
+    table, usable = memory_table(model, config, share), (1 - MARGIN) * machine.gpu_memory * GIB
+    print(f"{'GiB on each GPU':<18}" + "".join(f"{phase:>12}" for phase in PHASES))
+    for name, phases in table.items():
+        print(f"{name:<18}" + "".join(f"{size / GIB:12.2f}" for size in phases))
+    if config.trainer.cpu_offload:
+        state = state_memory(model, config, machine.gpus, CUDA)
+        print(f"and in the host's memory {(state.total - state.gathered) / GIB:.2f} for each GPU")
+    needed = max(table["total"])
+    fits = needed <= usable
+    largest = max(largest_micro_batch(model, config, share, usable), share.micro_batch_size if fits else 0)
+    print(
+        f"\n{'fits' if fits else 'does not fit'}: {needed / GIB:.2f} of {usable / GIB:.2f} GiB, which is gpu_memory="
+        f"{machine.gpu_memory:g} less {MARGIN:.0%} for fragmentation, NCCL and the CUDA context"
+    )
+    print(f"largest micro-batch that fits: {largest or 'none'}")
+    if not fits:
+        print("what helps:", ", ".join(remedies(config, share, largest)))
+
+    speed = Speed(model, World(0, machine.gpus, torch.device("cpu")), compute_dtype(config, CUDA), machine.tflops)
+    counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "masked": tokens / 2}
+    seconds = speed.metrics(counts, seconds=1, waited=0)["perf/mfu"] / machine.mfu
+    print(
+        f"{seconds:.2f} s a step, {tokens / seconds:,.0f} tokens/s with mfu={machine.mfu:g}, tflops={machine.tflops:g} "
+        "and half of the tokens masked"
+    )
+    return fits
+
+
+if __name__ == "__main__":
+    with user_errors(debug=False):
+        sys.exit(0 if plan(sys.argv[1:]) else 1)
