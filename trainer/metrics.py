@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,14 @@ class MetricsLog:
             self._bar.close()
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(error[0] is not None))
+        self._tell_wandb(lambda run: run.finish(exit_code=int(error[0] is not None)))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is not None:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps({"step": step, **numbers}) + "\n")
             self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        self._tell_wandb(lambda run: run.log(metrics, step=step))
         if self._bar is not None:
             loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -56,6 +55,16 @@ class MetricsLog:
                     f"step {step}: train loss {loss:.4f}, val elbo {metrics['val/elbo']:.4f} nats/token (perplexity ≤ "
                     f"{metrics['val/perplexity_bound']:.3f}), masked accuracy {metrics['val/masked_accuracy']:.1%}"
                 )
+
+    def _tell_wandb(self, what: Callable[[Any], None]) -> None:
+        """A cluster that stops a job ends wandb's own process too: that must not keep a run from saving."""
+        if self._wandb is None:
+            return
+        try:
+            what(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            print(f"wandb gets no more of this run ({error}); metrics.jsonl does", flush=True)
 
 
 def _open_metrics(path: Path, done: int):

@@ -268,6 +268,17 @@ def test_a_finished_run_only_exports_again(small_run):
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in kept.items())
 
 
+def test_a_run_outlives_wandb(small_run, monkeypatch, capsys):
+    class Gone:
+        def log(self, *_, **__):
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr("trainer.metrics._wandb_run", lambda *_: Gone())
+    run = train(small_run(trainer__logger=["wandb"], trainer__max_steps=3))
+    assert len(metrics(run)) == 3
+    assert capsys.readouterr().out.count("wandb gets no more of this run (Connection lost)") == 1
+
+
 def test_wandb_goes_on_with_the_same_run(small_run):
     config = small_run(trainer__logger=["wandb"], trainer__max_steps=4, trainer__save_checkpoint_steps=2)
     run = train(config)
