@@ -8,19 +8,16 @@ TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
-SHAPE_FIELDS = (  # of ModelConfig; a checkpoint has its own
-    "family",
+SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "max_position_embeddings",
-    "rope_theta",
-    "tie_word_embeddings",
-    "initializer_range",
-    "vocab_size",
 )
+# Of ModelConfig, for a model from scratch; a checkpoint has its own.
+SHAPE_FIELDS = (*SIZE_FIELDS, "family", "rope_theta", "tie_word_embeddings", "initializer_range", "vocab_size")
 
 
 @dataclass
@@ -55,14 +52,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILY_NAMES:
             raise ValueError(f"model.family={self.family}: choose one of {', '.join(FAMILY_NAMES)}")
-        for field in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
+        for field in SIZE_FIELDS:
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
         for field, allowed in (("loss_kernel", LOSS_KERNELS), ("recompute", RECOMPUTED)):
