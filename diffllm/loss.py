@@ -1,9 +1,11 @@
 """The loss: weighted cross entropy of the masked tokens, with its gradient made on the way."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from diffllm.config import DiffusionConfig
@@ -42,13 +44,14 @@ def masked_loss(
     """Σ weight·nll through the vocabulary projection, a chunk of positions at a time.
 
     Weights are known before the forward pass, and with them the gradient of every logit. So it is made and used while
-    the chunk's logits are there: they exist once, are never kept and never computed again.
+    the chunk's logits are there: they exist once, are never kept and never computed again. In bf16 the chunks' parts of
+    the head's gradient are added up in bf16.
 
     Args:
         hidden: [N, D] states that predict the masked tokens.
         head: [V, D] vocabulary projection.
         targets: [N] clean tokens.
-        weights: [N] float32, the denominator of the loss included.
+        weights: [N] float32.
         focal: token reweighting.
 
     Returns:
@@ -67,14 +70,18 @@ def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`masked_loss` by Liger's Triton kernel (arXiv 2410.10989), which makes the logits again in the backward pass.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it is not installed, or older than 0.8.2, which scales all gradients by the first token's weight.
     """
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
         raise ValueError("model.loss_kernel=liger is not installed: pip install 'diffllm[liger]'") from error
+    if Version(installed := version("liger-kernel")) < Version("0.8.2"):
+        raise ValueError(f"model.loss_kernel=liger: {installed} gives wrong gradients: pip install 'diffllm[liger]'")
 
     def liger_loss(hidden, head, targets, weights, focal=None):
+        if not len(hidden):  # which the kernel divides by
+            return masked_loss(hidden, head, targets, weights, focal)
         output = liger_fused_linear_cross_entropy(
             hidden, head, targets, reduction="none", return_predicted_tokens=True, accum_dtype=torch.float32
         )
@@ -98,8 +105,9 @@ class _MaskedLoss(torch.autograd.Function):
             chunk = slice(start, start + size)
             h, y = hidden[chunk], targets[chunk, None]
             logits = (h @ head.T).float()
-            highest, target = logits.amax(-1, keepdim=True), logits.gather(-1, y)
-            correct[chunk] = (target == highest).squeeze(-1)
+            highest, likeliest = logits.max(-1, keepdim=True)
+            target = logits.gather(-1, y)
+            correct[chunk] = (likeliest == y).squeeze(-1)
             p = logits.sub_(highest).exp_()
             total = p.sum(-1, keepdim=True)
             nll[chunk] = (total.log() + highest - target).squeeze(-1)
@@ -119,5 +127,5 @@ class _MaskedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        scaled = (None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in ctx.saved_tensors)
+        scaled = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
         return *scaled, None, None, None, None

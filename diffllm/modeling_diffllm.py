@@ -77,8 +77,9 @@ class DiffLLM(nn.Module):
             position_ids: [B, L]; None counts from the first column.
             focal: token reweighting.
         """
-        hidden = self._hidden(x_t, attention_mask, position_ids, masked)
-        return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[masked], weights[masked], focal))
+        where = masked.nonzero(as_tuple=True)  # once: on a GPU it waits for all that was asked of it before
+        hidden = self._hidden(x_t, attention_mask, position_ids, *where)
+        return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -103,12 +104,13 @@ class DiffLLM(nn.Module):
             [N, V], or [B, L, V] without `where`.
         """
         wanted = torch.ones_like(x_t, dtype=torch.bool) if where is None else where
-        logits = self.lm.lm_head(self._hidden(x_t, attention_mask, position_ids, wanted))
+        logits = self.lm.lm_head(self._hidden(x_t, attention_mask, position_ids, *wanted.nonzero(as_tuple=True)))
         return logits if where is not None else logits.unflatten(0, x_t.shape)
 
-    def _hidden(self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, where: Tensor) -> Tensor:
-        """[N, D] states that predict the tokens at the N positions of `where` [B, L]."""
-        row, column = where.nonzero(as_tuple=True)
+    def _hidden(
+        self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, row: Tensor, column: Tensor
+    ) -> Tensor:
+        """[N, D] states that predict the tokens at the N positions `row`, `column`."""
         if self.family.shift:
             column = (column - 1).clamp(min=0)
         decoder = self.lm.get_decoder()

@@ -28,7 +28,7 @@ from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
 from trainer.config import Config, field_names, nearest, resolve, share_of
-from trainer.memory import GIB, state_memory
+from trainer.memory import GIB, state_memory, whole_gradients
 from trainer.speed import Speed
 from trainer.world import World
 
@@ -65,10 +65,7 @@ def memory_table(model: DiffLLM, config: Config, share: Share) -> dict[str, tupl
     if config.trainer.cpu_offload:
         state = replace(state, weights=0, gradients=0, optimizer=0)
     # Gradients of the micro-batches before: this GPU's share, or unreduced ones, which are whole.
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    summed = state.gradients if config.trainer.reduce_each_micro_batch else 4 * trained
-    if share.micro_batches == 1:
-        summed = 0
+    summed = whole_gradients(model, config, share) or (state.gradients if share.micro_batches > 1 else 0)
     # PyTorch's AdamW copies a moment to compute its step.
     updating = state.optimizer + (state.gradients if config.optim.name == "adamw" else 0)
     # The gradient of the head is counted with the gathered weights.

@@ -23,7 +23,12 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.optim import Optimizer
 
 from diffllm import DiffLLM
@@ -43,6 +48,12 @@ class TrainingState:
     model: DiffLLM
     optimizer: Optimizer
     world: World
+
+    def __post_init__(self) -> None:
+        """Give the optimizer its moments now: torch makes them by a step that counts, at the first look otherwise."""
+        get_optimizer_state_dict(self.model, self.optimizer)
+        for moments in self.optimizer.state.values():
+            moments["step"].zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded tensors and plain values, as dcp takes them; loading into it fills it in place."""
@@ -111,6 +122,8 @@ class Checkpoints:
             {"checkpoint_id": _unfinished(self._target), "process_group": self._group},
         )
         if self.asynchronous:
+            if self.state.world.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the copy runs in a stream of its own
             saving = dcp.async_save(state, async_stager=self._stager, **where)
             self._copied, self._pending = saving.staging_completion, saving.upload_completion
             return
@@ -127,11 +140,22 @@ class Checkpoints:
             self._copied.result()
             self._copied = None
 
-    def poll(self) -> None:
-        """Make a checkpoint visible as soon as it is written. Rank 0 alone does it: its part ends after all others'."""
-        written = self._pending is not None and self._pending.done() and self._pending.exception() is None
-        if self.state.world.is_main and written:
-            self._publish()
+    def poll(self) -> bool:
+        """Make a checkpoint visible as soon as it is written. Rank 0 alone does it: its part ends after all others'.
+
+        Returns:
+            Whether it could not be written; `wait` then says why.
+        """
+        if self._pending is None or not self._pending.done():
+            return False
+        if self._pending.exception() is not None:
+            return True
+        if self.state.world.is_main:
+            try:
+                self._publish()
+            except OSError:
+                return True
+        return False
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is there. Collective.
@@ -154,7 +178,10 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        self.wait()
+        """Let what is being written end, as this rank sees it: the others may have failed."""
+        if self._pending is not None:
+            self._pending.exception()  # waits
+            self.poll()
         self._stager.close()
 
     def _discard(self) -> None:
@@ -171,7 +198,10 @@ class Checkpoints:
         # What is broken does not count, and stays to be looked at.
         whole = [path for path in sorted(self.directory.glob("step_*")) if find_defect(path) is None]
         for old in (*whole[: -self.keep], *self.directory.glob(f"*{UNFINISHED}")):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                print(f"{old} could not be deleted: {error}", flush=True)
 
 
 @contextmanager

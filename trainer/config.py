@@ -171,7 +171,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 # What may differ when a run goes on. None of it changes what a step computes, but for the lr schedule, which follows
 # the length of the run.
 FREE_WHEN_RESUMING = (
-    "model.path",  # where training began; adapters go on only with the weights they belong to
     "model.enable_gradient_checkpointing",
     "model.recompute",
     "model.attn_implementation",
@@ -193,7 +192,7 @@ FREE_WHEN_RESUMING = (
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What makes a run another one than a saved configuration describes, as `name is A there and B here`."""
 
-    free = set(FREE_WHEN_RESUMING) - ({"model.path"} if config.model.lora_rank else set())
+    free = set(FREE_WHEN_RESUMING)
     if config.model.path is not None:  # whose config.json says them
         free |= {f"model.{name}" for name in SHAPE_FIELDS}
 

@@ -106,9 +106,12 @@ class FSDPSFTTrainer:
             done = self._resume(state)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
-            with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
-                finished = self._train(done, log)
-            self.checkpoints.close()
+            try:
+                with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
+                    finished = self._train(done, log)
+                self.checkpoints.wait()
+            finally:
+                self.checkpoints.close()
             if finished:
                 self.export(self.output_dir / "hf")
                 self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
@@ -122,12 +125,13 @@ class FSDPSFTTrainer:
             micro_batches = next(batches)
             waited = time.perf_counter() - started
             counts = self._count(micro_batches)
+            if counts["failed_saves"]:
+                self.checkpoints.wait()
             metrics = self.train_step(step, micro_batches, counts)
             metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
             if self._due(step, settings.val_check_interval) and self.val_batches is not None:
                 metrics |= validate(self.model, self.val_batches, self.world)
             log.log(step, metrics)
-            self.checkpoints.poll()
             asked = step < self.steps and (counts["SIGTERM"] or counts["SIGUSR1"])
             if asked or self._due(step, settings.save_checkpoint_steps):
                 self.checkpoints.save(step, self._manifest())
@@ -187,7 +191,7 @@ class FSDPSFTTrainer:
     def _count(self, micro_batches: list[Batch]) -> dict[str, float]:
         """What a step holds over all ranks and micro-batches, known before any forward: denominators among them.
 
-        The signals that came are counted too, so that all ranks learn of them in the same step.
+        Signals that came and saves that failed are counted too, so that all ranks learn of them in the same step.
         """
         lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in micro_batches])
         counts = {
@@ -198,6 +202,7 @@ class FSDPSFTTrainer:
             "pairs": lengths.square().sum(),
             "row_tokens": sum(batch["row_tokens"].sum() for batch in micro_batches),
             "positions": sum(batch["input_ids"].numel() for batch in micro_batches),
+            "failed_saves": self.checkpoints.poll(),
             **self.interruption.received,
         }
         return dict(zip(counts, self.world.sum(*counts.values()), strict=True))
@@ -226,6 +231,7 @@ class FSDPSFTTrainer:
         """
         settings, checkpoints = self.config.trainer, self.output_dir / "checkpoints"
         before = checkpoint.path_of(checkpoints, step - 1)
+        self.optimizer.zero_grad()
         self.checkpoints.wait()
         if not self.world.on_main(before.exists):
             self.checkpoints.save(step - 1, self._manifest())
@@ -260,7 +266,7 @@ class FSDPSFTTrainer:
         if path is None:
             return 0
         manifest = checkpoint.load(path, state)
-        self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest["nonfinite_steps"]
+        self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
         self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         return manifest["step"]
 

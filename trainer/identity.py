@@ -39,8 +39,8 @@ class Identity:
         saved = checkpoint.read_manifest(path)
         found = differences(saved["config"], self.config)
         for name, here in asdict(self).items():
-            if name != "config" and saved[name] != here:
-                found.append(f"{name} is {saved[name]} there and {here} here")
+            if name != "config" and saved.get(name) != here:
+                found.append(f"{name} is {saved.get(name, 'not recorded')} there and {here} here")
         if found:
             raise ValueError(
                 f"{path} belongs to a run with other settings: {'; '.join(found)}. "

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from data import Share
 from diffllm import DiffLLM
 from trainer.build import compute_dtype, frozen_dtype
-from trainer.config import Config
+from trainer.config import Config, share_of
 from trainer.world import World
 
 GIB = 2**30
@@ -48,6 +49,13 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     )
 
 
+def whole_gradients(model: DiffLLM, config: Config, share: Share) -> int:
+    """Bytes of all gradients, which every rank adds up in float32 where they are reduced only once a step."""
+    if config.trainer.reduce_each_micro_batch or share.micro_batches == 1:
+        return 0
+    return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def check_fits(model: DiffLLM, config: Config, world: World) -> None:
     """Refuse a run whose state alone is more than a rank's memory.
 
@@ -57,6 +65,7 @@ def check_fits(model: DiffLLM, config: Config, world: World) -> None:
     device = torch.device("cpu") if config.trainer.cpu_offload else world.device
     state = state_memory(model, config, world.size, world.device)
     needed = state.total - (state.gathered if config.trainer.cpu_offload else 0)
+    needed += max(0, whole_gradients(model, config, share_of(config.data, world.rank, world.size)) - state.gradients)
     available = device_memory(device)
     if needed > available:
         raise ValueError(

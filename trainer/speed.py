@@ -60,8 +60,9 @@ def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((tflops for part, tflops in DATA_SHEET.items() if part in name), None)
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """What a product of two square matrices reaches, the best of five."""
+    size = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):

@@ -50,6 +50,19 @@ def test_bf16_is_as_near_to_float32_as_autograd_is(monkeypatch):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
 
 
+def test_a_bf16_gradient_is_not_scaled_by_a_rounded_denominator():
+    """1 / 1021 rounds to bf16 with an error of 0.4 %."""
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        hidden = torch.randn(N, D).bfloat16().to(dtype).requires_grad_()
+        head = torch.randn(V, D).bfloat16().to(dtype)
+        (masked_loss(hidden, head, torch.randint(V, (N,)), torch.ones(N))[0] / 1021).backward()
+        gradients.append(hidden.grad.float())
+    exact, rounded = gradients
+    assert ((rounded * exact).sum() / exact.square().sum()).item() == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     *_, hidden, head = value_and_gradients(masked_loss, torch.float32, None, frozen=[frozen])

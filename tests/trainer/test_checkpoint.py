@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.trainer.runs import losses, metrics, train, weights
 from trainer import checkpoint
 from trainer.checkpoint import MANIFEST, UNFINISHED, Checkpoints, find_newest
 from trainer.export import export
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 
 
 def assert_bitwise(run, other):
@@ -266,6 +268,28 @@ def test_a_finished_run_only_exports_again(small_run):
     again = train(small_run())
     assert len(metrics(again)) == 12
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in kept.items())
+
+
+def test_a_checkpoint_that_is_being_written_survives_an_error(small_run, monkeypatch):
+    """What fails in the step after a save does not take the save with it."""
+
+    def failing(self, step, *rest):
+        if step == 5:
+            raise RuntimeError("out of luck")
+        return train_step(self, step, *rest)
+
+    train_step = FSDPSFTTrainer.train_step
+    monkeypatch.setattr(FSDPSFTTrainer, "train_step", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(small_run("run", trainer__save_checkpoint_steps=4))
+    assert checkpoints(Path(small_run("run").trainer.output_dir)) == ["step_00000004"]
+
+
+def test_a_save_that_failed_ends_the_run_at_the_next_step(small_run, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "_publish", lambda self: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match=r"step_00000004 could not be written: no space left"):
+        train(small_run(trainer__save_checkpoint_steps=4))
+    assert 4 <= len(metrics(Path(small_run().trainer.output_dir))) < 12
 
 
 def test_a_run_outlives_wandb(small_run, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import torch
 from diffllm.loss import masked_loss
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
+from trainer import checkpoint
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.replay import replay
 from trainer.world import open_world
@@ -74,6 +75,35 @@ def test_raise_names_the_rows_and_loses_nothing(small_run, fails, monkeypatch, k
     again = train(small_run(**settings()))
     assert losses(again) == losses(whole)
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_in_the_first_step_nothing_is_lost_either(small_run, fails, monkeypatch, nonfinite):
+    """What is saved then is a state that no step has changed: the first that counts is Adam's first."""
+    config = settings(trainer__nonfinite=nonfinite)
+    whole = train(small_run("whole", **config))
+    with monkeypatch.context():
+        monkeypatch.setattr(f"{__name__}.BAD_STEP", 1)
+        fails("loss")
+        if nonfinite == "raise":
+            with pytest.raises(FloatingPointError, match="step 1: "):
+                train(small_run(**config))
+        else:
+            assert set(adam_steps(train(small_run(**config)))) == {5}
+        monkeypatch.undo()
+    if nonfinite == "raise":
+        again = train(small_run(**config))
+        assert losses(again) == losses(whole)
+        assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+
+
+def adam_steps(run):
+    """How often Adam has stepped, as each parameter's state says."""
+    directory = run / "checkpoints" / "step_00000006"
+    metadata = checkpoint.dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    steps = {name: torch.tensor(0.0) for name in metadata if name.endswith(".step")}
+    checkpoint.dcp.load(steps, checkpoint_id=directory, no_dist=True)
+    return [int(step) for step in steps.values()]
 
 
 def test_skip_leaves_the_step_out(small_run, fails, capsys):
