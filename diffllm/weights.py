@@ -43,26 +43,25 @@ def cart_weights(context: Tensor, p: float) -> Tensor:
         [B, L] float32.
     """
     clean = context.float()
-    left = exponential_scan(clean, 1 - p)
-    right = exponential_scan(clean.flip(-1), 1 - p).flip(-1)
-    return 0.5 * p * (left + right)
+    left, right = exponential_scan(torch.stack([clean, clean.flip(-1)]), 1 - p)
+    return 0.5 * p * (left + right.flip(-1))
 
 
-def exponential_scan(c: Tensor, q: float, block: int = 64) -> Tensor:
-    """y_i = Σ_{j < i} q^(i-1-j)·c_j along the last dimension of c [B, L].
+def exponential_scan(c: Tensor, q: float, block: int = 128) -> Tensor:
+    """y_i = Σ_{j < i} q^(i-1-j)·c_j along the last dimension of c [..., L].
 
     A small matrix handles each block at once, and one number per row carries the past from block to block. q^0 = 1 also
     at q = 0, so nothing needs a logarithm.
     """
     length = c.shape[-1]
-    c = F.pad(c, (0, -length % block)).unflatten(-1, (-1, block))  # [B, L/block, block]
+    c = F.pad(c, (0, -length % block)).unflatten(-1, (-1, block))  # [..., L/block, block]
     k = torch.arange(block, device=c.device)
     lag = k[:, None] - k - 1
     within = torch.where(lag >= 0, torch.tensor(q, device=c.device) ** lag.clamp(min=0), 0.0)
     decay = torch.tensor(q, device=c.device) ** k
 
-    totals = c @ decay.flip(0)  # [B, L/block] what each block leaves at its end
-    past = [torch.zeros_like(totals[:, 0])]
+    totals = c @ decay.flip(0)  # [..., L/block] what each block leaves at its end
+    past = [torch.zeros_like(totals[..., 0])]
     for total in totals.unbind(-1)[:-1]:
         past.append(past[-1] * q**block + total)
     y = c @ within.T + torch.stack(past, dim=-1)[..., None] * decay
