@@ -119,7 +119,7 @@ class FSDPSFTTrainer:
     def _train(self, done: int, log: MetricsLog) -> bool:
         """Steps after the first `done`, until the last or a signal; whether it was the last."""
         settings = self.config.trainer
-        batches = iter(self.train_batches.loader(range(done, self.steps)))
+        batches = self.train_batches.loader(range(done, self.steps))
         for step in range(done + 1, self.steps + 1):
             started = time.perf_counter()
             micro_batches = next(batches)

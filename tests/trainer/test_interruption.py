@@ -64,9 +64,9 @@ def test_in_the_last_step_it_changes_nothing(small_run, interrupted):
 def test_loader_workers_ignore_signals(small_run):
     with open_world() as world:
         trainer = FSDPSFTTrainer(small_run(data__num_workers=1), world)
-        batches = iter(trainer.train_batches.loader(range(12)))
+        batches = trainer.train_batches.loader(range(12))
         next(batches)
-        [worker] = batches._workers
+        [worker] = multiprocessing.active_children()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker.pid, number)
         assert len(list(batches)) == 11
