@@ -132,7 +132,7 @@ def _to_numpy(micro_batches: list[Batch]) -> list[dict[str, np.ndarray]]:
 
 def _ignore_signals(worker: int) -> None:
     """Leave it to the rank to react when a cluster asks the whole process group to stop."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
 

@@ -1,6 +1,6 @@
 """Settings of the model and of the forward process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FAMILY_NAMES = ("dream", "llada")
 T_SAMPLERS = ("stratified", "uniform")
@@ -47,17 +47,17 @@ class ModelConfig:
     compile: bool = False  # torch.compile each layer
     lora_rank: int = 0  # train adapters of this rank instead of the weights; 0 trains the weights
     lora_alpha: float = 16.0  # adapters count alpha / rank times
-    target_modules: str = "all-linear"  # adapted: all-linear, or names of linear layers joined by commas: q_proj,v_proj
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # adapted: or names as [q_proj,v_proj]
 
     def __post_init__(self) -> None:
         if self.family not in FAMILY_NAMES:
             raise ValueError(f"model.family={self.family}: choose one of {', '.join(FAMILY_NAMES)}")
-        for field in SIZE_FIELDS:
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
-        for field, allowed in (("loss_kernel", LOSS_KERNELS), ("recompute", RECOMPUTED)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"model.{field}={getattr(self, field)}: choose one of {', '.join(allowed)}")
+        for name in SIZE_FIELDS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name, allowed in (("loss_kernel", LOSS_KERNELS), ("recompute", RECOMPUTED)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         if self.lora_rank < 0:
             raise ValueError(f"model.lora_rank={self.lora_rank}: must not be negative")
         if self.lora_alpha <= 0:
@@ -90,17 +90,17 @@ class DiffusionConfig:
     loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
 
     def __post_init__(self) -> None:
-        for field, allowed in (
+        for name, allowed in (
             ("t_sampler", T_SAMPLERS),
             ("time_reweighting", TIME_REWEIGHTINGS),
             ("loss_norm", LOSS_NORMS),
         ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"diffusion.{field}={getattr(self, field)}: choose one of {', '.join(allowed)}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         if not 0 < self.eps < 1:
             raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
         if not 0 < self.cart_p <= 1:
             raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
-        for field in ("token_reweighting_alpha", "token_reweighting_gamma"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"diffusion.{field}={getattr(self, field)}: must not be negative")
+        for name in ("token_reweighting_alpha", "token_reweighting_gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"diffusion.{name}={getattr(self, name)}: must not be negative")

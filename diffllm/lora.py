@@ -25,11 +25,11 @@ def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
 
     decoder = model.lm.get_decoder()
     linear = {name.rsplit(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
-    chosen = linear if config.target_modules == "all-linear" else set(config.target_modules.split(","))
+    chosen = linear if config.target_modules == ["all-linear"] else set(config.target_modules)
     if unknown := chosen - linear:
         raise ValueError(
-            f"model.target_modules={config.target_modules}: no linear layer is called {', '.join(sorted(unknown))}; "
-            f"choose all-linear or from {', '.join(sorted(linear))}"
+            f"model.target_modules=[{','.join(config.target_modules)}]: no linear layer is called "
+            f"{', '.join(sorted(unknown))}; choose all-linear or from {', '.join(sorted(linear))}"
         )
     model.requires_grad_(False)
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=chosen)

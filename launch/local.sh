@@ -13,4 +13,5 @@ if ((gpus == 0)); then
 fi
 # torch 2.13: else ranks that are started again find what those before them left in the store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+trap '' USR1 # which torchrun would die of; ranks that are sent it save and stop
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" "$@"

@@ -153,7 +153,8 @@ def resolve(composed: DictConfig) -> Config:
     """
     try:
         plain = OmegaConf.to_container(composed)
-        for group, name in (("data", "train_files"), ("data", "val_files"), ("trainer", "logger")):
+        lists = (("model", "target_modules"), ("data", "train_files"), ("data", "val_files"), ("trainer", "logger"))
+        for group, name in lists:
             if isinstance(value := plain.get(group, {}).get(name), str):
                 plain[group][name] = [value]  # a list of one may be written without brackets
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))

@@ -31,7 +31,7 @@ from trainer.checkpoint import Checkpoints, TrainingState
 from trainer.config import Config, share_of, to_dict, total_steps
 from trainer.forward import forward
 from trainer.identity import Identity, find_checkpoint
-from trainer.interruption import Interruption
+from trainer.interruption import NAMES, Interruption
 from trainer.memory import check_fits
 from trainer.metrics import MetricsLog
 from trainer.nonfinite import FailedStep, keep
@@ -98,7 +98,7 @@ class FSDPSFTTrainer:
         Asked to stop by a signal, it saves a checkpoint where the step ends and leaves.
 
         Raises:
-            SystemExit: SIGTERM stopped the run.
+            SystemExit: SIGTERM or SIGINT stopped the run.
         """
         settings = self.config.trainer
         with locked(self.output_dir, self.world), Interruption() as self.interruption:
@@ -132,14 +132,16 @@ class FSDPSFTTrainer:
             if self._due(step, settings.val_check_interval) and self.val_batches is not None:
                 metrics |= validate(self.model, self.val_batches, self.world)
             log.log(step, metrics)
-            asked = step < self.steps and (counts["SIGTERM"] or counts["SIGUSR1"])
+            asked = step < self.steps and [name for name in NAMES if counts[name]]
             if asked or self._due(step, settings.save_checkpoint_steps):
                 self.checkpoints.save(step, self._manifest())
             if asked:
                 self.checkpoints.wait()
-                self._say(f"stopped by a signal after {step} of {self.steps} steps; the same command goes on from here")
-                if counts["SIGTERM"]:
-                    raise SystemExit(128 + signal.SIGTERM)
+                self._say(
+                    f"stopped by {asked[0]} after {step} of {self.steps} steps; the same command goes on from here"
+                )
+                if asked[0] != "SIGUSR1":
+                    raise SystemExit(128 + signal.Signals[asked[0]])
                 return False
         return True
 
@@ -268,6 +270,8 @@ class FSDPSFTTrainer:
         manifest = checkpoint.load(path, state)
         self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
         self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
+        if manifest["step"] >= self.steps:
+            self._say("no step is left; the model is exported again")
         return manifest["step"]
 
     def _find_checkpoint(self) -> Path | None:

@@ -3,14 +3,14 @@
 import signal
 from types import FrameType
 
-NAMES = ("SIGTERM", "SIGUSR1")
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class Interruption:
-    """Counts SIGTERM and SIGUSR1 instead of dying of them, so that the trainer can stop where a step ends.
+    """Counts SIGTERM, SIGINT and SIGUSR1 instead of dying of them, so that the trainer can stop where a step ends.
 
-    After SIGTERM it ends with 143, as a process that dies of it. SIGUSR1 comes from someone who takes care of what
-    follows: after it, it ends with 0.
+    It then ends with 143 or 130, as a process that dies of the first two. SIGUSR1 comes from someone who takes care of
+    what follows: after it, it ends with 0. A second SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -25,4 +25,7 @@ class Interruption:
             signal.signal(getattr(signal, name), handler)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
-        self.received[signal.Signals(number).name] += 1
+        name = signal.Signals(number).name
+        self.received[name] += 1
+        if name == "SIGINT" and self.received[name] > 1:
+            raise KeyboardInterrupt

@@ -44,7 +44,7 @@ def test_only_adapters_are_trained(tokenizer):
 
 
 def test_chosen_layers_only(tokenizer):
-    _, model, _ = adapted(tokenizer, target_modules="q_proj,v_proj")
+    _, model, _ = adapted(tokenizer, target_modules=["q_proj", "v_proj"])
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 2
     assert all("q_proj" in name or "v_proj" in name for name in trained)
@@ -66,8 +66,8 @@ def test_adapters_of_an_empty_model_are_those_of_a_full_one(tokenizer, tmp_path)
 
 
 def test_a_target_that_matches_nothing(tokenizer):
-    with pytest.raises(ValueError, match=r"target_modules=q_proj,w_proj: no linear layer is called w_proj; choose"):
-        adapted(tokenizer, target_modules="q_proj,w_proj")
+    with pytest.raises(ValueError, match=r"target_modules=\[q_proj,w_proj\]: no linear layer is called w_proj; choose"):
+        adapted(tokenizer, target_modules=["q_proj", "w_proj"])
 
 
 def test_without_peft(tokenizer, monkeypatch):

@@ -155,7 +155,7 @@ def test_an_interrupted_run_equals_a_whole_one(cluster, whole, interrupt, steps,
     interrupt(cluster, job, run)
     assert cluster.wait(job) == requeued
     log = run.with_suffix(".log").read_text()
-    assert log.count("stopped by a signal") == requeued
+    assert log.count("stopped by SIG") == requeued
     assert log.count("resumed from") == 1
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
     model = Path("hf", "model.safetensors")

@@ -30,16 +30,16 @@ def interrupted(monkeypatch):
     return configure
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_run_goes_on(small_run, interrupted, monkeypatch, capsys, number):
     whole = train(small_run("whole"))
     before = signal.getsignal(number)
     with monkeypatch.context():
         interrupted(number)
-        if number == signal.SIGTERM:
+        if number != signal.SIGUSR1:
             with pytest.raises(SystemExit) as exit:
                 train(small_run())
-            assert exit.value.code == 128 + signal.SIGTERM
+            assert exit.value.code == 128 + number
         else:
             train(small_run())
         monkeypatch.undo()
@@ -48,7 +48,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(small_run, interrupted, mo
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert (run / "checkpoints" / "step_00000006").is_dir()
     assert not (run / "hf").exists()
-    assert "stopped by a signal after 6 of 12 steps" in capsys.readouterr().out
+    assert f"stopped by {signal.Signals(number).name} after 6 of 12 steps" in capsys.readouterr().out
     assert signal.getsignal(number) == before
 
     again = train(small_run())
@@ -67,7 +67,7 @@ def test_loader_workers_ignore_signals(small_run):
         batches = trainer.train_batches.loader(range(12))
         next(batches)
         [worker] = multiprocessing.active_children()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker.pid, number)
         assert len(list(batches)) == 11
 
