@@ -117,10 +117,8 @@ class Checkpoints:
         self.wait()
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
         self.state.world.on_main(self._discard)
-        state, where = (
-            self.state.state_dict(),
-            {"checkpoint_id": _unfinished(self._target), "process_group": self._group},
-        )
+        state = self.state.state_dict()
+        where = {"checkpoint_id": _unfinished(self._target), "process_group": self._group}
         if self.asynchronous:
             if self.state.world.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the copy runs in a stream of its own

@@ -64,8 +64,12 @@ def check_fits(model: DiffLLM, config: Config, world: World) -> None:
     """
     device = torch.device("cpu") if config.trainer.cpu_offload else world.device
     state = state_memory(model, config, world.size, world.device)
-    needed = state.total - (state.gathered if config.trainer.cpu_offload else 0)
-    needed += max(0, whole_gradients(model, config, share_of(config.data, world.rank, world.size)) - state.gradients)
+    needed = state.total
+    if config.trainer.cpu_offload:  # what ranks gather and add up stays on the GPU
+        needed -= state.gathered
+    else:
+        whole = whole_gradients(model, config, share_of(config.data, world.rank, world.size))
+        needed += max(0, whole - state.gradients)
     available = device_memory(device)
     if needed > available:
         raise ValueError(
