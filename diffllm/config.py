@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 FAMILY_NAMES = ("dream", "llada")
-T_SAMPLERS = ("stratified", "uniform")
+T_SAMPLERS = ("importance", "stratified", "uniform")
 TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
@@ -80,7 +80,9 @@ class DiffusionConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    t_sampler: str = "stratified"  # stratified over the global batch | uniform, independent draws
+    # importance: stratified, and small t more often where time_reweighting=original makes them heavy, each loss term
+    # corrected | stratified over the global batch | uniform, independent draws
+    t_sampler: str = "importance"
     eps: float = 1e-3  # t is in [eps, 1)
     time_reweighting: str = "original"  # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
     cart_p: float = 0.1  # parameter of CART's geometric distribution; 1 counts the two direct neighbours only

@@ -29,6 +29,27 @@ def time_weights(t: Tensor, masked: Tensor, attended: Tensor, config: DiffusionC
     return weights * masked
 
 
+def loss_denominator(batch: dict[str, Tensor], loss_norm: str) -> Tensor:
+    """What Σ weight·nll is divided by, of the rows of a batch: their parts add up to that of the global batch.
+
+    `masked` the masked tokens, each counted with the importance of its row · `maskable` the tokens that may be masked,
+    as in the ELBO · `sequence` the rows.
+
+    Args:
+        batch: what `ForwardProcess` gives.
+
+    Returns:
+        A scalar in float64.
+    """
+    match loss_norm:
+        case "masked":
+            return batch["masked"].sum(-1).double() @ batch["importance"].double()
+        case "maskable":
+            return batch["maskable"].sum().double()
+        case _:
+            return torch.tensor(len(batch["masked"]), dtype=torch.float64)
+
+
 def cart_weights(context: Tensor, p: float) -> Tensor:
     """Context-adaptive token-level reweighting (CART, Dream 7B, arXiv 2508.15487).
 

@@ -17,6 +17,7 @@ from diffllm import DiffusionConfig, ForwardProcess
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
 from diffllm.modeling_diffllm import Restored
+from diffllm.weights import loss_denominator
 from trainer import checkpoint
 from trainer.build import (
     build_lr_schedule,
@@ -160,7 +161,7 @@ class FSDPSFTTrainer:
         lr = self.lr_at(step - 1)
         set_lr(self.optimizer, lr)
         tally, losses, grad_norm = Tally(self.world), [], 0.0
-        norm = counts[self.config.diffusion.loss_norm]
+        norm = counts["norm"]
         if counts["masked"]:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
@@ -197,9 +198,9 @@ class FSDPSFTTrainer:
         """
         lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in micro_batches])
         counts = {
+            "norm": sum(loss_denominator(batch, self.config.diffusion.loss_norm) for batch in micro_batches),
             "masked": sum(batch["masked"].sum() for batch in micro_batches),
             "maskable": sum(batch["maskable"].sum() for batch in micro_batches),
-            "sequence": len(lengths),
             "attended": lengths.sum(),
             "pairs": lengths.square().sum(),
             "row_tokens": sum(batch["row_tokens"].sum() for batch in micro_batches),

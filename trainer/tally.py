@@ -21,18 +21,19 @@ class Tally:
     def add(self, batch: Batch, restored: Restored, loss: torch.Tensor | float = 0.0) -> None:
         """Count a batch; nothing waits for the device."""
         masked, device = batch["masked"], self.world.device
-        t = batch["t"][:, None].expand(masked.shape)[masked].to(device, non_blocking=True).double()
-        nll = restored.nll.double()
+        per_row = torch.stack([batch["t"], batch["importance"]], dim=-1)[:, None].expand(*masked.shape, 2)
+        t, weight = per_row[masked].to(device, non_blocking=True).double().unbind(-1)
+        nll = restored.nll * weight
         bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
         self.sums[0] += loss
         self.sums[1] += (nll / t).sum()
         self.sums[2] += batch["maskable"].sum()
-        self.sums[3] += restored.correct.sum()
+        self.sums[3] += (restored.correct * weight).sum()
         self.sums[4 : 4 + T_BUCKETS].index_add_(0, bucket, nll)
-        self.sums[4 + T_BUCKETS :].index_add_(0, bucket, torch.ones_like(nll))
+        self.sums[4 + T_BUCKETS :].index_add_(0, bucket, weight)
 
     def metrics(self, group: str) -> dict[str, float]:
-        """Over all batches of all ranks. Collective.
+        """Over all batches of all ranks, each row weighted by its importance: means under t ~ U(eps, 1). Collective.
 
         Returns:
             loss: the sum of the losses given.

@@ -3,7 +3,8 @@
 Every draw is an optimizer step's rows with their noise while the parameters stay the same; the variance is that of the
 whole gradient, E|g - E g|², at the same number of forward tokens. Printed against independent uniform t, for a model
 from scratch and after some training, with 95 % intervals from 2,000 bootstrap samples of the draws. Stratified t takes
-away what differs between the times of a batch; what differs between rows, and between masks of a row, stays.
+away what differs between the times of a batch, importance sampling the weight of few tokens at small t; what differs
+between rows stays.
 
 Complementary masks forward half as many rows twice, at t with some tokens masked and at 1 - t with all the others.
 """
@@ -19,7 +20,7 @@ from data.equations import train_rows
 from data.loader import Batch
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
-from diffllm.weights import time_weights
+from diffllm.weights import loss_denominator, time_weights
 
 ROWS = 8
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -46,7 +47,7 @@ def complement(batch: Batch, config: DiffusionConfig, mask_token_id: int) -> Bat
 def gradient(model: DiffLLM, batch: Batch, loss_norm: str) -> Tensor:
     model.zero_grad()
     names = ("x_t", "input_ids", "masked", "weights", "attention_mask", "position_ids")
-    (model(*(batch[name] for name in names)).loss / batch[loss_norm].sum()).backward()
+    (model(*(batch[name] for name in names)).loss / loss_denominator(batch, loss_norm)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -96,10 +97,15 @@ def main() -> None:
         train(model, rows, steps)
         for weighting, loss_norm in (("original", "maskable"), ("cart", "masked"), ("none", "masked")):
             settings = {"time_reweighting": weighting, "loss_norm": loss_norm}
-            stratified = DiffusionConfig(**settings)
+            default = DiffusionConfig(**settings)
+            stratified = DiffusionConfig(t_sampler="stratified", **settings)
             uniform = deviations(draw_gradients(model, DiffusionConfig(t_sampler="uniform", **settings), rows, draws))
-            for name, twice in (("stratified t", False), ("stratified t and complementary masks", True)):
-                found = deviations(draw_gradients(model, stratified, rows, draws, twice))
+            for name, config, twice in (
+                ("t as by default", default, False),
+                ("stratified t", stratified, False),
+                ("stratified t and complementary masks", stratified, True),
+            ):
+                found = deviations(draw_gradients(model, config, rows, draws, twice))
                 ratio, low, high = ratio_interval(found, uniform)
                 print(
                     f"after {steps} steps, {weighting} weights over {loss_norm} tokens, {draws} draws of {ROWS} rows "

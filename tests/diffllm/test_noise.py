@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from diffllm import DiffusionConfig, ForwardProcess
+from diffllm.config import LOSS_NORMS, T_SAMPLERS
+from diffllm.weights import loss_denominator
 
 MASK = 99
 
@@ -23,7 +25,7 @@ def batch(samples, width=16, left_pad=0, slots=None):
     }
 
 
-@pytest.mark.parametrize("t_sampler", ["stratified", "uniform"])
+@pytest.mark.parametrize("t_sampler", T_SAMPLERS)
 def test_noise_is_a_function_of_the_sample(t_sampler):
     """Neither company, order nor left padding changes it; seed and epoch do."""
     process = ForwardProcess(DiffusionConfig(t_sampler=t_sampler), MASK, seed=5)
@@ -44,11 +46,36 @@ def test_only_maskable_positions_are_noised():
 
 
 def test_stratified_times_cover_the_global_batch():
-    """One t in each of B equal parts, whichever micro-batch a row is in."""
-    process = ForwardProcess(DiffusionConfig(eps=1e-3), MASK, 0)
-    halves = [process(batch(samples), 0, 8)["t"] for samples in ([0, 1, 2, 3], [4, 5, 6, 7])]
-    t = torch.cat(halves)
-    assert (((t - 1e-3) / (1 - 1e-3) * 8).long() == torch.arange(8)).all()
+    """One t in each of B equally likely parts, whichever micro-batch a row is in."""
+    for t_sampler, share in (
+        ("stratified", lambda t: (t - 0.01) / 0.99),
+        ("importance", lambda t: (t**0.5 - 0.1) / 0.9),
+    ):
+        process = ForwardProcess(DiffusionConfig(eps=0.01, t_sampler=t_sampler), MASK, 0)
+        halves = [process(batch(samples), 0, 8)["t"] for samples in ([0, 1, 2, 3], [4, 5, 6, 7])]
+        assert ((share(torch.cat(halves)) * 8).long() == torch.arange(8)).all()
+
+
+def test_importance_corrects_the_density():
+    """Weighted means over a fine grid of draws are those under U(eps, 1)."""
+    process = ForwardProcess(DiffusionConfig(eps=1e-2), MASK, 0)
+    t = torch.tensor([process.time(0.5, slot, 10_000) for slot in range(10_000)], dtype=torch.float64)
+    importance = process.importance(t)
+    assert importance.mean().item() == pytest.approx(1, rel=1e-6)
+    assert (importance * t).mean().item() == pytest.approx(0.505, rel=1e-6)
+    assert (importance / t).mean().item() == pytest.approx(math.log(100) / 0.99, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_norm", LOSS_NORMS)
+def test_denominators_of_micro_batches_add_up(loss_norm):
+    noised = ForwardProcess(DiffusionConfig(), MASK, 0)(batch(list(range(8))), 0, 8)
+    parts = [{name: rows[half] for name, rows in noised.items()} for half in (slice(0, 3), slice(3, 8))]
+    expected = {
+        "masked": sum(m.sum().item() * w.item() for m, w in zip(noised["masked"], noised["importance"], strict=True)),
+        "maskable": 8 * 12,
+        "sequence": 8,
+    }
+    assert sum(loss_denominator(part, loss_norm).item() for part in parts) == pytest.approx(expected[loss_norm])
 
 
 def test_the_share_of_masked_tokens_is_t():
@@ -60,7 +87,8 @@ def test_the_share_of_masked_tokens_is_t():
     assert abs(t.mean().item() - 0.5) < 5 / math.sqrt(12 * 400)
 
 
-def test_the_elbo_estimator_has_the_exact_mean():
+@pytest.mark.parametrize("t_sampler", T_SAMPLERS)
+def test_the_elbo_estimator_has_the_exact_mean(t_sampler):
     """Against enumeration on three tokens, each one of three symbols.
 
     The bound is ∫ dt Σ_M t^|M|·(1-t)^(3-|M|)·(1/t)·Σ_{i in M} nll_i(x_M) over the subsets M of masked positions. The
@@ -89,6 +117,6 @@ def test_the_elbo_estimator_has_the_exact_mean():
         "sample_index": torch.arange(n),
         "slot": torch.arange(n),
     }
-    noised = ForwardProcess(DiffusionConfig(eps=eps, t_sampler="uniform"), 3, 0)(rows, 0, n)
+    noised = ForwardProcess(DiffusionConfig(eps=eps, t_sampler=t_sampler), 3, 0)(rows, 0, n)
     draws = np.array([(w * nll(x)).sum() for w, x in zip(noised["weights"].numpy(), noised["x_t"], strict=True)])
     assert abs(draws.mean() - exact) < 5 * draws.std() / math.sqrt(n)

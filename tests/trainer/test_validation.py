@@ -18,15 +18,16 @@ def test_metrics_are_what_they_say(small_run):
         measured = validate(trainer.model, trainer.val_batches, world)
         assert validate(trainer.model, trainer.val_batches, world) == measured
         model, _ = build_model(trainer.config.model, trainer.config.seed)
-        bound, tokens, right, masked = 0.0, 0, 0, 0
+        bound, tokens, right, masked = 0.0, 0, 0.0, 0.0
         with torch.no_grad():
             for batch in trainer.val_batches:
                 logits = model.denoise(batch["x_t"], batch["attention_mask"], batch["position_ids"])
                 log_p = logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None]).squeeze(-1)
-                bound -= (log_p / batch["t"][:, None])[batch["masked"]].sum().item()
+                importance = batch["importance"][:, None] * batch["masked"]
+                bound -= (log_p / batch["t"][:, None] * importance).sum().item()
                 tokens += batch["maskable"].sum().item()
-                right += (logits.argmax(-1) == batch["input_ids"])[batch["masked"]].sum().item()
-                masked += batch["masked"].sum().item()
+                right += ((logits.argmax(-1) == batch["input_ids"]) * importance).sum().item()
+                masked += importance.sum().item()
     assert measured["val/elbo"] == pytest.approx(bound / tokens, rel=1e-5)
     assert measured["val/perplexity_bound"] == pytest.approx(math.exp(bound / tokens), rel=1e-4)
     assert measured["val/masked_accuracy"] == pytest.approx(right / masked)
