@@ -2,19 +2,28 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from diffllm.families import Family
 from diffllm.loss import Focal, masked_loss
 from diffllm.tokenizer import save_tokenizer
-from sampling import SampleOutput, SamplingConfig, sample
+from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
 
 
 class Restored(NamedTuple):
@@ -56,6 +65,15 @@ class DiffLLM(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.config.vocab_size
+
+    @property
+    def special_tokens(self) -> Tokens:
+        """What the sampler must know of the vocabulary."""
+        return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,))
+
     def forward(
         self,
         x_t: Tensor,
@@ -78,7 +96,7 @@ class DiffLLM(nn.Module):
             focal: token reweighting.
         """
         where = masked.nonzero(as_tuple=True)  # once: on a GPU it waits for all that was asked of it before
-        hidden = self._hidden(x_t, attention_mask, position_ids, *where)
+        hidden = self.hidden(x_t, attention_mask, position_ids, *where)
         return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
 
     def logits(
@@ -87,33 +105,45 @@ class DiffLLM(nn.Module):
         """Raw head logits [B, L, V] as the published code returns them: not shifted, whatever the family."""
         return self.lm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
 
-    def denoise(
+    def denoise(self, x_t: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V] of the clean token at each position of x_t [B, L], shifted if the family is."""
+        every = torch.ones_like(x_t, dtype=torch.bool).nonzero(as_tuple=True)
+        return self.head(self.hidden(x_t, attention_mask, position_ids, *every)).unflatten(0, x_t.shape)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[N, V] logits of `hidden` states [N, D]."""
+        return self.lm.lm_head(hidden)
+
+    def hidden(
         self,
         x_t: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        where: Tensor | None = None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        row: Tensor,
+        column: Tensor,
+        cache: CanvasCache | None = None,
     ) -> Tensor:
-        """Logits of the clean token at each position, shifted if the family is.
+        """[N, D] states that predict the tokens at the N positions `row`, `column` of x_t [B, L].
 
         Args:
-            x_t: [B, L] canvas.
-            where: [B, L] bool, the N positions wanted.
-
-        Returns:
-            [N, V], or [B, L, V] without `where`.
+            attention_mask: [B, L], 0 at left padding; None where no row is padded.
+            position_ids: [B, L]; None counts from the first column.
+            cache: compute its columns only and take other keys and values from it; they must hold the positions, and
+                if the family shifts their left neighbours.
         """
-        wanted = torch.ones_like(x_t, dtype=torch.bool) if where is None else where
-        logits = self.lm.lm_head(self._hidden(x_t, attention_mask, position_ids, *wanted.nonzero(as_tuple=True)))
-        return logits if where is not None else logits.unflatten(0, x_t.shape)
-
-    def _hidden(
-        self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, row: Tensor, column: Tensor
-    ) -> Tensor:
-        """[N, D] states that predict the tokens at the N positions `row`, `column`."""
         if self.family.shift:
-            column = (column - 1).clamp(min=0)
+            first = 0 if attention_mask is None else (attention_mask == 0).sum(-1)[row]
+            column = (column - 1).clamp(min=first)
         decoder = self.lm.get_decoder()
+        if cache is not None:
+            if position_ids is None:
+                position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
+            if cache.columns is not None:
+                x_t, position_ids = x_t.gather(1, cache.columns), position_ids.gather(1, cache.columns)
+                column = cache.place[row, column]
+            kept = {"past_key_values": cache, "use_cache": True}
+            hidden = decoder(input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids, **kept)
+            return hidden.last_hidden_state[row, column]
         if self.unpad and attention_mask is not None:
             attended = attention_mask.bool()
             one_row = {"input_ids": x_t[attended][None], "position_ids": position_ids[attended][None]}
@@ -146,9 +176,13 @@ class DiffLLM(nn.Module):
         eps: float = 1e-3,
         output_history: bool = False,
         return_dict_in_generate: bool = False,
-        generation_tokens_hook_func=None,
-        generation_logits_hook_func=None,
+        generation_tokens_hook_func: TokensHook | None = None,
+        generation_logits_hook_func: LogitsHook | None = None,
         seed: int | None = None,
+        stop_at_eos: bool = False,
+        streamer: BaseStreamer | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **settings: Any,
     ) -> SampleOutput | Tensor:
         """Generate by unmasking, with the arguments of Dream's `diffusion_generate` (arXiv 2508.15487).
@@ -158,18 +192,22 @@ class DiffLLM(nn.Module):
         expected number of positions, in random order, where the published code draws the number too.
 
         Args:
-            input_ids: [B, P] prompts, left-padded.
+            input_ids: [B, P] prompts, left-padded; masks in them are filled too.
             attention_mask: [B, P], 0 at the padding.
             generation_tokens_hook_func: `x = hook(step, x, logits)` after each step; first with (None, x, None).
             generation_logits_hook_func: `logits = hook(step, x, logits)` on [B, L, V] before anything is drawn.
             seed: makes the draws reproducible; None takes one from torch's generator.
+            streamer: of one row, such as Transformers' `TextDiffusionStreamer`, which shows every step.
+            logits_processor: called with the canvases [N, L] and logits [N, V] of N masked positions.
+            stopping_criteria: asked for each token that has nothing masked before it, with all up to it [1, n] and None
+                for the scores; what follows the end becomes end-of-sequence tokens.
             settings: further fields of `sampling.SamplingConfig`, such as `block_length`.
 
         Returns:
-            [B, L] tokens, or a SampleOutput(sequences, nfe, history) if `return_dict_in_generate`.
+            [B, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: a setting outside its range.
+            ValueError: a setting outside its range, a streamer for several rows, or a hook that changes the shape.
         """
         config = SamplingConfig(
             max_new_tokens=max_new_tokens,
@@ -181,18 +219,33 @@ class DiffLLM(nn.Module):
             alg_temp=alg_temp or 0.0,
             eps=eps,
             seed=int(torch.randint(2**31, ())) if seed is None else seed,
+            stop_at_eos=stop_at_eos,
             **settings,
         )
+        if config.stop or config.forbidden:
+            raise ValueError("stop and forbidden are text: give stopping_criteria and logits_processor here")
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"streamer: shows one row, input_ids has {len(input_ids)}")
+        show = None
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+            show = partial(_show_draft, streamer) if hasattr(streamer, "put_draft") else None
         output = sample(
-            self.denoise,
+            self,
             input_ids,
             config,
-            self.mask_token_id,
-            attention_mask=attention_mask,
-            output_history=output_history,
+            self.special_tokens,
+            attention_mask,
+            history=output_history,
             tokens_hook=generation_tokens_hook_func,
             logits_hook=generation_logits_hook_func,
+            logits_processor=logits_processor,
+            criterion=stopping_criteria and partial(_ends, stopping_criteria, self.device),
+            on_step=show,
         )
+        if streamer is not None:
+            streamer.put(output.sequences[0, input_ids.shape[1] :].cpu())
+            streamer.end()
         return output if return_dict_in_generate else output.sequences
 
     def save_pretrained(
@@ -227,3 +280,11 @@ class DiffLLM(nn.Module):
         ).save_pretrained(directory)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
+
+
+def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:
+    return bool(criteria(torch.from_numpy(tokens).to(device)[None], None).any())
+
+
+def _show_draft(streamer: BaseStreamer, row: Filling) -> None:
+    streamer.put_draft(torch.from_numpy(row.tokens[row.canvas.prompt_length :]))

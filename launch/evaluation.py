@@ -1,13 +1,16 @@
 """Exact match on the held-out equations: what evaluate.py does."""
 
 import json
+import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from data import prompt_ids
 from data.chat import to_chat
 from data.equations import held_out_rows, is_correct, train_rows
 from launch.generate import Response, generate, load_for_sampling
@@ -21,18 +24,19 @@ def evaluate(config: Config) -> None:
     model, tokenizer = load_for_sampling(config)
     placed_rows = held_out_rows()
     rows = [placed.row for placed in placed_rows]
-    chats = [to_chat(placed)["prompt"] for placed in placed_rows]
-    responses = list(
-        tqdm(generate(model, tokenizer, chats, config.sampling), total=len(chats), desc="evaluate", unit="question")
-    )
+    prompts = [prompt_ids(to_chat(placed)["prompt"], tokenizer) for placed in placed_rows]
+    started = time.perf_counter()
+    done = tqdm(generate(model, tokenizer, prompts, config.sampling), total=len(rows), desc="evaluate", unit="question")
+    responses = sorted(done, key=lambda response: response.name)
+    seconds = time.perf_counter() - started
     right = [is_correct(row, response.text) for row, response in zip(rows, responses, strict=True)]
     scores = {
         "questions": len(rows),
         "right": sum(right),
         "exact_match": sum(right) / len(rows),
-        "nfe": max(response.nfe for response in responses),
-        "tokens_per_second": sum(response.tokens for response in responses)
-        / sum(response.seconds for response in responses),
+        "nfe": mean(response.nfe for response in responses),
+        "tokens_per_forward": mean(response.tokens_per_forward for response in responses),
+        "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
     _print(rows, responses, right, scores)
 
@@ -43,7 +47,13 @@ def evaluate(config: Config) -> None:
         "config": to_dict(config),
         "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
         "answers": [
-            {"question": row["question"], "expected": row["answer"], "response": response.text, "right": ok}
+            {
+                "question": row["question"],
+                "expected": row["answer"],
+                "response": response.text,
+                "right": ok,
+                "nfe": response.nfe,
+            }
             for row, response, ok in zip(rows, responses, right, strict=True)
         ],
     }
@@ -61,5 +71,6 @@ def _print(rows: list[dict], responses: list[Response], right: list[bool], score
     print(
         f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} held-out questions; "
         f"{len(train_rows()) + len(rows)} distinct problems, none of the held-out ones trained on)\n"
-        f"NFE {scores['nfe']} a batch, {scores['tokens_per_second']:,.0f} tokens/s"
+        f"NFE {scores['nfe']:.1f} and {scores['tokens_per_forward']:.2f} tokens a forward on average, "
+        f"{scores['tokens_per_second']:,.0f} tokens/s"
     )

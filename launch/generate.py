@@ -1,7 +1,6 @@
 """Prompts in, responses out: what sample.py does."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from data import prompt_ids, read_rows
 from data.chat import Message, to_prompt
 from diffllm import DiffLLM
-from sampling import SamplingConfig, left_pad, sample, trim
+from sampling import Canvas, Filled, SamplingConfig, Tokens, fill, trim
 from trainer.build import build_model
 from trainer.config import Config
 
 
 @dataclass
 class Response:
-    text: str  # trimmed at the end-of-sequence token
-    tokens: int  # of the text
-    nfe: int  # model forwards of the batch that it was sampled in
-    seconds: float  # its share of that batch's time
+    name: int  # of the prompt
+    text: str  # up to the end-of-sequence token or stop string
+    tokens: int  # up to the end-of-sequence token
+    nfe: int  # forwards of the model that it took part in
+    tokens_per_forward: float
 
 
 def answer(config: Config) -> None:
@@ -42,12 +42,13 @@ def answer(config: Config) -> None:
         placed_rows = read_rows([config.input])
         chats = [to_prompt(placed) for placed in placed_rows]
     model, tokenizer = load_for_sampling(config)
-    responses = generate(model, tokenizer, chats, config.sampling)
+    responses = generate(model, tokenizer, [prompt_ids(chat, tokenizer) for chat in chats], config.sampling)
     if config.prompt is not None:
         print(next(responses).text)
         return
+    responses = sorted(tqdm(responses, total=len(chats), unit="prompt"), key=lambda response: response.name)
     with Path(config.output).open("w") as file:
-        for placed, response in zip(placed_rows, tqdm(responses, total=len(chats), unit="prompt"), strict=True):
+        for placed, response in zip(placed_rows, responses, strict=True):
             file.write(json.dumps({**placed.row, "response": response.text, "nfe": response.nfe}) + "\n")
 
 
@@ -65,35 +66,65 @@ def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]
 
 
 def generate(
-    model: DiffLLM, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], config: SamplingConfig
+    model: DiffLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    names: Sequence[int] | None = None,
 ) -> Iterator[Response]:
-    """Sample a response to every chat, in batches of `config.batch_size`.
+    """Sample a response to every prompt; each comes when it is done, `config.batch_size` are under way.
+
+    Args:
+        prompts: token ids.
+        names: of the prompts, for their draws and in their responses; by default 0 … N-1.
 
     Raises:
-        ValueError: a prompt and `max_new_tokens` do not fit the model's context.
+        ValueError: a prompt and `max_new_tokens` do not fit the model's context, or see `special_tokens`.
     """
-    prompts = [prompt_ids(chat, tokenizer) for chat in chats]
     context = model.lm.config.max_position_embeddings
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     if longest + config.max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and sampling.max_new_tokens={config.max_new_tokens} do not fit the "
             f"model's context of {context} tokens"
         )
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        input_ids, attention_mask = (tensor.to(model.device) for tensor in left_pad(batch, model.pad_token_id))
-        started = time.perf_counter()
-        output = sample(
-            model.denoise,
-            input_ids,
-            config,
-            model.mask_token_id,
-            attention_mask=attention_mask,
-            rows=range(start, start + len(batch)),
-        )
-        sequences = output.sequences[:, input_ids.shape[1] :].tolist()
-        seconds = (time.perf_counter() - started) / len(batch)
-        for tokens in sequences:
-            tokens = trim(tokens, (model.eos_token_id, tokenizer.eos_token_id))
-            yield Response(tokenizer.decode(tokens).strip(), len(tokens), output.nfe, seconds)
+    special = special_tokens(model, tokenizer, config)
+    canvases = [
+        Canvas.after(prompt, config.max_new_tokens, special.mask, name)
+        for prompt, name in zip(prompts, range(len(prompts)) if names is None else names, strict=True)
+    ]
+    for filled in fill(model, canvases, config, special):
+        yield response_of(filled, tokenizer, config)
+
+
+def response_of(filled: Filled, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
+    """A response as text, up to its end."""
+    tokens = trim(filled.response, filled.eos)
+    text = tokenizer.decode(tokens)
+    end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
+    return Response(filled.canvas.name, text[:end].strip(), len(tokens), filled.nfe, filled.tokens_per_forward)
+
+
+def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:
+    """What the settings say of texts, in tokens.
+
+    Raises:
+        ValueError: a stop string that has no tokens, or a forbidden text that is not one token.
+    """
+    stop = []
+    for text in config.stop:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"sampling.stop={config.stop}: {text!r} cannot be written in the model's tokens")
+        stop.append(tuple(ids))
+    forbidden = []
+    for text in config.forbidden:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or tokenizer.unk_token_id in ids:
+            raise ValueError(
+                f"sampling.forbidden={config.forbidden}: {text!r} is not one token of the model but {len(ids)}: "
+                f"{tokenizer.convert_ids_to_tokens(ids)}"
+            )
+        forbidden += ids
+    eos = tuple(dict.fromkeys((model.eos_token_id, tokenizer.eos_token_id)))
+    return Tokens(model.mask_token_id, eos, tuple(stop), tuple(forbidden))

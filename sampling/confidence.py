@@ -4,81 +4,132 @@ Confidence is a property of the model's distribution, temperature of the draw. C
 makes every confidence tie at 1 as the temperature goes to 0, and the positions are then filled from left to right.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from sampling.config import SamplingConfig
 
+NUCLEUS = 64  # tokens looked at first for the nucleus
 
-def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Draw a token for every candidate position and rate it.
+
+class Proposal(NamedTuple):
+    """What the model would put at each of N candidate positions."""
+
+    tokens: Tensor  # [N]
+    confidence: Tensor  # [N] float32, by `alg`; higher is surer
+    p: Tensor  # [N] float32, probability of the token
+    entropy: Tensor  # [N] float32, nats; 0 where nothing asks for it
+
+
+def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> Proposal:
+    """Draw a token for every candidate and rate it.
 
     Args:
-        logits: [N, V] at the candidates.
-        uniforms: [N] in [0, 1), one draw a position; unused at temperature 0.
-
-    Returns:
-        tokens [N] and their confidence [N] in float32, higher is surer.
+        logits: [N, V] at the candidates; overwritten.
+        uniforms: [N] in [0, 1), one draw a candidate; None at temperature 0.
     """
     logits = logits.float()
-    scaled = warp(logits, config)
-    tokens = scaled.argmax(-1) if config.temperature == 0 else inverse_cdf(scaled.softmax(-1), uniforms)
-    rated = scaled if config.confidence == "scaled" else logits
-    return tokens, confidence(rated.softmax(-1), tokens, config.alg)
+    if config.temperature == 0 and config.confidence == "unscaled":
+        return _rate(logits, logits.argmax(-1), None, config)
+    values, ids = support(logits, config)
+    place = values.argmax(-1) if uniforms is None else inverse_cdf(values, uniforms)
+    tokens = place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
+    if config.confidence == "scaled":
+        return _rate(values, place, tokens, config)
+    return _rate(logits, tokens, None, config)
 
 
-def warp(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Temperature, then top-p, then top-k, in the published order; dropped tokens get -inf."""
+def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """Temperature, then top-p, then top-k, in the published order.
+
+    The nucleus is the most likely tokens before which less than or exactly `top_p` has been counted. It is looked for
+    among the most likely tokens alone, of which more are taken until it is among them: no vocabulary is sorted.
+
+    Args:
+        logits: [N, V].
+
+    Returns:
+        Logits [N, K] of what may be drawn, -inf at what may not, and its tokens [N, K]; None for all V in order.
+    """
     if config.temperature > 0:
         logits = logits / config.temperature
-    if config.top_p is not None and config.top_p < 1:
-        logits = TopPLogitsWarper(config.top_p)(None, logits)
-    if config.top_k is not None:
-        logits = TopKLogitsWarper(config.top_k)(None, logits)
-    return logits
+    nucleus = config.top_p is not None and config.top_p < 1
+    if not nucleus and config.top_k is None:
+        return logits, None
+    size = logits.shape[-1]
+    k = min(config.top_k or NUCLEUS, size)
+    log_total = logits.logsumexp(-1, keepdim=True) if nucleus else None
+    while True:
+        values, ids = logits.topk(k, dim=-1)
+        if not nucleus:
+            return values, ids
+        p = (values - log_total).exp()
+        counted = p.cumsum(-1)
+        if config.top_k is not None or k == size or bool((counted[:, -1] > config.top_p).all()):
+            return values.masked_fill(counted - p > config.top_p, -torch.inf), ids
+        k = min(4 * k, size)
 
 
-def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample from probs [N, V] with one uniform [N] in [0, 1) a row; float64 keeps the tail of a large vocabulary."""
-    cdf = probs.double().cumsum(-1)
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw from softmax(logits [N, K]) with one uniform [N] a row; float64 keeps the tail of a large vocabulary."""
+    cdf = (logits - logits.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     return torch.searchsorted(cdf, (uniforms.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
 
 
-def confidence(probs: Tensor, tokens: Tensor, alg: str) -> Tensor:
-    """Rate the candidates.
+def _rate(logits: Tensor, place: Tensor, tokens: Tensor | None, config: SamplingConfig) -> Proposal:
+    """Confidence in one pass over the logits, which are overwritten.
 
     `maskgit_plus` (arXiv 2202.04200) p(token) · `topk_margin` (arXiv 2502.06768) p of the first minus p of the second ·
-    `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) the same for all: the order is random.
+    `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) and `left_to_right` the same for all: the
+    order is random, or that of the positions.
 
     Args:
-        probs: [N, V].
-        tokens: [N], the token drawn at each.
-
-    Returns:
-        [N], higher is surer.
+        logits: [N, K] of a distribution.
+        place: [N], where in it the token stands that was drawn.
+        tokens: [N] that token; None where `place` is it.
     """
-    if alg == "maskgit_plus":
-        return probs.gather(-1, tokens[:, None]).squeeze(-1)
-    if alg == "topk_margin":
-        first, second = probs.topk(2, dim=-1).values.unbind(-1)
-        return first - second
-    if alg == "entropy":
-        return -torch.special.entr(probs).sum(-1)
-    return probs.new_zeros(len(probs))
+    top = logits.topk(2 if config.alg == "topk_margin" else 1, dim=-1).values
+    logits = logits.sub_(top[:, :1]).clamp_(min=-1e4)  # a finite floor: 0·-inf is no number
+    at_token = logits.gather(-1, place[:, None]).squeeze(-1)
+    exp = logits.exp()
+    total = exp.sum(-1)
+    p = at_token.exp() / total
+    if config.alg == "entropy" or config.transfer == "entropy_bound":
+        entropy = total.log() - exp.mul_(logits).sum(-1) / total
+    else:
+        entropy = torch.zeros_like(p)
+    match config.alg:
+        case "maskgit_plus":
+            confidence = p
+        case "topk_margin":
+            confidence = (1 - (top[:, 1] - top[:, 0]).exp()) / total
+        case "entropy":
+            confidence = -entropy
+        case _:
+            confidence = torch.zeros_like(p)
+    return Proposal(place if tokens is None else tokens, confidence, p, entropy)
 
 
-def priority(confidence: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> Tensor:
+def priority(confidence: np.ndarray, uniforms: np.ndarray | None, config: SamplingConfig) -> np.ndarray:
     """Order in which positions are committed: the highest first.
 
-    With alg_temp > 0 the k highest of confidence/alg_temp + Gumbel noise are k positions drawn without replacement from
-    softmax(confidence/alg_temp) (arXiv 1903.06059). `origin` is the same with equal confidences.
+    With `alg_temp` above 0 the k highest of confidence/alg_temp + Gumbel noise are k positions drawn without
+    replacement from softmax(confidence/alg_temp) (arXiv 1903.06059). `origin` is the same with equal confidences.
 
     Args:
         confidence: [N].
-        uniforms: [N] in [0, 1), one draw a position; unused when the order is by confidence alone.
+        uniforms: [N] in [0, 1), one draw a position; unused where the order is by confidence alone.
     """
-    if config.alg != "origin" and config.alg_temp == 0:
+    if config.alg == "origin":
+        return gumbel(uniforms)
+    if config.alg_temp == 0:
         return confidence
-    gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-12, 1 - 1e-12)))
-    return gumbel if config.alg == "origin" else confidence.double() / config.alg_temp + gumbel
+    return confidence / config.alg_temp + gumbel(uniforms)
+
+
+def gumbel(uniforms: np.ndarray) -> np.ndarray:
+    """Gumbel noise from uniforms in [0, 1)."""
+    return -np.log(-np.log(uniforms.astype(np.float64).clip(1e-12, 1 - 1e-12)))

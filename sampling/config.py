@@ -1,46 +1,92 @@
 """Settings of the reverse process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
-TRANSFERS = ("time_grid", "even")
+ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy", "left_to_right")
+LLADA_ALGS = {"random": "origin", "low_confidence": "maskgit_plus"}
+SCHEDULED = ("linear", "cosine", "even")
+ADAPTIVE = ("threshold", "factor", "entropy_bound")
 CONFIDENCES = ("unscaled", "scaled")
+CACHES = ("none", "prefix", "dual", "delayed")
 
 
 @dataclass
 class SamplingConfig:
-    """How a canvas is unmasked.
+    """How a canvas is unmasked. What each policy does stands with its paper in the module that carries it out.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
     max_new_tokens: int = 256  # masked positions appended to the prompt
-    steps: int = 256  # steps of the reverse process, shared out over the blocks
+    min_new_tokens: int = 0  # no end-of-sequence token among the first so many
+    steps: int = 256  # steps of the scheduled transfers, shared out over the blocks
     block_length: int | None = None  # positions filled before the next block starts; null is one block
-    alg: str = "entropy"  # what ranks the positions: origin | maskgit_plus | topk_margin | entropy
+    # what is scored: origin (or random) | maskgit_plus (or low_confidence) | topk_margin | entropy | left_to_right
+    alg: str = "entropy"
     alg_temp: float = 0.0  # 0 takes the most confident positions, above 0 samples them
+    confidence: str = "unscaled"  # rate by the model's own distribution, or `scaled`: after temperature, top-p, top-k
     temperature: float = 0.0  # 0 takes the most likely token, above 0 samples it
     top_p: float | None = None  # nucleus: smallest set of tokens with at least this probability
     top_k: int | None = None  # the k most likely tokens
-    transfer: str = "time_grid"  # how many tokens a step commits: time_grid (Dream) | even (LLaDA)
-    eps: float = 1e-3  # time at which time_grid ends
-    confidence: str = "unscaled"  # rank by the model's own distribution, or `scaled`: after temperature, top-p, top-k
+    # how many tokens a step commits: linear (Dream) | cosine | even (LLaDA), as scheduled | threshold | factor |
+    # entropy_bound, as many as the model is sure of, whatever `steps` is
+    transfer: str = "linear"
+    eps: float = 1e-3  # time at which linear and cosine end
+    threshold: float = 0.9  # of transfer=threshold: the least probability
+    factor: float = 1.0  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
+    entropy_bound: float = 0.1  # of transfer=entropy_bound: nats
+    remask: float = 0.0  # largest share of the committed tokens that a step masks again (ReMDM)
+    cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
+    eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
+    stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
+    stop: list[str] = field(default_factory=list)  # a row ends at the first of these strings likewise
+    forbidden: list[str] = field(default_factory=list)  # tokens that are never committed
+    cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
+    cache_refresh: int | None = None  # forwards until all are made anew; null does so where a block starts
     batch_size: int = 32  # prompts sampled together
     seed: int = 0  # a row's draws depend on (seed, row, step) alone
 
     def __post_init__(self) -> None:
-        for field, allowed in (("alg", ALGS), ("transfer", TRANSFERS), ("confidence", CONFIDENCES)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"sampling.{field}={getattr(self, field)}: choose one of {', '.join(allowed)}")
-        for field in ("max_new_tokens", "steps", "block_length", "top_k", "batch_size"):
-            value = getattr(self, field)
+        self.alg = LLADA_ALGS.get(self.alg, self.alg)
+        for name, allowed in (
+            ("alg", (*ALGS, *LLADA_ALGS)),
+            ("transfer", SCHEDULED + ADAPTIVE),
+            ("confidence", CONFIDENCES),
+            ("cache", CACHES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name in ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"sampling.{field}={value}: must be at least 1")
-        for field in ("temperature", "alg_temp", "seed"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"sampling.{field}={getattr(self, field)}: must not be negative")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1]")
+                raise ValueError(f"sampling.{name}={value}: must be at least 1")
+        for name in ("temperature", "alg_temp", "cfg_scale", "min_new_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: must not be negative")
+        for name in ("top_p", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"sampling.{name}={value}: must be in (0, 1]")
+        for name in ("factor", "entropy_bound"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be positive")
         if not 0 < self.eps < 1:
             raise ValueError(f"sampling.eps={self.eps}: must be in (0, 1)")
+        if not 0 <= self.remask < 1:
+            raise ValueError(f"sampling.remask={self.remask}: must be in [0, 1)")
+        if self.remask and self.adaptive:
+            raise ValueError(
+                f"sampling.remask={self.remask}: goes with a scheduled transfer ({', '.join(SCHEDULED)}), "
+                f"not with sampling.transfer={self.transfer}"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"sampling.min_new_tokens={self.min_new_tokens}: more than "
+                f"sampling.max_new_tokens={self.max_new_tokens}"
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the model's sureness decides how many tokens a step commits, not a schedule."""
+        return self.transfer in ADAPTIVE

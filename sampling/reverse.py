@@ -1,142 +1,214 @@
-"""The reverse process of absorbing-state diffusion: a masked canvas is filled in a few model calls."""
+"""The reverse process of absorbing-state diffusion: masked canvases are filled in a few forwards of the model.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+Every forward gives logits where tokens can be committed; the device proposes a token for each position and rates it,
+the host decides row by row which of them stay. Rows take their own steps: a row skips the steps that would commit
+nothing, leaves the batch when it is done, and the next one takes its place.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sampling.canvas import open_canvas
-from sampling.confidence import priority, propose
+from sampling.batch import Batch, Denoiser, LogitsProcessor
+from sampling.canvas import Canvas, Tokens
 from sampling.config import SamplingConfig
-from sampling.transfer import even, share_steps, time_grid
-
-
-class Denoiser(Protocol):
-    """Any model that gives logits for the tokens under the masks."""
-
-    def __call__(
-        self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, where: Tensor | None = None
-    ) -> Tensor:
-        """Logits of the clean token: [N, V] at the N positions of `where` [B, L], [B, L, V] without it."""
-
+from sampling.filling import Criterion, Filling
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
 TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
-class SampleOutput:
-    sequences: Tensor  # [B, L] prompt and response
-    nfe: int  # number of function evaluations: forwards of the model
-    history: list[Tensor] | None = None  # the canvas [B, L] after every step
+class Filled:
+    """A row that is done."""
+
+    canvas: Canvas
+    tokens: list[int]  # [L] the whole row
+    nfe: int  # forwards of the model that the row took part in
+    history: list[np.ndarray] | None  # [L] each, after every step
+    eos: tuple[int, ...]
+
+    @property
+    def response(self) -> list[int]:
+        """Tokens after the prompt."""
+        return self.tokens[self.canvas.prompt_length :]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens of the response to its end, its end-of-sequence token included, for each forward."""
+        end = next((i + 1 for i, token in enumerate(self.response) if token in self.eos), len(self.response))
+        return end / max(self.nfe, 1)
 
 
 @torch.no_grad()
+def fill(
+    model: Denoiser,
+    canvases: Iterable[Canvas],
+    config: SamplingConfig,
+    special: Tokens,
+    *,
+    logits_processor: LogitsProcessor | None = None,
+    criterion: Criterion | None = None,
+    on_step: Callable[[Filling], None] | None = None,
+    history: bool = False,
+) -> Iterator[Filled]:
+    """Fill canvases, `config.batch_size` at once; each is given back when it is done.
+
+    Args:
+        canvases: read as rows become free.
+        logits_processor: `scores = processor(tokens, scores)` on the canvases [N, L] and logits [N, V] of N candidates,
+            such as a `LogitsProcessorList` of Transformers.
+        criterion: whether a response ends with the tokens given, none of which is masked; asked for each that becomes
+            clean, from left to right.
+        on_step: sees each row after each of its steps.
+        history: keep the canvas after every step.
+    """
+    waiting, batch = iter(canvases), Batch(model, config, special, logits_processor)
+    rows: list[Filling] = []
+    while True:
+        for canvas in itertools.islice(waiting, config.batch_size - len(rows)):
+            rows.append(Filling(canvas, config, special, criterion, history))
+        if not rows:
+            return
+        if active := [row for row in rows if row.step is not None]:
+            batch.arrange(active)
+            for row, proposal in zip(active, batch.propose(), strict=True):
+                row.commit(*proposal)
+                row.go_on()
+                if on_step is not None:
+                    on_step(row)
+        for row in rows:
+            if row.step is None:
+                yield Filled(row.canvas, row.tokens.tolist(), row.nfe, row.history, special.eos)
+        rows = [row for row in rows if row.step is not None]
+
+
+@torch.no_grad()
+def fill_with_hooks(
+    model: Denoiser,
+    x: Tensor,
+    canvases: Sequence[Canvas],
+    config: SamplingConfig,
+    special: Tokens,
+    tokens_hook: TokensHook | None,
+    logits_hook: LogitsHook | None,
+    history: bool = False,
+) -> list[Filled]:
+    """Fill canvases in step, as the published code does, with its hooks: every step has a forward and all logits.
+
+    Args:
+        x: [B, L] the canvases, right-aligned, with what stands for padding.
+        tokens_hook: `x = hook(step, x, logits)` after each step, and once before the first with (None, x, None).
+        logits_hook: `logits = hook(step, x, logits)` on all logits [B, L, V] before anything is drawn.
+
+    Raises:
+        ValueError: a hook gave back another shape.
+    """
+    rows = [Filling(canvas, config, special, history=history, every_step=True) for canvas in canvases]
+    batch = Batch(model, config, special)
+    batch.arrange(rows)
+
+    def ask(hook, name: str, step: int | None, logits: Tensor | None, given: Tensor) -> Tensor:
+        changed = hook(step, x, logits)
+        if changed.shape != given.shape:
+            raise ValueError(f"{name} gave back shape {list(changed.shape)} for {list(given.shape)}: it must keep it")
+        return changed
+
+    def write(x: Tensor) -> None:
+        for row, tokens in zip(rows, x.tolist(), strict=True):
+            row.tokens[:] = tokens[-len(row) :]
+
+    if tokens_hook is not None:
+        x = ask(tokens_hook, "tokens_hook", None, None, x)
+        write(x)
+    while rows[0].step is not None:
+        step, logits = rows[0].step.number, batch.logits()
+        if logits_hook is not None:
+            logits = ask(logits_hook, "logits_hook", step, logits, logits)
+        for i, (row, proposal) in enumerate(zip(rows, batch.propose(logits), strict=True)):
+            row.commit(*proposal)
+            x[i, -len(row) :] = torch.from_numpy(row.tokens).to(x.device)
+        if tokens_hook is not None:
+            x = ask(tokens_hook, "tokens_hook", step, logits, x)
+            write(x)
+        for row in rows:
+            row.go_on()
+    return [Filled(row.canvas, row.tokens.tolist(), row.nfe, row.history, special.eos) for row in rows]
+
+
+@dataclass
+class SampleOutput:
+    """What `sample` gives back."""
+
+    sequences: Tensor  # [B, L] prompt and response
+    nfe: list[int]  # B numbers of function evaluations: forwards of the model that a row took part in
+    tokens_per_forward: list[float]  # B; tokens of a response to its end, prompt and padding excluded, over its nfe
+    history: list[Tensor] | None = None  # the canvas [B, L] after every step
+
+
 def sample(
-    denoise: Denoiser,
+    model: Denoiser,
     input_ids: Tensor,
     config: SamplingConfig,
-    mask_token_id: int,
+    special: Tokens,
     attention_mask: Tensor | None = None,
-    rows: Sequence[int] | None = None,
-    output_history: bool = False,
+    *,
+    names: Sequence[int] | None = None,
+    history: bool = False,
     tokens_hook: TokensHook | None = None,
     logits_hook: LogitsHook | None = None,
+    **watchers: Any,
 ) -> SampleOutput:
     """Fill `config.max_new_tokens` masks after each prompt, and masks inside the prompts too.
-
-    Every step asks for the logits of the masked positions, draws a token for each, and commits the surest. A step that
-    commits nothing needs no logits and is skipped, unless a hook wants to see it.
 
     Args:
         input_ids: [B, P] prompts, left-padded.
         attention_mask: [B, P], 0 at the padding.
-        rows: B numbers that name the rows: a row's draws depend on (config.seed, its number, step) alone, so that its
-            tokens do not depend on its batch. Default: 0 … B-1.
-        tokens_hook: `x = hook(step, x, logits)` after each step, and once before the first with (None, x, None).
-        logits_hook: `logits = hook(step, x, logits)` on all logits [B, L, V] before anything is drawn.
+        names: of the rows, for their draws; by default 0 … B-1.
+        history: keep the canvas after every step.
+        tokens_hook, logits_hook: see `fill_with_hooks`.
+        watchers: logits_processor, criterion and on_step, see `fill`.
+
+    Raises:
+        ValueError: a zero in the attention mask to the right of a one, or hooks together with watchers.
     """
-    x, attention_mask, position_ids = open_canvas(input_ids, attention_mask, config.max_new_tokens, mask_token_id)
-    lengths = [x.shape[1]] * len(x) if attention_mask is None else attention_mask.sum(-1).tolist()
-    rows = range(len(x)) if rows is None else rows
+    attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if bool((attended.diff(dim=-1) < 0).any()):
+        raise ValueError("attention_mask has padding to the right of tokens: pad prompts on the left")
+    x = F.pad(input_ids, (0, config.max_new_tokens), value=special.mask)
+    lengths = attended.sum(-1).tolist()
+    canvases = [
+        Canvas(row[len(row) - length - config.max_new_tokens :], length, name)
+        for row, length, name in zip(x.tolist(), lengths, range(len(x)) if names is None else names, strict=True)
+    ]
     hooked = tokens_hook is not None or logits_hook is not None
-    history: list[Tensor] | None = [] if output_history else None
-    nfe = 0
-    if tokens_hook is not None:
-        x = tokens_hook(None, x, None)
+    if hooked and any(watcher is not None for watcher in watchers.values()):
+        raise ValueError(f"hooks go without {', '.join(watchers)}")
+    if hooked:
+        filled = fill_with_hooks(model, x.clone(), canvases, config, special, tokens_hook, logits_hook, history)
+    else:
+        places = {id(canvas): i for i, canvas in enumerate(canvases)}
+        config = replace(config, batch_size=len(canvases))
+        filled = fill(model, canvases, config, special, history=history, **watchers)
+        filled = sorted(filled, key=lambda row: places[id(row.canvas)])
 
-    for step, in_block, position, block_steps in plan_steps(x.shape[1], config):
-        # 1. where: the masked positions of the open block
-        where = (x == mask_token_id) & in_block.to(x.device)
-        n_masked = where.sum(-1)
-        if position == 0:
-            n_at_start = n_masked
-        # 2. how many
-        if config.transfer == "even":
-            n_commit = even(position, block_steps, n_at_start, n_masked)
-        else:
-            n_commit = time_grid(position, block_steps, config.eps, n_masked)
-        # 3. which tokens, and which of them stay
-        logits = None
-        if hooked or bool(n_commit.any()):
-            logits = denoise(x, attention_mask, position_ids, None if hooked else where)
-            nfe += 1
-            if logits_hook is not None:
-                logits = logits_hook(step, x, logits)
-            uniforms = row_uniforms(config.seed, rows, step, lengths, x.shape[1]).to(x.device)
-            x = commit(x, where, logits[where] if hooked else logits, n_commit, uniforms, config)
-        if tokens_hook is not None:
-            x = tokens_hook(step, x, logits)
-        if history is not None:
-            history.append(x.clone())
-    return SampleOutput(x, nfe, history)
+    def whole(rows: Iterable[Sequence[int] | np.ndarray]) -> Tensor:
+        """[B, L] with the padding as it was given."""
+        filled_in = x.clone()
+        for i, tokens in enumerate(rows):
+            filled_in[i, -len(tokens) :] = torch.as_tensor(tokens, device=x.device)
+        return filled_in
 
-
-def plan_steps(length: int, config: SamplingConfig):
-    """Yield (step, the open columns [L], step within the block, steps of the block).
-
-    A block's columns are all that end with it, so that masks inside the prompt are filled with the first block. If
-    `block_length` does not divide `max_new_tokens`, the last block is shorter.
-    """
-    start, block_length = length - config.max_new_tokens, config.block_length or config.max_new_tokens
-    ends = [*range(start + block_length, length, block_length), length]
-    step = 0
-    for end, block_steps in zip(ends, share_steps(config.steps, len(ends)), strict=True):
-        in_block = torch.arange(length) < end
-        for position in range(block_steps):
-            yield step, in_block, position, block_steps
-            step += 1
-
-
-def row_uniforms(seed: int, rows: Sequence[int], step: int, lengths: Sequence[int], width: int) -> Tensor:
-    """[2, B, L] uniforms in [0, 1), for tokens and for positions; right-aligned, so left padding draws nothing."""
-    uniforms = np.zeros((2, len(rows), width), dtype=np.float32)
-    for row, (name, length) in enumerate(zip(rows, lengths, strict=True)):
-        uniforms[:, row, width - length :] = np.random.default_rng((seed, name, step)).random((2, length), np.float32)
-    return torch.from_numpy(uniforms)
-
-
-def commit(
-    x: Tensor, where: Tensor, logits: Tensor, n_commit: Tensor, uniforms: Tensor, config: SamplingConfig
-) -> Tensor:
-    """Fix the surest n_commit[b] tokens of every row b.
-
-    Args:
-        x: [B, L] canvas.
-        where: [B, L] the N candidates.
-        logits: [N, V] at the candidates.
-        n_commit: [B].
-        uniforms: [2, B, L].
-    """
-    tokens, confidence = propose(logits, uniforms[0][where], config)
-    ranked = torch.full(x.shape, -torch.inf, dtype=torch.double, device=x.device)
-    ranked[where] = priority(confidence, uniforms[1][where], config).double()
-    proposal = x.masked_scatter(where, tokens)
-
-    k = int(n_commit.max())
-    columns = ranked.topk(k, dim=-1).indices  # [B, k]
-    stay = torch.zeros_like(where).scatter(1, columns, torch.arange(k, device=x.device) < n_commit[:, None])
-    return torch.where(stay, proposal, x)
+    steps = max(len(row.history) for row in filled) if history else 0
+    return SampleOutput(
+        whole(row.tokens for row in filled),
+        [row.nfe for row in filled],
+        [row.tokens_per_forward for row in filled],
+        [whole(row.history[min(i, len(row.history) - 1)] for row in filled) for i in range(steps)] if history else None,
+    )

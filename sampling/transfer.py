@@ -1,39 +1,67 @@
-"""How many tokens each step of the reverse process commits."""
+"""How many tokens a step commits: by a schedule, or as many as the model is sure of."""
 
+from functools import lru_cache
+
+import numpy as np
 import torch
-from torch import Tensor
+
+from sampling.config import SamplingConfig
 
 
-def time_grid(step: int, steps: int, eps: float, n_masked: Tensor) -> Tensor:
-    """Dream's schedule: going from time t to s unmasks a share 1 - s/t of what is still masked.
+def scheduled(config: SamplingConfig, step: int, steps: int, n_at_start: int, n_masked: int) -> int:
+    """Positions that step `step` of a block's `steps` commits.
 
-    t and s are neighbours in linspace(1, eps, steps + 1); the last step commits everything.
+    `linear` (Dream) and `cosine` (MaskGIT, arXiv 2202.04200): going from time t to s, neighbours in
+    linspace(1, eps, steps + 1), unmasks a share 1 - γ(s)/γ(t) of what is still masked, rounded down; γ(t) = t, or
+    sin(πt/2). `even` (LLaDA, arXiv 2502.09992): the same number at every step, one more at the first
+    n_at_start mod steps. The last step commits all.
 
     Args:
-        n_masked: [B] positions still masked.
-
-    Returns:
-        [B] positions to commit now: int(n_masked·(1 - s/t)).
+        n_at_start: positions masked when the block was opened.
+        n_masked: positions still masked.
     """
     if step == steps - 1:
         return n_masked
-    t, s = torch.linspace(1, eps, steps + 1, device=n_masked.device)[step : step + 2]
-    return (n_masked * (1 - s / t)).long()
+    if config.transfer == "even":
+        return min(n_at_start // steps + (step < n_at_start % steps), n_masked)
+    return int(np.float32(n_masked) * _unmasked_shares(config.transfer, steps, config.eps)[step])
 
 
-def even(step: int, steps: int, n_at_start: Tensor, n_masked: Tensor) -> Tensor:
-    """LLaDA's schedule: the same number at every step, one more at the first n_at_start mod steps.
+@lru_cache
+def _unmasked_shares(transfer: str, steps: int, eps: float) -> np.ndarray:
+    """[steps] 1 - γ(s)/γ(t), in float32 as published: the product with a count is rounded down."""
+    gamma = torch.linspace(1, eps, steps + 1)
+    if transfer == "cosine":
+        gamma = torch.sin(torch.pi / 2 * gamma)
+    return (1 - gamma[1:] / gamma[:-1]).numpy()
+
+
+def sure(config: SamplingConfig, order: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+    """Candidates that an adaptive transfer commits, at least one.
+
+    `threshold` (Fast-dLLM, arXiv 2505.22618) all with a probability of at least `threshold` · `factor` (ibid.) the n
+    likeliest, n the largest with (n+1)·(1 - p_(n)) < factor · `entropy_bound` (EB-Sampler, arXiv 2505.24857) the first
+    n in order, n the largest with Σ H - max H ≤ entropy_bound over them: what joint entropy they can at most share.
+
+    KLASS, which waits until a position's distribution stays the same between steps, is left out: it would keep all
+    distributions [N, V] from one step to the next.
 
     Args:
-        n_at_start: [B] positions masked when the block was opened.
-        n_masked: [B] positions still masked.
-
-    Returns:
-        [B] positions to commit now.
+        order: [N] candidates, the first to commit first.
+        p: [N] probability of the token drawn at each.
+        entropy: [N] nats.
     """
-    if step == steps - 1:
-        return n_masked
-    return torch.minimum(n_at_start // steps + (step < n_at_start % steps), n_masked)
+    if config.transfer == "threshold":
+        chosen = np.flatnonzero(p >= config.threshold)
+        return chosen if len(chosen) else order[:1]
+    if config.transfer == "factor":
+        order = np.argsort(-p, kind="stable")
+        holds = np.arange(2, len(p) + 2) * (1 - p[order]) < config.factor
+    else:
+        h = entropy[order]
+        holds = np.cumsum(h) - np.maximum.accumulate(h) <= config.entropy_bound
+    n = int(np.flatnonzero(holds)[-1]) + 1 if holds.any() else 1
+    return order[:n]
 
 
 def share_steps(steps: int, blocks: int) -> list[int]:

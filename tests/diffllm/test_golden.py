@@ -93,14 +93,11 @@ def test_dream_generation_step_by_step(dream, case):
     )
     assert [canvas.tolist() for canvas in output.history] == case["history"]
     assert output.sequences.tolist() == case["sequences"]
-    assert output.nfe <= case["steps"]
+    assert output.nfe[0] <= case["steps"]
 
 
 @pytest.mark.parametrize("case", LLADA_RUNS, ids=lambda case: "-".join(str(v) for v in list(case.values())[:6]))
 def test_llada_generation(llada, case):
-    if case["cfg_scale"] > 0:
-        pytest.skip("classifier-free guidance is not implemented yet")
-
     def without_eos(step, x, logits):
         return logits.index_fill(-1, torch.tensor(EOS), -torch.inf) if case["logits_eos_inf"] else logits
 
@@ -111,6 +108,7 @@ def test_llada_generation(llada, case):
         block_length=case["block_length"],
         alg="maskgit_plus",
         transfer="even",
+        cfg_scale=case["cfg_scale"],
         generation_logits_hook_func=without_eos,
     )
     assert sequences.tolist() == case["sequences"]

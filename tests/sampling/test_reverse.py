@@ -1,65 +1,72 @@
-"""The loop on a model made up for the purpose: its logits at a position depend on the row's own tokens only."""
+"""The loop, on a model made up for the purpose: its logits at a position depend on the row's own tokens only."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import SamplingConfig, left_pad, sample
-from sampling.reverse import plan_steps
-
-V, MASK, PAD = 11, 10, 9
-
-
-class MockDenoiser:
-    """Logits from a hash of the row's attended tokens and the position counted from the right; counts its calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x_t, attention_mask, position_ids, where=None):
-        self.calls += 1
-        attended = torch.ones_like(x_t) if attention_mask is None else attention_mask
-        L = x_t.shape[1]
-        from_right = torch.arange(L, 0, -1)
-        state = ((x_t + 1) * attended * from_right).sum(-1)  # [B]
-        seed = state[:, None, None] * 31 + from_right[None, :, None] * 17 + torch.arange(V) * 7
-        logits = torch.sin(seed.double()).float() * 4
-        logits[..., MASK] = -torch.inf
-        return logits if where is None else logits[where]
+from sampling import Canvas, SamplingConfig, fill, left_pad, sample
+from sampling.config import ADAPTIVE, ALGS, SCHEDULED
+from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V
 
 
-def run(prompts, rows=None, **changes):
-    config = SamplingConfig(**{"max_new_tokens": 8, "steps": 5, **changes})
+def run(prompts, names=None, special=SPECIAL, **changes):
+    config = SamplingConfig(**{"max_new_tokens": 8, "steps": 5, "stop_at_eos": False, **changes})
     input_ids, attention_mask = left_pad(prompts, PAD)
-    denoise = MockDenoiser()
-    output = sample(denoise, input_ids, config, MASK, attention_mask, rows=rows, output_history=True)
-    assert output.nfe == denoise.calls
-    return output
+    return sample(MockDenoiser(), input_ids, config, special, attention_mask, names=names, history=True)
 
 
-@settings(max_examples=60, deadline=None)
+def fill_rows(rows, config, special=SPECIAL, **kwargs):
+    """Filled rows by name, of (prompt, new tokens) pairs."""
+    canvases = [Canvas.after(prompt, new, MASK, name) for name, (prompt, new) in enumerate(rows)]
+    filled = {row.canvas.name: row for row in fill(MockDenoiser(), canvases, config, special, history=True, **kwargs)}
+    return [filled[name] for name in range(len(rows))]
+
+
+@settings(max_examples=150, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=2, max_size=4),
-    max_new_tokens=st.integers(1, 12),
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(0, 8) | st.just(MASK), max_size=6), st.integers(1, 12)), min_size=2, max_size=5
+    ),
+    batch_size=st.integers(1, 5),
     steps=st.integers(1, 14),
     block_length=st.none() | st.integers(1, 12),
-    alg=st.sampled_from(["origin", "maskgit_plus", "topk_margin", "entropy"]),
-    transfer=st.sampled_from(["time_grid", "even"]),
+    alg=st.sampled_from(ALGS),
+    transfer=st.sampled_from(SCHEDULED + ADAPTIVE),
+    threshold=st.sampled_from([0.1, 0.3, 0.6]),
+    factor=st.sampled_from([0.5, 2.0]),
+    entropy_bound=st.sampled_from([0.5, 5.0]),
     temperature=st.sampled_from([0.0, 0.7]),
+    top_p=st.sampled_from([None, 0.8]),
+    top_k=st.sampled_from([None, 3]),
+    confidence=st.sampled_from(["unscaled", "scaled"]),
     alg_temp=st.sampled_from([0.0, 0.5]),
+    remask=st.sampled_from([0.0, 0.5]),
+    cfg_scale=st.sampled_from([0.0, 1.0]),
+    stop_at_eos=st.booleans(),
+    stop=st.sampled_from([(), ((3,), (4, 5))]),
+    eos_penalty=st.sampled_from([0.0, 2.0]),
+    min_new_tokens=st.sampled_from([0, 1]),
 )
-def test_a_row_does_not_depend_on_its_batch(prompts, **changes):
-    together = run(prompts, **changes)
-    assert not (together.sequences == MASK).any()
-    for row, prompt in enumerate(prompts):
-        alone = run([prompt], rows=[row], **changes)
-        width = alone.sequences.shape[1]
-        assert torch.equal(alone.sequences[0], together.sequences[row, -width:])
-        for a, b in zip(alone.history, together.history, strict=True):
-            assert torch.equal(a[0], b[row, -width:])
+def test_a_row_does_not_depend_on_its_batch(rows, stop, **changes):
+    """Tokens, history and forwards of a row are those of the row alone, for every policy, also as rows come and go."""
+    if changes["transfer"] in ADAPTIVE:
+        changes["remask"] = 0.0
+    config, special = SamplingConfig(**changes), replace(SPECIAL, stop=stop)
+    for name, together in enumerate(fill_rows(rows, config, special)):
+        prompt, new = rows[name]
+        canvas = Canvas.after(prompt, new, MASK, name)
+        [alone] = fill(MockDenoiser(), [canvas], config, special, history=True)
+        assert together.tokens == alone.tokens
+        assert together.nfe == alone.nfe
+        np.testing.assert_array_equal(together.history, alone.history)
+        assert MASK not in together.tokens
+        given = [token for token in prompt if token != MASK]
+        assert [token for token, before in zip(together.tokens, prompt, strict=False) if before != MASK] == given
 
 
 def test_the_seed_decides_every_draw():
@@ -73,8 +80,76 @@ def test_steps_that_commit_nothing_need_no_forward():
     output = run([[1, 2]], steps=500)
     canvases = [[1, 2] + [MASK] * 8] + [canvas[0].tolist() for canvas in output.history]
     changes = sum(before != after for before, after in pairwise(canvases))
-    assert output.nfe == changes <= 8
+    assert output.nfe == [changes]
+    assert changes <= 8
     assert len(output.history) == 500
+
+
+def test_rows_leave_and_enter_the_batch():
+    """A row that needs one forward does not wait for one that needs eight."""
+    model, config = MockDenoiser(), SamplingConfig(batch_size=2, steps=8, transfer="even", stop_at_eos=False)
+    canvases = [Canvas.after([1], new, MASK, name) for name, new in enumerate([8, 1, 1, 1])]
+    assert [row.canvas.name for row in fill(model, canvases, config, SPECIAL)] == [1, 2, 3, 0]
+    assert model.calls == 8
+
+
+def test_a_row_ends_when_nothing_is_masked_before_its_eos():
+    """And keeps the tokens that it would have had."""
+    for row in range(40):
+        whole, stopped = (run([[row % 9, row // 9]], stop_at_eos=stop, steps=8) for stop in (False, True))
+        tokens = whole.sequences[0, 2:].tolist()
+        end = tokens.index(EOS) + 1 if EOS in tokens else 8
+        assert stopped.sequences[0, 2:].tolist() == tokens[:end] + [EOS] * (8 - end)
+        last = next(i for i, canvas in enumerate(whole.history) if MASK not in canvas[0, : 2 + end])
+        assert len(stopped.history) == min(last + 1, 8)
+        assert stopped.tokens_per_forward == [end / stopped.nfe[0]]
+
+
+def test_a_row_ends_at_a_stop_sequence():
+    whole = run([[1, 2]]).sequences[0, 2:].tolist()
+    stopped = run([[1, 2]], special=replace(SPECIAL, stop=(tuple(whole[2:4]),))).sequences[0, 2:].tolist()
+    assert stopped == whole[:4] + [EOS] * 4
+
+
+def test_a_criterion_sees_each_clean_token_once_from_left_to_right():
+    seen = []
+
+    def criterion(tokens):
+        seen.append(len(tokens))
+        return len(tokens) == 5
+
+    [row] = fill_rows([([1, 2], 8)], SamplingConfig(steps=3, stop_at_eos=False), criterion=criterion)
+    assert seen == [3, 4, 5]
+    assert row.tokens[5:] == [EOS] * 5
+
+
+def test_eos_can_be_put_off_and_penalised():
+    prompts = [[a, b] for a in range(9) for b in range(9)]
+    free = run(prompts).sequences[:, 2:]
+    assert (free[:, :4] == EOS).any()
+    late = run(prompts, min_new_tokens=4).sequences[:, 2:]
+    assert not (late[:, :4] == EOS).any()
+    assert (late[:, 4:] == EOS).any()
+    assert not (run(prompts, eos_penalty=20.0).sequences == EOS).any()
+
+
+def test_forbidden_tokens_are_never_committed():
+    prompts = [[a] for a in range(9)]
+    assert (run(prompts).sequences[:, 1:] == 3).any()
+    assert not (run(prompts, special=replace(SPECIAL, forbidden=(3,))).sequences[:, 1:] == 3).any()
+
+
+def test_a_logits_processor_sees_canvases_and_candidates():
+    shapes = []
+
+    def only_three(tokens, scores):
+        shapes.append((tuple(tokens.shape), tuple(scores.shape)))
+        return torch.full_like(scores, -torch.inf).index_fill_(-1, torch.tensor(3), 0.0)
+
+    config = SamplingConfig(steps=2, transfer="even")
+    [row] = fill_rows([([1, 2], 4)], config, logits_processor=only_three)
+    assert row.tokens == [1, 2, 3, 3, 3, 3]
+    assert shapes == [((4, 6), (4, V)), ((2, 6), (2, V))]
 
 
 def test_a_hook_sees_every_step_with_full_logits():
@@ -84,9 +159,8 @@ def test_a_hook_sees_every_step_with_full_logits():
         seen.append((step, None if logits is None else tuple(logits.shape)))
         return x
 
-    input_ids, _ = left_pad([[1, 2]], PAD)
     config = SamplingConfig(max_new_tokens=4, steps=9)
-    sample(MockDenoiser(), input_ids, config, MASK, tokens_hook=tokens_hook)
+    sample(MockDenoiser(), torch.tensor([[1, 2]]), config, SPECIAL, tokens_hook=tokens_hook)
     assert seen == [(None, None)] + [(step, (1, 6, V)) for step in range(9)]
 
 
@@ -98,18 +172,37 @@ def test_hooks_change_logits_and_tokens():
         x[:, -1] = 7
         return x
 
-    input_ids, _ = left_pad([[1, 2]], PAD)
-    output = sample(
-        MockDenoiser(), input_ids, SamplingConfig(max_new_tokens=4, steps=2), MASK, None, None, False, last_is_seven,
-        only_three,
-    )  # fmt: skip
+    config = SamplingConfig(max_new_tokens=4, steps=2)
+    hooks = {"tokens_hook": last_is_seven, "logits_hook": only_three}
+    output = sample(MockDenoiser(), torch.tensor([[1, 2]]), config, SPECIAL, **hooks)
     assert output.sequences.tolist() == [[1, 2, 3, 3, 3, 7]]
 
 
-def test_masks_inside_the_prompt_are_filled():
-    output = run([[1, MASK, 2]], block_length=2)
-    assert not (output.sequences == MASK).any()
-    assert output.sequences[0, [0, 2]].tolist() == [1, 2]
+def test_what_hooks_are_given_is_what_happens_without_them():
+    prompts = [[1, 2], [3, 4, 5]]
+    input_ids, attention_mask = left_pad(prompts, PAD)
+    config = SamplingConfig(max_new_tokens=8, steps=5, temperature=0.5, stop_at_eos=False)
+    hooked = sample(
+        MockDenoiser(), input_ids, config, SPECIAL, attention_mask, history=True, logits_hook=lambda step, x, y: y
+    )
+    plain = run(prompts, temperature=0.5)
+    assert torch.equal(torch.stack(hooked.history), torch.stack(plain.history))
+
+
+@pytest.mark.parametrize("hook", ["tokens_hook", "logits_hook"])
+def test_a_hook_that_changes_the_shape(hook):
+    config = SamplingConfig(max_new_tokens=4)
+    changes = {hook: lambda step, x, logits: x[:, :-1]}
+    with pytest.raises(ValueError, match=f"{hook} gave back shape"):
+        sample(MockDenoiser(), torch.tensor([[1, 2]]), config, SPECIAL, **changes)
+
+
+def test_hooks_go_without_what_they_would_hide():
+    with pytest.raises(ValueError, match="hooks go without"):
+        sample(
+            MockDenoiser(), torch.tensor([[1]]), SamplingConfig(), SPECIAL, tokens_hook=lambda step, x, logits: x,
+            criterion=lambda tokens: True,
+        )  # fmt: skip
 
 
 def test_blocks_are_filled_from_left_to_right():
@@ -120,9 +213,36 @@ def test_blocks_are_filled_from_left_to_right():
 
 
 def test_the_last_block_is_shorter_when_the_length_does_not_divide():
-    config = SamplingConfig(max_new_tokens=5, steps=3, block_length=2)
-    opened = [int(in_block.sum()) for _, in_block, position, _ in plan_steps(7, config) if position == 0]
-    assert opened == [4, 6, 7]
+    history = run([[1, 2]], max_new_tokens=5, steps=3, block_length=2).history
+    assert [int((canvas == MASK).sum()) for canvas in history] == [3, 1, 0]
+
+
+def test_left_to_right():
+    history = run([[1, 2]], max_new_tokens=4, steps=4, transfer="even", alg="left_to_right").history
+    assert [(canvas[0] == MASK).nonzero().squeeze(-1).tolist() for canvas in history] == [[3, 4, 5], [4, 5], [5], []]
+
+
+def test_remasking_keeps_the_schedule_and_changes_tokens_that_were_committed():
+    kept = [canvas[0] for canvas in run([[1, 2]], steps=16, max_new_tokens=16, transfer="even").history]
+    changed = [canvas[0] for canvas in run([[1, 2]], steps=16, max_new_tokens=16, transfer="even", remask=0.5).history]
+    assert [int((x == MASK).sum()) for x in changed] == [int((x == MASK).sum()) for x in kept] == [*range(15, -1, -1)]
+    forgotten = [int(((before != MASK) & (after == MASK)).sum()) for before, after in pairwise(changed)]
+    # σ·committed with σ = min(½, (steps - step - 1)/step), rounded down, and no more than stay masked
+    expected = [min(int(min(0.5, (15 - step) / step) * step), 15 - step) for step in range(1, 15)] + [0]
+    assert forgotten == expected
+    assert not any(((before != MASK) & (after == MASK)).any() for before, after in pairwise(kept))
+
+
+def test_guidance_pulls_away_from_what_the_model_says_without_the_prompt():
+    """l_u + (1 + w)·(l - l_u) at one position, by hand; it costs two forwards."""
+    model, prompt = MockDenoiser(), torch.tensor([[1, 2, MASK]])
+    at = torch.tensor([0]), torch.tensor([2])
+    with_prompt = model.hidden(prompt, None, None, *at)
+    without = model.hidden(torch.full_like(prompt, MASK), None, None, *at)
+    expected = (without + 3 * (with_prompt - without)).argmax().item()
+    output = run([[1, 2]], max_new_tokens=1, cfg_scale=2.0)
+    assert output.sequences[0, -1].item() == expected
+    assert output.nfe == [2]
 
 
 def test_scaled_confidence_loses_the_order_near_temperature_zero_and_unscaled_keeps_it():
@@ -136,14 +256,26 @@ def test_scaled_confidence_loses_the_order_near_temperature_zero_and_unscaled_ke
 
 def test_padding_to_the_right_of_tokens_is_refused():
     with pytest.raises(ValueError, match="left"):
-        sample(MockDenoiser(), torch.tensor([[1, 2]]), SamplingConfig(), MASK, torch.tensor([[1, 0]]))
+        sample(MockDenoiser(), torch.tensor([[1, 2]]), SamplingConfig(), SPECIAL, torch.tensor([[1, 0]]))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("alg", "entropi"), ("steps", 0), ("max_new_tokens", 0), ("top_p", 1.5), ("top_p", 0.0), ("temperature", -1.0),
-     ("eps", 0.0), ("block_length", 0), ("transfer", "cosine"), ("confidence", "both"), ("top_k", 0)],
+     ("eps", 0.0), ("block_length", 0), ("transfer", "quadratic"), ("confidence", "both"), ("top_k", 0),
+     ("threshold", 0.0), ("threshold", 1.1), ("factor", 0.0), ("entropy_bound", -1.0), ("cfg_scale", -0.5),
+     ("cache", "all"), ("cache_refresh", 0), ("remask", 1.0), ("min_new_tokens", -1), ("min_new_tokens", 257)],
 )  # fmt: skip
 def test_settings_outside_their_range_are_named(field, value):
     with pytest.raises(ValueError, match=f"sampling.{field}={value}"):
         SamplingConfig(**{field: value})
+
+
+def test_remasking_needs_a_schedule():
+    with pytest.raises(ValueError, match=r"sampling\.remask=0\.1: goes with a scheduled transfer"):
+        SamplingConfig(remask=0.1, transfer="threshold")
+
+
+def test_names_of_llada():
+    assert SamplingConfig(alg="low_confidence").alg == "maskgit_plus"
+    assert SamplingConfig(alg="random").alg == "origin"

@@ -1,0 +1,179 @@
+"""Rows that are forwarded together: where logits are needed, and what they propose."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sampling.cache import CanvasCache, computed, needs_refresh
+from sampling.canvas import Tokens
+from sampling.confidence import propose
+from sampling.config import SamplingConfig
+from sampling.filling import Filling
+
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB in float32, 110 positions at 152k tokens
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+class Denoiser(Protocol):
+    """Any model that gives logits for the tokens under the masks."""
+
+    device: torch.device
+    vocab_size: int
+
+    def hidden(
+        self,
+        x_t: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        row: Tensor,
+        column: Tensor,
+        cache: CanvasCache | None = None,
+    ) -> Tensor:
+        """[N, …] what `head` makes the logits of N positions of; x_t is [B, L].
+
+        Args:
+            cache: compute its `columns` only and take the other keys and values from it.
+        """
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[N, V] logits."""
+
+
+class Batch:
+    """Right-aligned rows."""
+
+    def __init__(
+        self,
+        model: Denoiser,
+        config: SamplingConfig,
+        special: Tokens,
+        logits_processor: LogitsProcessor | None = None,
+    ):
+        self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
+        self.rows: list[Filling] = []
+        # of the canvas, and with guidance of the canvas without what was given
+        self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
+        self.at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
+        self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
+        # A mask that an adaptive transfer committed would be no progress; the published schedules may commit one.
+        never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
+        self.never = torch.tensor(never, dtype=torch.long, device=model.device)
+
+    def arrange(self, rows: Sequence[Filling]) -> None:
+        """Hold these rows, some of which it may hold already."""
+        if rows == self.rows:
+            return
+        width, places = max(map(len, rows)), {id(row): i for i, row in enumerate(self.rows)}
+        for cache in self.caches:
+            cache.arrange([places.get(id(row)) for row in rows], width)
+        self.rows, self.width = list(rows), width
+        self.pads = np.array([width - len(row) for row in rows])
+        self.starts = self._there(self.pads + [row.canvas.prompt_length for row in rows])
+        self.attention_mask = self.position_ids = None
+        if self.pads.any():
+            self.attention_mask = self._there((np.arange(width) >= self.pads[:, None]).astype(np.int64))
+            # positions count the attended tokens; padding sits at position 1, as in Dream
+            self.position_ids = (self.attention_mask.cumsum(-1) - 1).masked_fill(self.attention_mask == 0, 1)
+
+    def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
+        """Tokens, confidence, p and entropy [n] at the n candidates of each row.
+
+        Args:
+            logits: [B, L, V] where they are known; else the model is asked, at the candidates only.
+        """
+        candidates = [row.masked(row.step.end) for row in self.rows]
+        counts = [len(columns) for columns in candidates]
+        row = np.repeat(np.arange(len(self.rows)), counts)
+        column = np.concatenate(candidates) + np.repeat(self.pads, counts)
+        uniforms = None
+        if self.config.temperature > 0:
+            drawn = [filling.uniforms()[0, columns] for filling, columns in zip(self.rows, candidates, strict=True)]
+            uniforms = self._there(np.concatenate(drawn))
+
+        views = self._views()
+        hidden = self._forward(views, row, column) if logits is None else []
+        row, column = self._there(row), self._there(column)
+        parts = []
+        for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
+            some = slice(start, start + self.at_once)
+            part = self._guided(hidden, some) if logits is None else logits[row[some], column[some]]
+            part = self._restricted(part.float(), views[0], row[some], column[some])
+            parts.append(propose(part, None if uniforms is None else uniforms[some], self.config))
+        together = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+        return list(zip(*(np.split(column, np.cumsum(counts)[:-1]) for column in together), strict=True))
+
+    def logits(self) -> Tensor:
+        """[B, L, V] of every position."""
+        row, column = np.indices((len(self.rows), self.width)).reshape(2, -1)
+        hidden = self._forward(self._views(), row, column)
+        return self._guided(hidden, slice(None)).unflatten(0, (len(self.rows), self.width))
+
+    def _views(self) -> list[Tensor]:
+        """The canvases [B, L]; with guidance also with all masked that was given."""
+        x = np.full((2, len(self.rows), self.width), self.special.mask)
+        for i, row in enumerate(self.rows):
+            x[0, i, self.pads[i] :] = row.tokens
+            x[1, i, self.pads[i] :] = np.where(row.given, self.special.mask, row.tokens)
+        return list(self._there(x[: 2 if self.config.cfg_scale else 1]))
+
+    def _forward(self, views: list[Tensor], row: np.ndarray, column: np.ndarray) -> list[Tensor]:
+        """[N, …] hidden states of each view at N positions."""
+        for filling in self.rows:
+            filling.nfe += len(views)
+        if not self.caches:
+            where = self._there(row), self._there(column)
+            return [self.model.hidden(x, self.attention_mask, self.position_ids, *where) for x in views]
+
+        refreshed = np.array([needs_refresh(filling) for filling in self.rows])
+        hidden: list[Tensor | None] = [None] * len(views)
+        for fresh in (True, False):
+            group = np.flatnonzero(refreshed == fresh)
+            inside = np.isin(row, group)
+            if not len(group):
+                continue
+            rows = self._there(group)
+            where = self._there(np.searchsorted(group, row[inside])), self._there(column[inside])
+            padding = [None if t is None else t[rows] for t in (self.attention_mask, self.position_ids)]
+            for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
+                cache.aim(rows, len(self.rows), None if fresh else self._computed(group))
+                part = self.model.hidden(x[rows], *padding, *where, cache)
+                if hidden[i] is None:
+                    hidden[i] = part.new_empty(len(row), *part.shape[1:])
+                hidden[i][self._there(inside)] = part
+            for i in group:
+                self.rows[i].since_refresh = 1 if fresh else self.rows[i].since_refresh + 1
+        return hidden
+
+    def _computed(self, group: np.ndarray) -> np.ndarray:
+        """[b, L] positions that rows of the batch compute without a refresh."""
+        active = np.zeros((len(group), self.width), dtype=bool)
+        for i, place in enumerate(group):
+            active[i, self.pads[place] :] = computed(self.rows[place])
+        return active
+
+    def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:
+        """Logits [n, V]. With guidance l_u + (1 + cfg_scale)·(l - l_u), l_u without what was given (LLaDA, eq. 16)."""
+        logits, *unconditional = (self.model.head(states[some]) for states in hidden)
+        for without in unconditional:
+            logits = without + (self.config.cfg_scale + 1) * (logits - without)
+        return logits
+
+    def _restricted(self, logits: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Logits [n, V] with the rules about tokens applied; overwritten."""
+        if self.logits_processor is not None:
+            logits = self.logits_processor(x[row], logits)
+        if self.config.eos_penalty:
+            logits[:, self.eos] -= self.config.eos_penalty
+        if self.config.min_new_tokens:
+            early = column - self.starts[row] < self.config.min_new_tokens
+            logits[:, self.eos] = logits[:, self.eos].masked_fill(early[:, None], -torch.inf)
+        logits[:, self.never] = -torch.inf
+        return logits
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        """An array on the model's device."""
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)

@@ -1,0 +1,170 @@
+"""A canvas that is being filled: what to do next, and what has become of it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sampling.canvas import Canvas, Tokens
+from sampling.confidence import gumbel, priority
+from sampling.config import SamplingConfig
+from sampling.transfer import scheduled, share_steps, sure
+
+Criterion = Callable[[np.ndarray], bool]  # whether a row ends with these tokens [N], all before which are clean
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a row does with its next look at the model's logits."""
+
+    number: int  # of the row's steps, from 0
+    start: int  # where the block begins
+    end: int  # where it ends: all masks before are candidates
+    first: bool  # the first look within the block
+    n_commit: int | None  # None: as many as the model is sure of
+    n_remask: int = 0
+
+
+class Filling:
+    """The state of one row. It lives on the host, where it costs microseconds: a batch cannot change a row.
+
+    Attributes:
+        tokens: [L] the canvas as it is.
+        given: [L] what was not masked at the start.
+        step: what to do next; None when the row is done.
+        nfe: forwards of the model so far.
+        history: the canvas after every step, if asked for.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        config: SamplingConfig,
+        special: Tokens,
+        criterion: Criterion | None = None,
+        history: bool = False,
+        every_step: bool = False,
+    ):
+        self.canvas, self.config, self.special = canvas, config, special
+        self.criterion, self.every_step = criterion, every_step
+        self.tokens = np.array(canvas.tokens, dtype=np.int64)
+        self.given = self.tokens != special.mask
+        self.surety = np.zeros(len(self))  # probability of a token when it was committed
+        self.changed = np.zeros(len(self), dtype=bool)  # by the last step
+        self.history: list[np.ndarray] | None = [] if history else None
+        self.nfe = self.since_refresh = 0
+        self.checked = canvas.prompt_length  # the response cannot end before
+        self._steps = self._plan()
+        self.step = next(self._steps, None)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def masked(self, end: int | None = None) -> np.ndarray:
+        """Positions before `end` that are masked."""
+        return np.flatnonzero(self.tokens[:end] == self.special.mask)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Where blocks begin and end. Masks inside the prompt belong to the first.
+
+        If `block_length` does not divide the response, the last block is shorter.
+        """
+        length = self.config.block_length or len(self)
+        ends = [*range(self.canvas.prompt_length + length, len(self), length), len(self)]
+        masked = self.masked()
+        first = min(self.canvas.prompt_length, masked[0] if len(masked) else len(self))
+        return list(zip([first, *ends[:-1]], ends, strict=True))
+
+    def _plan(self) -> Iterator[Step]:
+        """The steps, each made when the one before it is done. Those that change nothing need no forward."""
+        config, number = self.config, 0
+        blocks = self._blocks()
+        for (start, end), block_steps in zip(blocks, share_steps(config.steps, len(blocks)), strict=True):
+            n_at_start, first = len(self.masked(end)), True
+            if config.adaptive:
+                while len(self.masked(end)):
+                    yield Step(number, start, end, first, None)
+                    self._record()
+                    number, first = number + 1, False
+                continue
+            for step in range(block_steps):
+                n_masked = len(self.masked(end))
+                n_commit = scheduled(config, step, block_steps, n_at_start, n_masked)
+                n_remask = self._n_remask(step, block_steps, end, n_masked - n_commit)
+                if n_commit or n_remask or self.every_step:
+                    yield Step(number, start, end, first, n_commit + n_remask, n_remask)
+                    first = False
+                self._record()
+                number += 1
+
+    def _n_remask(self, step: int, steps: int, end: int, left: int) -> int:
+        """Tokens to mask again, in exchange for as many more committed: the schedule is kept.
+
+        ReMDM (arXiv 2503.00307) masks each again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - t; this is
+        the expected number, rounded down.
+        """
+        if not self.config.remask or step in (0, steps - 1):
+            return 0
+        sigma = min(self.config.remask, (steps - step - 1) / step)
+        return min(int(sigma * len(self._committed(end))), left)
+
+    def _committed(self, end: int) -> np.ndarray:
+        return np.flatnonzero(~self.given[:end] & (self.tokens[:end] != self.special.mask))
+
+    def _record(self) -> None:
+        if self.history is not None:
+            self.history.append(self.tokens.copy())
+
+    def uniforms(self) -> np.ndarray:
+        """[2, L] in [0, 1) for this step: for tokens, and for positions."""
+        rng = np.random.default_rng((self.config.seed, self.canvas.name, self.step.number))
+        return rng.random((2, len(self)), np.float32)
+
+    def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
+        """Fix tokens at candidates, and mask others again if the step says so. Then `go_on`.
+
+        Args:
+            tokens: [N] proposed for the masked positions before `step.end`, in their order.
+            confidence, p, entropy: [N], see `Proposal`.
+        """
+        config, step, columns = self.config, self.step, self.masked(self.step.end)
+        random = config.alg == "origin" or config.alg_temp > 0 or step.n_remask
+        draws = self.uniforms()[1] if random else None
+        order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")
+        chosen = sure(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]
+
+        self.changed[:] = False
+        if step.n_remask:
+            # ReMDM-conf: drawn without replacement from softmax(-probability when committed)
+            committed = self._committed(step.end)
+            order = np.argsort(self.surety[committed] - gumbel(draws[committed]), kind="stable")
+            self.tokens[committed[order[: step.n_remask]]] = self.special.mask
+            self.changed[committed[order[: step.n_remask]]] = True
+        self.tokens[columns[chosen]] = tokens[chosen]
+        self.surety[columns[chosen]] = p[chosen]
+        self.changed[columns[chosen]] = True
+
+    def go_on(self) -> None:
+        """To the next step that needs the model; if the response is complete, to the end."""
+        self.step = next(self._steps, None)
+        if self.config.remask or self.every_step:
+            return
+        masked = self.masked()
+        clean = masked[0] if len(masked) else len(self)
+        for end in range(self.checked + 1, clean + 1):
+            if self._ends(self.tokens[:end]):
+                self.step = None
+                self.tokens[end:] = self.special.eos[0] if self.special.eos else self.special.mask
+                if self.history:
+                    self.history[-1] = self.tokens.copy()
+                return
+        self.checked = max(self.checked, clean)
+
+    def _ends(self, tokens: np.ndarray) -> bool:
+        """Whether the response ends with the last of these tokens."""
+        if self.config.stop_at_eos and tokens[-1] in self.special.eos:
+            return True
+        response = tokens[self.canvas.prompt_length :]
+        if any(len(stop) <= len(response) and (response[-len(stop) :] == stop).all() for stop in self.special.stop):
+            return True
+        return self.criterion is not None and self.criterion(tokens)

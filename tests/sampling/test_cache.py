@@ -1,0 +1,109 @@
+"""Keys and values kept between steps, with a real decoder in float64 so that rounding decides nothing."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffllm import DiffLLM, new_model
+from sampling import Canvas, SamplingConfig, fill
+from tests.conftest import small_shape
+
+CACHES = ["prefix", "dual", "delayed"]
+
+
+@pytest.fixture(scope="module", params=["dream", "llada"])
+def model(request, tokenizer) -> DiffLLM:
+    return new_model(small_shape(family=request.param, initializer_range=0.3), tokenizer).double().eval()
+
+
+def fill_rows(model, rows, history=True, **changes):
+    """Filled rows by name, of (prompt, new tokens) pairs."""
+    config = SamplingConfig(**{"steps": 6, "stop_at_eos": False, **changes})
+    mask = model.mask_token_id
+    canvases = [Canvas.after(prompt, new, mask, name) for name, (prompt, new) in enumerate(rows)]
+    filled = {row.canvas.name: row for row in fill(model, canvases, config, model.special_tokens, history=history)}
+    return [filled[name] for name in range(len(rows))]
+
+
+ROWS = [([5, 6, 7, 8, 9], 12), ([20, 21], 9), ([40, 41, 42], 12), ([60], 5)]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_refreshed_every_step_a_cache_is_exact(model, cache, cfg_scale):
+    settings = {"block_length": 4, "cfg_scale": cfg_scale, "batch_size": 2}
+    for cached, plain in zip(
+        fill_rows(model, ROWS, cache=cache, cache_refresh=1, **settings),
+        fill_rows(model, ROWS, **settings),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(cached.history, plain.history)
+
+
+def test_a_cache_that_is_not_refreshed_is_used(model):
+    """Else the test above would say nothing: without refresh the approximation shows."""
+    plain = fill_rows(model, ROWS, steps=64)
+    for cache in CACHES:
+        cached = fill_rows(model, ROWS, steps=64, cache=cache)
+        same = [a.tokens == b.tokens for a, b in zip(cached, plain, strict=True)]
+        assert not all(same) or cache == "prefix", cache  # in one block it keeps the prompt alone
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.lists(st.integers(4, 90), max_size=5), st.integers(1, 9)), min_size=2, max_size=4),
+    batch_size=st.integers(2, 3),
+    cache=st.sampled_from(CACHES),
+    cache_refresh=st.sampled_from([None, 1, 3]),
+    block_length=st.sampled_from([None, 2, 4]),
+    transfer=st.sampled_from(["even", "threshold"]),
+    threshold=st.sampled_from([0.05, 0.2]),
+    remask=st.sampled_from([0.0, 0.5]),
+    cfg_scale=st.sampled_from([0.0, 0.5]),
+)
+def test_a_row_does_not_depend_on_its_batch(model, rows, **changes):
+    if changes["transfer"] == "threshold":
+        changes["remask"] = 0.0
+    for name, together in enumerate(fill_rows(model, rows, **changes)):
+        alone = fill_rows(model, [*[([5], 1)] * name, rows[name]], **changes | {"batch_size": 1})[name]
+        np.testing.assert_array_equal(together.history, alone.history)
+        assert together.nfe == alone.nfe
+
+
+def test_only_the_columns_of_the_kind_are_computed(model, monkeypatch):
+    """Prompt 5, two blocks of 4: queries a forward, the left neighbour of the block included."""
+    widths = []
+    decoder = model.lm.get_decoder()
+    watch = lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1])  # noqa: E731
+    handle = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    expected = {
+        "none": [13] * 4,
+        "prefix": [13, 9, 13, 5],
+        "dual": [13, 5, 13, 5],
+        # what is masked, its left neighbours and what changed: not the same at every step
+    }
+    for cache, queries in expected.items():
+        widths.clear()
+        fill_rows(model, [([5, 6, 7, 8, 9], 8)], steps=4, block_length=4, transfer="even", cache=cache)
+        assert widths == queries, cache
+    handle.remove()
+
+
+def test_positions_are_those_of_the_canvas(model):
+    """A cached forward of some columns gives the logits of a whole one where nothing else changed."""
+    from sampling import CanvasCache
+
+    x = torch.tensor([[5, 6, 7, model.mask_token_id, 9, 10]])
+    at = torch.tensor([0]), torch.tensor([3])
+    cache, rows = CanvasCache(), torch.tensor([0])
+    cache.arrange([None], 6)
+    cache.aim(rows, 1, None)
+    with torch.no_grad():
+        whole = model.hidden(x, None, None, *at, cache)
+        cache.aim(rows, 1, np.array([[False, False, True, True, False, False]]))
+        part = model.hidden(x, None, None, *at, cache)
+        plain = model.hidden(x, None, None, *at)
+    torch.testing.assert_close(whole, plain)
+    torch.testing.assert_close(part, plain)
