@@ -130,12 +130,17 @@ class DiffLLM(nn.Module):
             position_ids: [B, L]; None counts from the first column.
             cache: compute its columns only and take other keys and values from it; they must hold the positions, and
                 if the family shifts their left neighbours.
+
+        Raises:
+            ValueError: a cache with an attention that takes rows without their padding.
         """
         if self.family.shift:
             first = 0 if attention_mask is None else (attention_mask == 0).sum(-1)[row]
             column = (column - 1).clamp(min=first)
         decoder = self.lm.get_decoder()
         if cache is not None:
+            if self.unpad:
+                raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
             if position_ids is None:
                 position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
             if cache.columns is not None:

@@ -13,7 +13,9 @@ from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
 
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB in float32, 110 positions at 152k tokens
+# Logits made at once. A CPU hands out small blocks again without clearing them, a GPU wants many rows for each look at
+# the head's weights: 16 MiB and 512 MiB in float32, 27 and 883 positions at 152k tokens.
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,7 +59,7 @@ class Batch:
         self.rows: list[Filling] = []
         # of the canvas, and with guidance of the canvas without what was given
         self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
-        self.at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
+        self.at_once = max(1, LOGITS_AT_ONCE.get(model.device.type, 2**27) // model.vocab_size)
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
         # A mask that an adaptive transfer committed would be no progress; the published schedules may commit one.
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden

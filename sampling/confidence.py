@@ -33,13 +33,12 @@ def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> 
     """
     logits = logits.float()
     if config.temperature == 0 and config.confidence == "unscaled":
-        return _rate(logits, logits.argmax(-1), None, config)
+        return _rate(logits, None, None, config)
     values, ids = support(logits, config)
     place = values.argmax(-1) if uniforms is None else inverse_cdf(values, uniforms)
-    tokens = place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
     if config.confidence == "scaled":
-        return _rate(values, place, tokens, config)
-    return _rate(logits, tokens, None, config)
+        return _rate(values, place, ids, config)
+    return _rate(logits, place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1), None, config)
 
 
 def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
@@ -79,8 +78,8 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cdf, (uniforms.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
 
 
-def _rate(logits: Tensor, place: Tensor, tokens: Tensor | None, config: SamplingConfig) -> Proposal:
-    """Confidence in one pass over the logits, which are overwritten.
+def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:
+    """Confidence in few passes over the logits, which are overwritten.
 
     `maskgit_plus` (arXiv 2202.04200) p(token) · `topk_margin` (arXiv 2502.06768) p of the first minus p of the second ·
     `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) and `left_to_right` the same for all: the
@@ -88,29 +87,31 @@ def _rate(logits: Tensor, place: Tensor, tokens: Tensor | None, config: Sampling
 
     Args:
         logits: [N, K] of a distribution.
-        place: [N], where in it the token stands that was drawn.
-        tokens: [N] that token; None where `place` is it.
+        place: [N], where in it the token stands that was drawn; None takes the most likely.
+        ids: [N, K] tokens of the distribution; None for all in order.
     """
-    top = logits.topk(2 if config.alg == "topk_margin" else 1, dim=-1).values
-    logits = logits.sub_(top[:, :1]).clamp_(min=-1e4)  # a finite floor: 0·-inf is no number
-    at_token = logits.gather(-1, place[:, None]).squeeze(-1)
-    exp = logits.exp()
-    total = exp.sum(-1)
-    p = at_token.exp() / total
-    if config.alg == "entropy" or config.transfer == "entropy_bound":
-        entropy = total.log() - exp.mul_(logits).sum(-1) / total
-    else:
-        entropy = torch.zeros_like(p)
+    top, best = logits.max(-1)
+    place = best if place is None else place
+    with_entropy = config.alg == "entropy" or config.transfer == "entropy_bound"
+    if with_entropy:
+        logits.sub_(top[:, None]).clamp_(min=-1e4)  # a finite floor: 0·-inf is no number
+    probs = logits.softmax(-1)
+    p = probs.gather(-1, place[:, None]).squeeze(-1)
+    entropy = torch.zeros_like(p)
+    if with_entropy:  # log Σ exp - Σ p·logit, of logits whose largest is 0
+        entropy = -probs.gather(-1, best[:, None]).squeeze(-1).log() - torch.linalg.vecdot(probs, logits)
     match config.alg:
         case "maskgit_plus":
             confidence = p
         case "topk_margin":
-            confidence = (1 - (top[:, 1] - top[:, 0]).exp()) / total
+            first, second = probs.topk(2, dim=-1).values.unbind(-1)
+            confidence = first - second
         case "entropy":
             confidence = -entropy
         case _:
             confidence = torch.zeros_like(p)
-    return Proposal(place if tokens is None else tokens, confidence, p, entropy)
+    tokens = place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
+    return Proposal(tokens, confidence, p, entropy)
 
 
 def priority(confidence: np.ndarray, uniforms: np.ndarray | None, config: SamplingConfig) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sampling.batch import Batch, Denoiser, LogitsProcessor
 from sampling.canvas import Canvas, Tokens
-from sampling.config import SamplingConfig
+from sampling.config import SCHEDULED, SamplingConfig
 from sampling.filling import Criterion, Filling
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
@@ -176,7 +176,8 @@ def sample(
         watchers: logits_processor, criterion and on_step, see `fill`.
 
     Raises:
-        ValueError: a zero in the attention mask to the right of a one, or hooks together with watchers.
+        ValueError: a zero in the attention mask to the right of a one, or hooks together with watchers or with a
+            transfer that gives rows different numbers of steps.
     """
     attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if bool((attended.diff(dim=-1) < 0).any()):
@@ -190,6 +191,8 @@ def sample(
     hooked = tokens_hook is not None or logits_hook is not None
     if hooked and any(watcher is not None for watcher in watchers.values()):
         raise ValueError(f"hooks go without {', '.join(watchers)}")
+    if hooked and config.adaptive:
+        raise ValueError(f"sampling.transfer={config.transfer}: hooks need a scheduled one ({', '.join(SCHEDULED)})")
     if hooked:
         filled = fill_with_hooks(model, x.clone(), canvases, config, special, tokens_hook, logits_hook, history)
     else:

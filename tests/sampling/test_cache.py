@@ -91,6 +91,12 @@ def test_only_the_columns_of_the_kind_are_computed(model, monkeypatch):
     handle.remove()
 
 
+def test_a_cache_needs_an_attention_that_takes_padding(model, monkeypatch):
+    monkeypatch.setattr(model, "unpad", True)
+    with pytest.raises(ValueError, match=r"set model\.attn_implementation=sdpa"):
+        fill_rows(model, ROWS, cache="dual")
+
+
 def test_positions_are_those_of_the_canvas(model):
     """A cached forward of some columns gives the logits of a whole one where nothing else changed."""
     from sampling import CanvasCache

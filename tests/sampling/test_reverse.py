@@ -203,6 +203,11 @@ def test_hooks_go_without_what_they_would_hide():
             MockDenoiser(), torch.tensor([[1]]), SamplingConfig(), SPECIAL, tokens_hook=lambda step, x, logits: x,
             criterion=lambda tokens: True,
         )  # fmt: skip
+    with pytest.raises(ValueError, match=r"sampling\.transfer=factor: hooks need a scheduled one"):
+        sample(
+            MockDenoiser(), torch.tensor([[1]]), SamplingConfig(transfer="factor"), SPECIAL,
+            tokens_hook=lambda step, x, logits: x,
+        )  # fmt: skip
 
 
 def test_blocks_are_filled_from_left_to_right():
