@@ -13,10 +13,6 @@ from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
 
-# Logits made at once. A CPU hands out small blocks again without clearing them, a GPU wants many rows for each look at
-# the head's weights: 16 MiB and 512 MiB in float32, 27 and 883 positions at 152k tokens.
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
-
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,6 +41,14 @@ class Denoiser(Protocol):
         """[N, V] logits."""
 
 
+def positions_at_once(model: Denoiser) -> int:
+    """Positions whose logits are made together: 16 MiB of them on a CPU, 512 MiB on a GPU, in float32.
+
+    A CPU hands out small blocks again without clearing them; a GPU wants many rows for each look at the head's weights.
+    """
+    return max(1, 2 ** (22 if model.device.type == "cpu" else 27) // model.vocab_size)
+
+
 class Batch:
     """Right-aligned rows."""
 
@@ -59,7 +63,7 @@ class Batch:
         self.rows: list[Filling] = []
         # of the canvas, and with guidance of the canvas without what was given
         self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
-        self.at_once = max(1, LOGITS_AT_ONCE.get(model.device.type, 2**27) // model.vocab_size)
+        self.at_once = positions_at_once(model)
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
         # A mask that an adaptive transfer committed would be no progress; the published schedules may commit one.
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
