@@ -5,21 +5,32 @@ from sampling.cache import CanvasCache
 from sampling.canvas import Canvas, Tokens, left_pad, trim
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
+from sampling.infill import Infilled, Template, infill, infill_templates
+from sampling.likelihood import Choice, Score, choose, score, score_positions
 from sampling.reverse import Filled, LogitsHook, SampleOutput, TokensHook, fill, sample
 
 __all__ = [
     "Canvas",
     "CanvasCache",
+    "Choice",
     "Denoiser",
     "Filled",
     "Filling",
+    "Infilled",
     "LogitsHook",
     "SampleOutput",
     "SamplingConfig",
+    "Score",
+    "Template",
     "Tokens",
     "TokensHook",
+    "choose",
     "fill",
+    "infill",
+    "infill_templates",
     "left_pad",
     "sample",
+    "score",
+    "score_positions",
     "trim",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sampling.cache import CanvasCache, computed, needs_refresh
-from sampling.canvas import Tokens
+from sampling.canvas import Tokens, count_positions
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
@@ -82,8 +82,7 @@ class Batch:
         self.attention_mask = self.position_ids = None
         if self.pads.any():
             self.attention_mask = self._there((np.arange(width) >= self.pads[:, None]).astype(np.int64))
-            # positions count the attended tokens; padding sits at position 1, as in Dream
-            self.position_ids = (self.attention_mask.cumsum(-1) - 1).masked_fill(self.attention_mask == 0, 1)
+            self.position_ids = count_positions(self.attention_mask)
 
     def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
         """Tokens, confidence, p and entropy [n] at the n candidates of each row.

@@ -46,6 +46,11 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
     return input_ids, attention_mask
 
 
+def count_positions(attention_mask: Tensor) -> Tensor:
+    """[B, L] positions that count the attended tokens of left-padded rows; padding sits at position 1, as in Dream."""
+    return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+
+
 def trim(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> list[int]:
     """The tokens before the first end-of-sequence token."""
     end = next((i for i, token in enumerate(tokens) if token in eos_token_ids), len(tokens))

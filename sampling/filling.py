@@ -65,15 +65,16 @@ class Filling:
         return np.flatnonzero(self.tokens[:end] == self.special.mask)
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Where blocks begin and end. Masks inside the prompt belong to the first.
+        """Where blocks with masks begin and end. Masks inside the prompt belong to the first.
 
         If `block_length` does not divide the response, the last block is shorter.
         """
         length = self.config.block_length or len(self)
         ends = [*range(self.canvas.prompt_length + length, len(self), length), len(self)]
         masked = self.masked()
-        first = min(self.canvas.prompt_length, masked[0] if len(masked) else len(self))
-        return list(zip([first, *ends[:-1]], ends, strict=True))
+        first = min(self.canvas.prompt_length, *masked[:1])
+        blocks = zip([first, *ends[:-1]], ends, strict=True)
+        return [(start, end) for start, end in blocks if ((start <= masked) & (masked < end)).any()]
 
     def _plan(self) -> Iterator[Step]:
         """The steps, each made when the one before it is done. Those that change nothing need no forward."""
@@ -154,7 +155,8 @@ class Filling:
         for end in range(self.checked + 1, clean + 1):
             if self._ends(self.tokens[:end]):
                 self.step = None
-                self.tokens[end:] = self.special.eos[0] if self.special.eos else self.special.mask
+                rest = np.flatnonzero(~self.given[end:]) + end
+                self.tokens[rest] = self.special.eos[0] if self.special.eos else self.special.mask
                 if self.history:
                     self.history[-1] = self.tokens.copy()
                 return

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sampling.batch import Batch, Denoiser, LogitsProcessor
-from sampling.canvas import Canvas, Tokens
+from sampling.canvas import Canvas, Tokens, trim
 from sampling.config import SCHEDULED, SamplingConfig
 from sampling.filling import Criterion, Filling
 
@@ -30,20 +30,22 @@ class Filled:
 
     canvas: Canvas
     tokens: list[int]  # [L] the whole row
+    response: list[int]  # after the prompt, before the end-of-sequence token
+    new_tokens: int  # filled in, up to the end-of-sequence token, which counts
     nfe: int  # forwards of the model that the row took part in
     history: list[np.ndarray] | None  # [L] each, after every step
-    eos: tuple[int, ...]
-
-    @property
-    def response(self) -> list[int]:
-        """Tokens after the prompt."""
-        return self.tokens[self.canvas.prompt_length :]
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens of the response to its end, its end-of-sequence token included, for each forward."""
-        end = next((i + 1 for i, token in enumerate(self.response) if token in self.eos), len(self.response))
-        return end / max(self.nfe, 1)
+        """New tokens for each forward; prompt and padding do not count."""
+        return self.new_tokens / max(self.nfe, 1)
+
+    @classmethod
+    def of(cls, row: Filling) -> "Filled":
+        tokens, start = row.tokens.tolist(), row.canvas.prompt_length
+        response = trim(tokens[start:], row.special.eos)
+        new_tokens = int((~row.given[: start + len(response) + 1]).sum())
+        return cls(row.canvas, tokens, response, new_tokens, row.nfe, row.history)
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def fill(
                     on_step(row)
         for row in rows:
             if row.step is None:
-                yield Filled(row.canvas, row.tokens.tolist(), row.nfe, row.history, special.eos)
+                yield Filled.of(row)
         rows = [row for row in rows if row.step is not None]
 
 
@@ -139,7 +141,7 @@ def fill_with_hooks(
             write(x)
         for row in rows:
             row.go_on()
-    return [Filled(row.canvas, row.tokens.tolist(), row.nfe, row.history, special.eos) for row in rows]
+    return [Filled.of(row) for row in rows]
 
 
 @dataclass
@@ -148,7 +150,7 @@ class SampleOutput:
 
     sequences: Tensor  # [B, L] prompt and response
     nfe: list[int]  # B numbers of function evaluations: forwards of the model that a row took part in
-    tokens_per_forward: list[float]  # B; tokens of a response to its end, prompt and padding excluded, over its nfe
+    tokens_per_forward: list[float]  # B; new tokens up to the end of a response over its nfe
     history: list[Tensor] | None = None  # the canvas [B, L] after every step
 
 

@@ -284,3 +284,20 @@ def test_remasking_needs_a_schedule():
 def test_names_of_llada():
     assert SamplingConfig(alg="low_confidence").alg == "maskgit_plus"
     assert SamplingConfig(alg="random").alg == "origin"
+
+
+def test_blocks_without_masks_take_no_steps():
+    """Twelve given tokens after the masks are three blocks more, and the steps belong to the masks."""
+    config = SamplingConfig(steps=4, block_length=4, transfer="even", stop_at_eos=False)
+    [row] = fill(MockDenoiser(), [Canvas([1, *[MASK] * 4, *[2] * 12], 1)], config, SPECIAL)
+    assert row.nfe == 4
+
+
+def test_what_was_given_after_an_end_stays():
+    config = SamplingConfig(steps=8, stop_at_eos=True)
+    for prompt in range(60):
+        [row] = fill(MockDenoiser(), [Canvas([prompt % 9, prompt // 9, *[MASK] * 6, 5, 6], 2)], config, SPECIAL)
+        assert row.tokens[-2:] == [5, 6]
+        end = row.tokens.index(EOS, 2) + 1 if EOS in row.tokens[2:] else 10
+        assert row.new_tokens == min(end, 8) - 2
+        assert row.response == row.tokens[2 : end - (row.tokens[end - 1] == EOS)]

@@ -1,0 +1,187 @@
+"""Infilling: slots in a text are filled, what stands around them is given.
+
+A slot is text in the middle of a text, so nothing ends it: end-of-sequence, mask and the tokenizer's other special
+tokens are forbidden in it, and stop sequences do not count. What precedes the first slot is the canvas's prompt: blocks
+are counted from there.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from sampling.batch import Denoiser
+from sampling.canvas import Canvas, Tokens
+from sampling.config import SamplingConfig
+from sampling.likelihood import Score, score_positions
+from sampling.reverse import fill
+
+_SLOT = re.compile(r"<\|mask\b([^|]*)\|>")
+_LENGTHS = re.compile(r":([0-9]+)(?:-([0-9]+))?")
+
+
+@dataclass(frozen=True)
+class SlottedCanvas(Canvas):
+    """A canvas that knows where its slots are."""
+
+    slots: tuple[range, ...] = ()  # positions of each
+
+
+@dataclass(frozen=True)
+class Template:
+    """Text with slots.
+
+    Raises:
+        ValueError: no slot, pieces that do not alternate with slots, a slot without lengths or with one below 1, or
+            several slots of unknown length.
+    """
+
+    pieces: tuple[str, ...]  # text before, between and after the slots
+    slots: tuple[tuple[int, ...], ...]  # lengths to try of each, in tokens
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise ValueError("the template has no slot: write <|mask:12|> where 12 tokens are to be filled in")
+        if len(self.pieces) != len(self.slots) + 1:
+            raise ValueError(f"{len(self.pieces)} pieces around {len(self.slots)} slots: give one more than slots")
+        for lengths in self.slots:
+            if not lengths or min(lengths) < 1:
+                raise ValueError(f"a slot has lengths {list(lengths)}: give at least one, each at least 1 token")
+        if (unknown := sum(len(lengths) > 1 for lengths in self.slots)) > 1:
+            raise ValueError(f"{unknown} slots are of unknown length: give all but one of them one length")
+
+    @classmethod
+    def parse(cls, text: str) -> "Template":
+        """Text with `<|mask:12|>` where 12 tokens are missing, or `<|mask:4-16|>` where 4 to 16 are.
+
+        Raises:
+            ValueError: a slot that is not of this form, or see `Template`.
+        """
+        pieces, slots = _SLOT.split(text)[0::2], []
+        for slot in _SLOT.finditer(text):
+            lengths = _LENGTHS.fullmatch(slot[1])
+            first, last = (int(lengths[1]), int(lengths[2] or lengths[1])) if lengths else (0, 0)
+            if not 1 <= first <= last:
+                raise ValueError(
+                    f"slot {slot[0]}: write <|mask:12|> for 12 tokens, or <|mask:4-16|> for 4 to 16; at least 1"
+                )
+            slots.append(tuple(range(first, last + 1)))
+        return cls(tuple(pieces), tuple(slots))
+
+    def canvases(self, tokenizer: PreTrainedTokenizerBase, mask: int, name: int = 0) -> list[SlottedCanvas]:
+        """One canvas for every length to try, shortest first, all of the same name.
+
+        Raises:
+            ValueError: the mask token is in the text.
+        """
+        pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in self.pieces]
+        for text, piece in zip(self.pieces, pieces, strict=True):
+            if mask in piece:
+                raise ValueError(f"the mask token {tokenizer.decode([mask])!r} is in the text {text!r}: take it out")
+        return [
+            _join(pieces, lengths, mask, name)
+            for lengths in itertools.product(*(sorted(set(lengths)) for lengths in self.slots))
+        ]
+
+
+def _join(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask: int, name: int) -> SlottedCanvas:
+    tokens, slots = [*pieces[0]], []
+    for length, piece in zip(lengths, pieces[1:], strict=True):
+        slots.append(range(len(tokens), len(tokens) + length))
+        tokens += [*[mask] * length, *piece]
+    return SlottedCanvas(tokens, len(pieces[0]), name, tuple(slots))
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """A template that is filled in."""
+
+    text: str  # whole; what was given is as it was given, even where the tokenizer would write it differently
+    slots: list[str]  # text of each slot
+    tokens: list[int]  # [L] whole
+    length: int  # tokens filled in, of all slots
+    scores: dict[int, Score]  # by length, where several were tried: of the tokens filled in, given the others
+
+
+def infill(
+    model: Denoiser,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: str,
+    suffix: str,
+    length: int | Sequence[int],
+    config: SamplingConfig,
+    special: Tokens,
+    *,
+    name: int = 0,
+    samples: int = 64,
+) -> Infilled:
+    """Fill in tokens between a prefix and a suffix, which are raw text: no chat template, no slots in them.
+
+    Args:
+        length: tokens missing, or the numbers to try; see `infill_templates` for how one is chosen.
+        config, special, samples: see `infill_templates`.
+        name: of the row, for its draws.
+
+    Raises:
+        ValueError: no length, a length below 1, or the mask token in prefix or suffix.
+    """
+    lengths = (length,) if isinstance(length, int) else tuple(length)
+    template = Template((prefix, suffix), (lengths,))
+    [infilled] = infill_templates(model, tokenizer, [template], config, special, names=[name], samples=samples)
+    return infilled
+
+
+def infill_templates(
+    model: Denoiser,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Sequence[Template],
+    config: SamplingConfig,
+    special: Tokens,
+    *,
+    names: Sequence[int] | None = None,
+    samples: int = 64,
+) -> list[Infilled]:
+    """Fill in templates, `config.batch_size` canvases at once.
+
+    Where a slot has several lengths each is filled in, and the one whose tokens have the highest bound on their
+    log-likelihood given all others, in nats a token, is taken; of equal ones the shortest. The bound
+    (`sampling.likelihood`) looks at the tokens in every order, whereas their probabilities at the time they were
+    committed favour what the sampler was sure of. The distribution is the model's own: where it expects an
+    end-of-sequence token, the slot is too long and scores low. It does not weigh how likely a length is, and easily
+    guessed text such as a run of blanks does score high.
+
+    Args:
+        templates: each, with its slots at their longest, no longer than the model's context.
+        config: `max_new_tokens`, `min_new_tokens` and what concerns ends are not used.
+        names: of the templates, for their draws; by default 0 … N-1.
+        samples: masks drawn for each length where there are several, each a row of a forward; even.
+
+    Raises:
+        ValueError: the mask token is in a text, or `samples` is out of range.
+    """
+    barred = {*special.forbidden, *special.eos, special.mask, *tokenizer.all_special_ids}
+    inside = replace(special, eos=(), stop=(), forbidden=tuple(sorted(barred)))
+    names = range(len(templates)) if names is None else names
+    tried = [template.canvases(tokenizer, special.mask, name) for template, name in zip(templates, names, strict=True)]
+    filled = {id(row.canvas): row.tokens for row in fill(model, itertools.chain(*tried), config, inside)}
+
+    infilled = []
+    for template, canvases in zip(templates, tried, strict=True):
+        rows = [(filled[id(canvas)], [*itertools.chain(*canvas.slots)]) for canvas in canvases]
+        best, scores = 0, []
+        if len(rows) > 1:
+            scores = score_positions(model, rows, special, samples, config.seed, config.batch_size)
+            best = max(range(len(rows)), key=lambda i, scores=scores: scores[i].per_token)
+        tokens, at = rows[best]
+        texts = [_decode(tokenizer, tokens, slot) for slot in canvases[best].slots]
+        text = "".join(itertools.chain(*zip(template.pieces, [*texts, ""], strict=True)))
+        infilled.append(Infilled(text, texts, tokens, len(at), {score.tokens: score for score in scores}))
+    return infilled
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], slot: range) -> str:
+    """Text of a slot, after what precedes it: SentencePiece drops the blank of a first token."""
+    before = tokenizer.decode(tokens[: slot.start], clean_up_tokenization_spaces=False)
+    return tokenizer.decode(tokens[: slot.stop], clean_up_tokenization_spaces=False)[len(before) :]
