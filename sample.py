@@ -1,13 +1,16 @@
 """Sample from a checkpoint: `python sample.py model.path=outputs/dream_s1k/hf prompt="What is 3 times 5?"`."""
 
+from launch.answers import answer
+from launch.chat import chat
 from launch.cli import entry
-from launch.generate import answer
 from trainer.config import Config
+
+MODES = {"answer": answer, "chat": chat}
 
 
 @entry
 def main(config: Config) -> None:
-    answer(config)
+    MODES[config.mode](config)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        sys.argv[1:] = map(quote_prompt, sys.argv[1:])
+        sys.argv[1:] = map(quote_text, sys.argv[1:])
         with user_errors(debug), reported():
             check_arguments(sys.argv[1:])
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
@@ -91,14 +91,14 @@ def user_errors(debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def quote_prompt(argument: str) -> str:
-    """Let `prompt=…` be any text; Hydra's grammar would read its commas, brackets and equals signs."""
-    text = argument.removeprefix("prompt=")
-    if text == argument or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
+def quote_text(argument: str) -> str:
+    """Let `prompt=…` and `template=…` be any text; Hydra's grammar would read its commas, brackets and equals signs."""
+    name, _, text = argument.partition("=")
+    if name not in ("prompt", "template") or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
         return argument
     text = re.sub(r'(\\*)("|$)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)
     text = text.replace("${", r"\${")  # no interpolation either
-    return f'prompt="{text}"'
+    return f'{name}="{text}"'
 
 
 def check_arguments(arguments: list[str]) -> None:

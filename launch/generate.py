@@ -1,18 +1,13 @@
-"""Prompts in, responses out: what sample.py does."""
+"""Prompts in, responses out."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import prompt_ids, read_rows
-from data.chat import Message, to_prompt
 from diffllm import DiffLLM
-from sampling import Canvas, Filled, SamplingConfig, Tokens, fill, trim
+from sampling import Canvas, Filled, SamplingConfig, Tokens, fill
 from trainer.build import build_model
 from trainer.config import Config
 
@@ -24,32 +19,6 @@ class Response:
     tokens: int  # up to the end-of-sequence token
     nfe: int  # forwards of the model that it took part in
     tokens_per_forward: float
-
-
-def answer(config: Config) -> None:
-    """Answer `prompt` on the terminal, or every row of the file `input` into the file `output`.
-
-    Raises:
-        ValueError: neither or both of prompt and input, or no checkpoint, or a row that is no prompt.
-    """
-    if (config.prompt is None) == (config.input is None):
-        raise ValueError("give either prompt=… or input=FILE.jsonl output=FILE.jsonl")
-    if config.input is not None and config.output is None:
-        raise ValueError(f"input={config.input}: give output=FILE.jsonl too")
-    if config.prompt is not None:
-        chats = [[Message(role="user", content=config.prompt)]]
-    else:
-        placed_rows = read_rows([config.input])
-        chats = [to_prompt(placed) for placed in placed_rows]
-    model, tokenizer = load_for_sampling(config)
-    responses = generate(model, tokenizer, [prompt_ids(chat, tokenizer) for chat in chats], config.sampling)
-    if config.prompt is not None:
-        print(next(responses).text)
-        return
-    responses = sorted(tqdm(responses, total=len(chats), unit="prompt"), key=lambda response: response.name)
-    with Path(config.output).open("w") as file:
-        for placed, response in zip(placed_rows, responses, strict=True):
-            file.write(json.dumps({**placed.row, "response": response.text, "nfe": response.nfe}) + "\n")
 
 
 def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
@@ -81,28 +50,34 @@ def generate(
     Raises:
         ValueError: a prompt and `max_new_tokens` do not fit the model's context, or see `special_tokens`.
     """
-    context = model.lm.config.max_position_embeddings
-    longest = max(map(len, prompts), default=0)
-    if longest + config.max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and sampling.max_new_tokens={config.max_new_tokens} do not fit the "
-            f"model's context of {context} tokens"
-        )
+    check_fits(model, max(map(len, prompts), default=0), config)
     special = special_tokens(model, tokenizer, config)
-    canvases = [
+    canvases = (
         Canvas.after(prompt, config.max_new_tokens, special.mask, name)
         for prompt, name in zip(prompts, range(len(prompts)) if names is None else names, strict=True)
-    ]
-    for filled in fill(model, canvases, config, special):
-        yield response_of(filled, tokenizer, config)
+    )
+    return (response_of(filled, tokenizer, config) for filled in fill(model, canvases, config, special))
+
+
+def check_fits(model: DiffLLM, prompt_length: int, config: SamplingConfig, what: str = "a prompt") -> None:
+    """Refuse a prompt that leaves too little of the model's context; `what` names it.
+
+    Raises:
+        ValueError: it does.
+    """
+    context = model.lm.config.max_position_embeddings
+    if prompt_length + config.max_new_tokens > context:
+        raise ValueError(
+            f"{what} of {prompt_length} tokens and sampling.max_new_tokens={config.max_new_tokens} do not fit the "
+            f"model's context of {context} tokens"
+        )
 
 
 def response_of(filled: Filled, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
     """A response as text, up to its end."""
-    tokens = trim(filled.response, filled.eos)
-    text = tokenizer.decode(tokens)
+    text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
-    return Response(filled.canvas.name, text[:end].strip(), len(tokens), filled.nfe, filled.tokens_per_forward)
+    return Response(filled.canvas.name, text[:end].strip(), len(filled.response), filled.nfe, filled.tokens_per_forward)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:

@@ -18,6 +18,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 LOGGERS = ("console", "wandb")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 NONFINITE = ("raise", "skip")
+MODES = ("answer", "chat")
 DEFAULT_MICRO_BATCH_SIZE = 8
 
 
@@ -116,13 +117,17 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0  # of weights from scratch, row order, cuts and noise; draws of the sampler have sampling.seed
+    mode: str = "answer"  # sample.py: answer | chat, on the terminal
     prompt: str | None = None  # sample.py: one question
+    template: str | None = None  # sample.py: text with slots to fill, such as <|mask:12|>, or <|mask:4-16|> for 4 to 16
     input: str | None = None  # sample.py: a .jsonl or .parquet file of rows with question or prompt
     output: str | None = None  # sample.py: the .jsonl file that gets a row with its response for each input row
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode}: choose one of {', '.join(MODES)}")
         if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
             raise ValueError(
                 "optim.name=adamw_8bit: torchao's moments cannot be copied aside; set trainer.async_checkpoints=false"
@@ -184,7 +189,9 @@ FREE_WHEN_RESUMING = (
     "data.val_files",
     *(f"trainer.{item.name}" for item in fields(TrainerConfig) if item.name != "precision"),
     "sampling",
+    "mode",
     "prompt",
+    "template",
     "input",
     "output",
 )

@@ -129,7 +129,7 @@ def test_the_tree_is_shown(script):
     "text", ["Solve 3x+5=20", "a, b (c) [d] {e}?", 'say "hi"', "it's", "back\\slash\\", 'a\\"b', "two\nlines", "é"]
 )
 def test_a_prompt_is_any_text(text):
-    override = OverridesParser.create().parse_override(cli.quote_prompt(f"prompt={text}"))
+    override = OverridesParser.create().parse_override(cli.quote_text(f"prompt={text}"))
     assert override.value() == text
 
 
@@ -177,7 +177,7 @@ def test_train_sample_evaluate(script, tmp_path):
     [
         (["prompt=Hi"], ["model.path is not given"]),
         ([], ["prompt=", "input=FILE.jsonl output=FILE.jsonl"]),
-        (["prompt=Hi", "input=a.jsonl"], ["either"]),
+        (["prompt=Hi", "input=a.jsonl"], ["one of prompt="]),
         (["input=a.jsonl"], ["output=FILE.jsonl"]),
         (["input=a.jsonl", "output=b.jsonl"], ["a.jsonl", "no such data file"]),
         (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer"]),

@@ -1,0 +1,234 @@
+"""One prompt answered or template filled in on the terminal, or a file of prompts: on all ranks, however interrupted.
+
+A response depends on its row, its number in the file, the sampling settings and the model alone, so it does not matter
+which rank gives it, or when. Each rank appends those that are done to a file of its own in the directory
+`OUTPUT.partial`; when all are there they are written to OUTPUT, in the order of the input. `run.json` in the directory
+says what the responses depend on: a run goes on only with the same.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import PlacedRow, prompt_ids, read_rows
+from data.chat import Message, to_prompt
+from diffllm import DiffLLM
+from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
+from sampling import SamplingConfig, Template, infill_templates
+from trainer.config import Config
+from trainer.world import locked, open_world, ranks_from_environment
+
+PATIENCE = timedelta(days=7)  # of a rank whose rows are done, for the others
+
+
+def answer(config: Config) -> None:
+    """Answer `prompt` or fill in `template` on the terminal, or answer every row of the file `input` into `output`.
+
+    Raises:
+        ValueError: not one of the three; see `answer_prompt`, `fill_template` and `answer_file`.
+    """
+    if sum(given is not None for given in (config.prompt, config.template, config.input)) != 1:
+        raise ValueError("give one of prompt=…, template=… or input=FILE.jsonl output=FILE.jsonl")
+    if config.template is not None:
+        fill_template(config)
+    elif config.input is not None:
+        try:
+            answer_file(config)
+        except KeyboardInterrupt:
+            sys.exit("stopped: the same command goes on where this one was")
+    else:
+        answer_prompt(config)
+
+
+def answer_prompt(config: Config) -> None:
+    """Print the response to `config.prompt`.
+
+    Raises:
+        ValueError: an output, several ranks, no checkpoint, or a prompt too long for the model.
+    """
+    if config.output is not None:
+        raise ValueError(f"output={config.output}: goes with input=FILE; prompt=… is answered on the terminal")
+    check_alone("prompt=…")
+    model, tokenizer = load_for_sampling(config)
+    prompt = prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
+    [response] = generate(model, tokenizer, [prompt], config.sampling)
+    print(response.text)
+
+
+def fill_template(config: Config) -> None:
+    """Print `config.template` with its slots, such as `<|mask:12|>`, filled in; it is raw text, not a chat.
+
+    Raises:
+        ValueError: an output, several ranks, no checkpoint, or a template without slots or too long for the model.
+    """
+    if config.output is not None:
+        raise ValueError(f"output={config.output}: goes with input=FILE; template=… is filled in on the terminal")
+    check_alone("template=…")
+    template = Template.parse(config.template)
+    model, tokenizer = load_for_sampling(config)
+    special = special_tokens(model, tokenizer, config.sampling)
+    length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
+    if length > (context := model.lm.config.max_position_embeddings):
+        raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
+    [filled] = infill_templates(model, tokenizer, [template], config.sampling, special)
+    print(filled.text)
+
+
+def check_alone(what: str) -> None:
+    """Refuse several ranks.
+
+    Raises:
+        ValueError: torchrun has started more than one.
+    """
+    if (ranks := ranks_from_environment()[1]) > 1:
+        raise ValueError(f"{what} is for one rank, torchrun has started {ranks}: start it with `python sample.py …`")
+
+
+def answer_file(config: Config) -> None:
+    """Write the rows of `config.input` to `config.output`, each with its `response`, `nfe` and `tokens_per_forward`.
+
+    If it is interrupted, the same command goes on, on any number of ranks and with any `sampling.batch_size`.
+
+    Raises:
+        ValueError: no output, or one that exists; a row that is no prompt, or too long for the model; no checkpoint; an
+            interrupted run with other rows, settings or weights. All of it before anything is sampled.
+    """
+    if config.output is None or Path(config.output).suffix != ".jsonl":
+        raise ValueError(f"input={config.input} with output={config.output}: give output=FILE.jsonl")
+    output = Path(config.output)
+    if output.exists():
+        raise ValueError(f"output={output} exists already: delete it, or name another file")
+    rows = read_rows([config.input])
+    chats = [to_prompt(placed) for placed in rows]
+    directory = output.with_name(f"{output.name}.partial")
+
+    with open_world() as world:
+        model, tokenizer = load_for_sampling(config)
+        prompts = [np.array(prompt_ids(chat, tokenizer), dtype=np.int32) for chat in chats]
+        for placed, prompt in zip(rows, prompts, strict=True):
+            check_fits(model, len(prompt), config.sampling, f"{placed.place}: a prompt")
+        origin = _origin(rows, prompts, config.sampling, model)
+        with locked(directory, world):
+            done = world.on_main(lambda: _begin(directory, origin))
+            todo = [name for name in range(len(rows)) if name not in done]
+            todo.sort(
+                key=lambda name: -len(prompts[name])
+            )  # the longest first: memory that is too little shows at once
+            names = todo[world.rank :: world.size]
+            if world.is_main and done:
+                print(f"{directory}: {len(done)} of {len(rows)} rows are done", file=sys.stderr)
+            responses = generate(model, tokenizer, [prompts[name] for name in names], config.sampling, names)
+            label = f"rank 0 of {world.size}" if world.size > 1 else None
+            responses = tqdm(responses, label, len(names), unit="row", disable=not world.is_main)
+            _append(directory / f"rank{world.rank}-of-{world.size}.jsonl", responses)
+            dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
+            world.on_main(lambda: _finish(directory, rows, output))
+        world.on_main(lambda: shutil.rmtree(directory))
+
+
+def _origin(
+    rows: Sequence[PlacedRow], prompts: Sequence[np.ndarray], sampling: SamplingConfig, model: DiffLLM
+) -> dict[str, Any]:
+    """All that responses depend on, by names for the user.
+
+    Raises:
+        ValueError: a row that JSON cannot hold.
+    """
+    content, tokens, weights = sha1(), sha1(), sha1()
+    for placed, prompt in zip(rows, prompts, strict=True):
+        try:
+            content.update(json.dumps(placed.row).encode() + b"\n")
+        except TypeError as error:
+            raise ValueError(f"{placed.place}: cannot be written as JSON ({error}): leave that field out") from error
+        tokens.update(prompt.tobytes() + b"/")
+    for name, parameter in model.named_parameters():
+        weights.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}".encode())
+    return {
+        "input": f"{len(rows)} rows ({content.hexdigest()[:12]})",
+        "the chat template's tokens": tokens.hexdigest()[:12],
+        "the model's weights": weights.hexdigest()[:12],
+        **{f"sampling.{name}": value for name, value in asdict(sampling).items() if name != "batch_size"},
+    }
+
+
+def _begin(directory: Path, origin: dict[str, Any]) -> set[int]:
+    """Make the directory one of this run, whose finished rows are returned.
+
+    Raises:
+        ValueError: it holds rows of another run.
+    """
+    done, record = _read(directory), directory / "run.json"
+    if not done:
+        _write(record, [json.dumps(origin, indent=2)], directory)
+        return set()
+    saved = json.loads(record.read_text())
+    found = [
+        f"{name} is {saved.get(name)} there and {origin.get(name)} here"
+        for name in sorted(saved.keys() | origin.keys())
+        if saved.get(name) != origin.get(name)
+    ]
+    if found:
+        raise ValueError(
+            f"{directory} holds {len(done)} rows of an interrupted run with other settings: {'; '.join(found)}. "
+            "Give the same ones to go on with it, delete the directory to start anew, or name another output"
+        )
+    return set(done)
+
+
+def _append(file: Path, responses: Iterable[Response]) -> None:
+    with file.open("a", buffering=1) as lines:
+        lines.write("\n")  # ends a line that was cut by a kill
+        for response in responses:
+            lines.write(json.dumps(asdict(response)) + "\n")
+
+
+def _read(directory: Path) -> dict[int, Response]:
+    """Responses that are done, by the numbers of their rows."""
+    done = {}
+    for file in directory.glob("rank*.jsonl"):
+        for line in file.read_bytes().splitlines():
+            try:
+                response = Response(**json.loads(line))
+            except ValueError:  # an empty line, or a cut one: the beginning of a JSON object is not JSON
+                continue
+            done[response.name] = response
+    return done
+
+
+def _finish(directory: Path, rows: Sequence[PlacedRow], output: Path) -> None:
+    """Write the output.
+
+    Raises:
+        OSError: rows that another rank has written cannot be read, as on a network disk that lags.
+    """
+    done = _read(directory)
+    if missing := len(rows) - len(done):
+        raise OSError(f"{directory}: {missing} finished rows cannot be read yet: run the same command again")
+
+    def line(row: dict[str, Any], response: Response) -> str:
+        nfe, tokens_per_forward = response.nfe, response.tokens_per_forward
+        return json.dumps({**row, "response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward})
+
+    _write(output, (line(placed.row, done[name]) for name, placed in enumerate(rows)), directory)
+
+
+def _write(file: Path, lines: Iterable[str], directory: Path) -> None:
+    """Write all of a file or nothing, by way of a directory on the same disk."""
+    unfinished = directory / "unfinished"
+    with unfinished.open("w") as written:
+        written.writelines(f"{line}\n" for line in lines)
+        written.flush()
+        os.fsync(written.fileno())
+    os.replace(unfinished, file)

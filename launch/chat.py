@@ -1,0 +1,208 @@
+"""A chat on the terminal, in which one sees the canvas form."""
+
+import re
+import readline  # noqa: F401 — lets `input` edit its line and recall those before
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from itertools import groupby
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from yaml import YAMLError
+
+from data import prompt_ids
+from data.chat import Message
+from diffllm import DiffLLM
+from launch.answers import check_alone
+from launch.generate import Response, check_fits, load_for_sampling, response_of, special_tokens
+from sampling import Canvas, Filling, SamplingConfig, fill
+from trainer.config import Config, nearest
+
+HELP = """\
+/set NAME VALUE   change a setting of the sampler, such as /set steps 128
+/settings         show them all
+/system TEXT      give a system message; without TEXT, none
+/reset            forget what was said; the system message and the settings stay
+/help             show this
+/quit             leave, as Ctrl-D does; Ctrl-C stops a response"""
+COMMANDS = ["/set", "/settings", "/system", "/reset", "/help", "/quit"]
+MASKED, COMMITTED, CLEAN = "dim", "bold green", "default"
+
+
+def chat(config: Config) -> None:
+    """Chat with the checkpoint of `model.path` on the terminal, or answer the lines of a pipe.
+
+    Raises:
+        ValueError: a prompt, template, input or output, several ranks, or no checkpoint.
+    """
+    for name in ("prompt", "template", "input", "output"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value}: mode=chat asks on the terminal, leave it out")
+    check_alone("mode=chat")
+    model, tokenizer = load_for_sampling(config)
+    typed = sys.stdin.isatty()
+    conversation = Chat(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)
+    if typed:
+        conversation.say("Say something, or /help.")
+    conversation.run()
+    if typed:
+        print()  # Ctrl-D leaves the cursor behind the prompt
+
+
+class Chat:
+    """A conversation of several turns.
+
+    Args:
+        console: shows it.
+        read: gives the next line of the user; EOFError ends the chat.
+
+    Attributes:
+        config: of the next response.
+        system: the system message, "" for none.
+        turns: messages of user and assistant by turns.
+    """
+
+    def __init__(
+        self,
+        model: DiffLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SamplingConfig,
+        console: Console,
+        read: Callable[[], str],
+    ):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.console, self.read = console, read
+        self.system = ""
+        self.turns: list[Message] = []
+
+    def run(self) -> None:
+        """Take lines until /quit or the end of the input."""
+        interrupted = False
+        while True:
+            try:
+                if interrupted:  # said here, where another Ctrl-C does no harm
+                    self.say("\nstopped: what has no complete response is not kept. /quit or Ctrl-D leaves")
+                interrupted = False
+                line = self.read().strip()
+                if line == "/quit":
+                    return
+                self.take(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                interrupted = True
+
+    def take(self, line: str) -> None:
+        """Carry out a command or respond to a message. What is wrong with it is said, and the chat goes on."""
+        try:
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.turn(line)
+        except ValueError as error:
+            self.say(f"error: {error}", "red")
+
+    def command(self, line: str) -> None:
+        """Carry out a command.
+
+        Raises:
+            ValueError: there is no such command, or it raises it.
+        """
+        name, _, argument = line.partition(" ")
+        match name:
+            case "/set":
+                self.set(argument.strip())
+            case "/settings":
+                self.show_settings()
+            case "/system":
+                self.system = argument.strip()
+                self.say("the system message is given" if self.system else "no system message")
+            case "/reset":
+                self.turns.clear()
+                self.say("what was said is forgotten")
+            case "/help":
+                self.say(HELP)
+            case _:
+                raise ValueError(f"{name}: no such command; {nearest(name, COMMANDS)}")
+
+    def turn(self, text: str) -> None:
+        """Respond to a message of the user. Both are kept when the response is complete.
+
+        Raises:
+            ValueError: the conversation does not fit the model's context.
+        """
+        user = Message(role="user", content=text)
+        system = [Message(role="system", content=self.system)] if self.system else []
+        prompt = prompt_ids([*system, *self.turns, user], self.tokenizer)
+        try:
+            check_fits(self.model, len(prompt), self.config, "a chat")
+        except ValueError as error:
+            raise ValueError(f"{error}: not sent. /reset, or /set max_new_tokens to less") from error
+        response = self.respond(prompt)
+        self.console.out(response.text, highlight=False)
+        self.say(f"{response.tokens} tokens, NFE {response.nfe}, {response.tokens_per_forward:.2f} tokens a forward")
+        self.turns += [user, Message(role="assistant", content=response.text)]
+
+    def respond(self, prompt: list[int]) -> Response:
+        """Sample a response to token ids, showing every step. A turn's number is the name of its draws."""
+        special = special_tokens(self.model, self.tokenizer, self.config)
+        canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
+        with Live(console=self.console, auto_refresh=False, transient=True) as live:
+
+            def show(row: Filling) -> None:
+                live.update(self.draft(row), refresh=True)
+
+            [filled] = fill(self.model, [canvas], self.config, special, on_step=show)
+        return response_of(filled, self.tokenizer, self.config)
+
+    def draft(self, row: Filling) -> Text:
+        """The response as it is: masks, what the last step committed, and what was there before."""
+        start = row.canvas.prompt_length
+        tokens = row.tokens[start:]
+        styles = np.where(row.changed[start:], COMMITTED, CLEAN)
+        styles[tokens == row.special.mask] = MASKED
+        text = Text()
+        for style, run in groupby(zip(styles.tolist(), tokens.tolist(), strict=True), key=lambda token: token[0]):
+            ids = [token for _, token in run]
+            shown = "▒" * len(ids) if style == MASKED else self.tokenizer.decode(ids, skip_special_tokens=True)
+            text.append(shown, style)
+        return text
+
+    def set(self, argument: str) -> None:
+        """Change one field of the settings, written `NAME VALUE` or `sampling.NAME=VALUE`.
+
+        Raises:
+            ValueError: no such field, or a value that it refuses.
+        """
+        given = re.fullmatch(r"(?:sampling\.)?(\w+)(?:\s*=\s*|\s+)(.+)", argument)
+        if given is None:
+            raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
+        name, value = given.groups()
+        names = [item.name for item in fields(SamplingConfig)]
+        if name not in names:
+            raise ValueError(f"{name}: no such setting; {nearest(name, names)}")
+        try:
+            change = OmegaConf.from_dotlist([f"{name}={value}"])
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.config), change))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"sampling.{name}={value}: {str(error).splitlines()[0]}") from error
+        special_tokens(self.model, self.tokenizer, config)
+        self.config = config
+        self.say(f"{name} is {getattr(config, name)}")
+
+    def show_settings(self) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, value in asdict(self.config).items():
+            table.add_row(name, Text(str(value)))
+        self.console.print(table)
+
+    def say(self, text: str, style: str = "dim") -> None:
+        """Something that is not of the model."""
+        self.console.print(Text(text), style=style, soft_wrap=True)
