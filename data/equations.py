@@ -1,6 +1,6 @@
 """Linear equations solved step by step, in S1K's schema: the built-in reasoning task.
 
-Every a·x + b = c and a·x - b = c with a, x and b in 1 … 9 and c not negative is one problem. Those with a = 1 need one
+Every a·x + b = c and a·x - b = c with a, x and b in 1 … 12 and c not negative is one problem. Those with a = 1 need one
 step, the others two, so responses differ in length. The order of the problems is fixed; the first sixth is held out, so
 no problem of the evaluation occurs in training.
 """
@@ -33,7 +33,7 @@ def is_correct(row: dict[str, Any], response: str) -> bool:
 
 
 def _problems() -> list[tuple[int, int, int, str]]:
-    every = itertools.product(range(1, 10), range(1, 10), range(1, 10), "+-")
+    every = itertools.product(range(1, 13), range(1, 13), range(1, 13), "+-")
     return [(a, x, b, sign) for a, x, b, sign in every if sign == "+" or a * x >= b]
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from hashlib import sha1
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import Chat, Message, to_chat
@@ -38,16 +39,23 @@ class TokenRows:
         return digest.hexdigest()
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt, up to where the assistant begins.
+def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str = "the prompt") -> list[int]:
+    """Tokens of a prompt, up to where the assistant begins; `place` names it in errors.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, it refuses the messages, or their text has a mask token.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
+        raise ValueError(f"{place}: the text contains the mask token {tokenizer.mask_token!r}")
+    return ids
 
 
 def tokenize(
@@ -67,9 +75,9 @@ def tokenize(
     dropped = cut = 0
     for placed in rows:
         chat: Chat = to_chat(placed)
-        prompt = prompt_ids(chat["prompt"], tokenizer)
+        prompt = prompt_ids(chat["prompt"], tokenizer, placed.place)
         response = [*tokenizer(chat["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in prompt + response:
+        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in response:
             raise ValueError(f"{placed.place}: the text contains the mask token {tokenizer.mask_token!r}")
         too_long = len(prompt) >= max_length or (len(prompt) + len(response) > max_length and truncation != "right")
         if too_long and truncation == "drop":

@@ -116,7 +116,10 @@ def answer_file(config: Config) -> None:
 
     with open_world() as world:
         model, tokenizer = load_for_sampling(config)
-        prompts = [np.array(prompt_ids(chat, tokenizer), dtype=np.int32) for chat in chats]
+        prompts = [
+            np.array(prompt_ids(chat, tokenizer, placed.place), dtype=np.int32)
+            for placed, chat in zip(rows, chats, strict=True)
+        ]
         for placed, prompt in zip(rows, prompts, strict=True):
             check_fits(model, len(prompt), config.sampling, f"{placed.place}: a prompt")
         origin = _origin(rows, prompts, config.sampling, model)

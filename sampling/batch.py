@@ -181,4 +181,4 @@ class Batch:
 
     def _there(self, array: np.ndarray) -> Tensor:
         """An array on the model's device."""
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+        return torch.from_numpy(array).to(self.model.device)

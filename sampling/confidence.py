@@ -92,20 +92,23 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
     """
     top, best = logits.max(-1)
     place = best if place is None else place
-    with_entropy = config.alg == "entropy" or config.transfer == "entropy_bound"
-    if with_entropy:
-        logits.sub_(top[:, None]).clamp_(min=-1e4)  # a finite floor: 0·-inf is no number
-    probs = logits.softmax(-1)
-    p = probs.gather(-1, place[:, None]).squeeze(-1)
-    entropy = torch.zeros_like(p)
-    if with_entropy:  # log Σ exp - Σ p·logit, of logits whose largest is 0
-        entropy = -probs.gather(-1, best[:, None]).squeeze(-1).log() - torch.linalg.vecdot(probs, logits)
+    logits.sub_(top[:, None])
+    at_place = logits.gather(-1, place[:, None]).squeeze(-1)
+    if config.alg == "entropy" or config.transfer == "entropy_bound":
+        exp = logits.clamp_(min=-1e4).exp()  # a finite floor: 0·-inf is no number
+        total = exp.sum(-1)
+        entropy = total.log() - logits.mul_(exp).sum(-1) / total
+    else:
+        exp = logits.exp_()
+        total = exp.sum(-1)
+        entropy = torch.zeros_like(total)
+    p = at_place.exp() / total
     match config.alg:
         case "maskgit_plus":
             confidence = p
         case "topk_margin":
-            first, second = probs.topk(2, dim=-1).values.unbind(-1)
-            confidence = first - second
+            first, second = exp.topk(2, dim=-1).values.unbind(-1)
+            confidence = (first - second) / total
         case "entropy":
             confidence = -entropy
         case _:

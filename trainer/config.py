@@ -158,7 +158,14 @@ def resolve(composed: DictConfig) -> Config:
     """
     try:
         plain = OmegaConf.to_container(composed)
-        lists = (("model", "target_modules"), ("data", "train_files"), ("data", "val_files"), ("trainer", "logger"))
+        lists = (
+            ("model", "target_modules"),
+            ("data", "train_files"),
+            ("data", "val_files"),
+            ("trainer", "logger"),
+            ("sampling", "stop"),
+            ("sampling", "forbidden"),
+        )
         for group, name in lists:
             if isinstance(value := plain.get(group, {}).get(name), str):
                 plain[group][name] = [value]  # a list of one may be written without brackets

@@ -71,9 +71,7 @@ def locked(directory: Path, world: World) -> Iterator[None]:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends
             except (BlockingIOError, PermissionError) as error:
-                raise ValueError(
-                    f"another run writes to {directory}: wait for it, or give another trainer.experiment_name"
-                ) from error
+                raise ValueError(f"another run writes to {directory}: wait for it, or name another") from error
 
         world.on_main(lock)
         yield

@@ -1,8 +1,10 @@
 """Chats into token rows, and what does not fit."""
 
+import copy
+
 import pytest
 
-from data import PlacedRow, tokenize
+from data import PlacedRow, prompt_ids, tokenize
 from data.equations import held_out_rows, is_correct, train_rows
 
 
@@ -74,3 +76,15 @@ def test_equations_are_solved_right_and_split_without_overlap(tokenizer):
             assert eval(expression) == int(value)
         assert is_correct(row, row["answer"])
         assert not is_correct(row, row["answer"] + "0")
+
+
+def test_a_template_that_refuses_a_role(tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('system role not supported') }}"
+    with pytest.raises(ValueError, match="the prompt: the chat template refuses messages of system: system role not"):
+        prompt_ids([{"role": "system", "content": "Be brief."}], refusing)
+
+
+def test_a_prompt_with_a_mask_would_be_filled_in(tokenizer):
+    with pytest.raises(ValueError, match=r"the prompt: the text contains the mask token '<\|mask\|>'"):
+        prompt_ids([{"role": "user", "content": "a <|mask|>"}], tokenizer)
