@@ -212,8 +212,10 @@ class DiffLLM(nn.Module):
             [B, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: a setting outside its range, a streamer for several rows, or a hook that changes the shape.
+            ValueError: a setting outside its range, a prompt too long for the context, a streamer for several rows, or
+                a hook that changes the shape.
         """
+        settings.setdefault("batch_size", len(input_ids))
         config = SamplingConfig(
             max_new_tokens=max_new_tokens,
             steps=steps,
@@ -227,6 +229,13 @@ class DiffLLM(nn.Module):
             stop_at_eos=stop_at_eos,
             **settings,
         )
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+        context = self.lm.config.max_position_embeddings
+        if longest + max_new_tokens > context:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit the model's context of "
+                f"{context} tokens"
+            )
         if config.stop or config.forbidden:
             raise ValueError("stop and forbidden are text: give stopping_criteria and logits_processor here")
         if streamer is not None and len(input_ids) > 1:
@@ -244,8 +253,8 @@ class DiffLLM(nn.Module):
             history=output_history,
             tokens_hook=generation_tokens_hook_func,
             logits_hook=generation_logits_hook_func,
-            logits_processor=logits_processor,
-            criterion=stopping_criteria and partial(_ends, stopping_criteria, self.device),
+            logits_processor=LogitsProcessorList(logits_processor) if logits_processor else None,
+            criterion=partial(_ends, stopping_criteria, self.device) if stopping_criteria else None,
             on_step=show,
         )
         if streamer is not None:
@@ -288,8 +297,8 @@ class DiffLLM(nn.Module):
 
 
 def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:
-    return bool(criteria(torch.from_numpy(tokens).to(device)[None], None).any())
+    return bool(StoppingCriteriaList(criteria)(torch.tensor(tokens, device=device)[None], None).any())
 
 
 def _show_draft(streamer: BaseStreamer, row: Filling) -> None:
-    streamer.put_draft(torch.from_numpy(row.tokens[row.canvas.prompt_length :]))
+    streamer.put_draft(torch.tensor(row.tokens[row.canvas.prompt_length :]))

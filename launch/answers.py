@@ -99,6 +99,8 @@ def check_alone(what: str) -> None:
 def answer_file(config: Config) -> None:
     """Write the rows of `config.input` to `config.output`, each with its `response`, `nfe` and `tokens_per_forward`.
 
+    A `response` that a row has already is kept as its `reference`.
+
     If it is interrupted, the same command goes on, on any number of ranks and with any `sampling.batch_size`.
 
     Raises:
@@ -222,7 +224,8 @@ def _finish(directory: Path, rows: Sequence[PlacedRow], output: Path) -> None:
 
     def line(row: dict[str, Any], response: Response) -> str:
         nfe, tokens_per_forward = response.nfe, response.tokens_per_forward
-        return json.dumps({**row, "response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward})
+        kept = {"reference" if field == "response" else field: value for field, value in row.items()}
+        return json.dumps({**kept, "response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward})
 
     _write(output, (line(placed.row, done[name]) for name, placed in enumerate(rows)), directory)
 

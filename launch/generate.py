@@ -16,7 +16,7 @@ from trainer.config import Config
 class Response:
     name: int  # of the prompt
     text: str  # up to the end-of-sequence token or stop string
-    tokens: int  # up to the end-of-sequence token
+    tokens: int  # up to the end-of-sequence token, which counts
     nfe: int  # forwards of the model that it took part in
     tokens_per_forward: float
 
@@ -77,7 +77,7 @@ def response_of(filled: Filled, tokenizer: PreTrainedTokenizerBase, config: Samp
     """A response as text, up to its end."""
     text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
-    return Response(filled.canvas.name, text[:end].strip(), len(filled.response), filled.nfe, filled.tokens_per_forward)
+    return Response(filled.canvas.name, text[:end].strip(), filled.new_tokens, filled.nfe, filled.tokens_per_forward)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:
@@ -101,5 +101,5 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
-    eos = tuple(dict.fromkeys((model.eos_token_id, tokenizer.eos_token_id)))
-    return Tokens(model.mask_token_id, eos, tuple(stop), tuple(forbidden))
+    eos = dict.fromkeys(token for token in (model.eos_token_id, tokenizer.eos_token_id) if token is not None)
+    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), tuple(forbidden))

@@ -13,6 +13,8 @@ from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
 
+RATED_AT_ONCE = 2**20  # logits that a CPU goes over together: several times, so they should stay in its cache
+
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -42,11 +44,11 @@ class Denoiser(Protocol):
 
 
 def positions_at_once(model: Denoiser) -> int:
-    """Positions whose logits are made together: 64 MiB of them on a CPU, 512 MiB on a GPU, in float32.
+    """Positions whose logits are made together: 128 MiB of them on a CPU, 512 MiB on a GPU, in float32.
 
     The head's weights are read once for each such part: the more the faster, the more memory.
     """
-    return max(1, 2 ** (24 if model.device.type == "cpu" else 27) // model.vocab_size)
+    return max(1, 2 ** (25 if model.device.type == "cpu" else 27) // model.vocab_size)
 
 
 class Batch:
@@ -64,6 +66,7 @@ class Batch:
         # of the canvas, and with guidance of the canvas without what was given
         self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
         self.at_once = positions_at_once(model)
+        self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
         # A mask that an adaptive transfer committed would be no progress; the published schedules may commit one.
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
@@ -106,8 +109,9 @@ class Batch:
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
             part = self._guided(hidden, some) if logits is None else logits[row[some], column[some]]
-            part = self._restricted(part.float(), views[0], row[some], column[some])
-            parts.append(propose(part, None if uniforms is None else uniforms[some], self.config))
+            part = self._restricted(part.float(), views[0], row[some], column[some]).split(self.rated_at_once)
+            draws = [None] * len(part) if uniforms is None else uniforms[some].split(self.rated_at_once)
+            parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
         together = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
         return list(zip(*(np.split(column, np.cumsum(counts)[:-1]) for column in together), strict=True))
 
@@ -148,7 +152,7 @@ class Batch:
                 part = self.model.hidden(x[rows], *padding, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
-                hidden[i][self._there(inside)] = part
+                hidden[i][self._there(np.flatnonzero(inside))] = part
             for i in group:
                 self.rows[i].since_refresh = 1 if fresh else self.rows[i].since_refresh + 1
         return hidden
@@ -162,7 +166,7 @@ class Batch:
 
     def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:
         """Logits [n, V]. With guidance l_u + (1 + cfg_scale)·(l - l_u), l_u without what was given (LLaDA, eq. 16)."""
-        logits, *unconditional = (self.model.head(states[some]) for states in hidden)
+        logits, *unconditional = (self.model.head(states[some]).float() for states in hidden)
         for without in unconditional:
             logits = without + (self.config.cfg_scale + 1) * (logits - without)
         return logits

@@ -5,7 +5,7 @@ refreshed. The kinds differ only in which positions a step computes:
 
 `prefix` from the start of the open block on: prompt and finished blocks are kept (Fast-dLLM, arXiv 2505.22618) ·
 `dual` the open block: what follows it is kept too (ibid.) · `delayed` all masked positions and what changed in the step
-before, whose keys and values were those of masks (dKV-Cache, arXiv 2505.15781). All positions are computed where a
+before (dKV-Cache, arXiv 2505.15781). All positions are computed where a
 block starts and every `cache_refresh` forwards; with 1 nothing is approximate.
 """
 
@@ -33,13 +33,14 @@ def computed(row: Filling) -> np.ndarray:
     """
     step, active = row.step, np.zeros(len(row), dtype=bool)
     active[row.masked(step.end)] = True
+    active |= row.changed  # keys and values that were made before the change
     match row.config.cache:
         case "prefix":
             active[step.start :] = True
         case "dual":
             active[step.start : step.end] = True
         case "delayed":
-            active |= (row.tokens == row.special.mask) | row.changed
+            active |= row.tokens == row.special.mask
     active[:-1] |= active[1:]
     return active
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sampling.config import SamplingConfig
@@ -107,7 +108,7 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
         case "maskgit_plus":
             confidence = p
         case "topk_margin":
-            first, second = exp.topk(2, dim=-1).values.unbind(-1)
+            first, second = F.pad(exp, (0, 1)).topk(2, dim=-1).values.unbind(-1)  # top_k=1 leaves no second
             confidence = (first - second) / total
         case "entropy":
             confidence = -entropy
@@ -129,7 +130,7 @@ def priority(confidence: np.ndarray, uniforms: np.ndarray | None, config: Sampli
     """
     if config.alg == "origin":
         return gumbel(uniforms)
-    if config.alg_temp == 0:
+    if config.alg_temp == 0 or config.alg == "left_to_right":
         return confidence
     return confidence / config.alg_temp + gumbel(uniforms)
 

@@ -8,7 +8,7 @@ import numpy as np
 from sampling.canvas import Canvas, Tokens
 from sampling.confidence import gumbel, priority
 from sampling.config import SamplingConfig
-from sampling.transfer import scheduled, share_steps, sure
+from sampling.transfer import masked_shares, scheduled, share_steps, sure
 
 Criterion = Callable[[np.ndarray], bool]  # whether a row ends with these tokens [N], all before which are clean
 
@@ -32,6 +32,7 @@ class Filling:
         tokens: [L] the canvas as it is.
         given: [L] what was not masked at the start.
         step: what to do next; None when the row is done.
+        end: where a rule about ends found the end of the response.
         nfe: forwards of the model so far.
         history: the canvas after every step, if asked for.
     """
@@ -53,7 +54,8 @@ class Filling:
         self.changed = np.zeros(len(self), dtype=bool)  # by the last step
         self.history: list[np.ndarray] | None = [] if history else None
         self.nfe = self.since_refresh = 0
-        self.checked = canvas.prompt_length  # the response cannot end before
+        self.end: int | None = None
+        self.checked = canvas.prompt_length  # the response does not end before
         self._steps = self._plan()
         self.step = next(self._steps, None)
 
@@ -101,12 +103,13 @@ class Filling:
     def _n_remask(self, step: int, steps: int, end: int, left: int) -> int:
         """Tokens to mask again, in exchange for as many more committed: the schedule is kept.
 
-        ReMDM (arXiv 2503.00307) masks each again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - t; this is
-        the expected number, rounded down.
+        ReMDM-cap (arXiv 2503.00307) masks each again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - γ; this
+        is the expected number, rounded down.
         """
         if not self.config.remask or step in (0, steps - 1):
             return 0
-        sigma = min(self.config.remask, (steps - step - 1) / step)
+        gamma = masked_shares(self.config.transfer, steps, self.config.eps)
+        sigma = min(self.config.remask, float(gamma[step + 1] / (1 - gamma[step])))
         return min(int(sigma * len(self._committed(end))), left)
 
     def _committed(self, end: int) -> np.ndarray:
@@ -118,8 +121,7 @@ class Filling:
 
     def uniforms(self) -> np.ndarray:
         """[2, L] in [0, 1) for this step: for tokens, and for positions."""
-        rng = np.random.default_rng((self.config.seed, self.canvas.name, self.step.number))
-        return rng.random((2, len(self)), np.float32)
+        return np.random.default_rng((self.config.seed, self.canvas.name, self.step.number)).random((2, len(self)))
 
     def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
         """Fix tokens at candidates, and mask others again if the step says so. Then `go_on`.
@@ -136,7 +138,7 @@ class Filling:
 
         self.changed[:] = False
         if step.n_remask:
-            # ReMDM-conf: drawn without replacement from softmax(-probability when committed)
+            # as many as ReMDM-cap, chosen as ReMDM-conf does: by softmax(-probability when committed)
             committed = self._committed(step.end)
             order = np.argsort(self.surety[committed] - gumbel(draws[committed]), kind="stable")
             self.tokens[committed[order[: step.n_remask]]] = self.special.mask
@@ -148,13 +150,13 @@ class Filling:
     def go_on(self) -> None:
         """To the next step that needs the model; if the response is complete, to the end."""
         self.step = next(self._steps, None)
-        if self.config.remask or self.every_step:
+        if self.every_step or (self.config.remask and self.step is not None):  # what is clean may be masked again
             return
         masked = self.masked()
         clean = masked[0] if len(masked) else len(self)
         for end in range(self.checked + 1, clean + 1):
             if self._ends(self.tokens[:end]):
-                self.step = None
+                self.step, self.end = None, end
                 rest = np.flatnonzero(~self.given[end:]) + end
                 self.tokens[rest] = self.special.eos[0] if self.special.eos else self.special.mask
                 if self.history:

@@ -44,8 +44,8 @@ class Filled:
     def of(cls, row: Filling) -> "Filled":
         tokens, start = row.tokens.tolist(), row.canvas.prompt_length
         response = trim(tokens[start:], row.special.eos)
-        new_tokens = int((~row.given[: start + len(response) + 1]).sum())
-        return cls(row.canvas, tokens, response, new_tokens, row.nfe, row.history)
+        end = start + len(response) + 1 if row.end is None else row.end
+        return cls(row.canvas, tokens, response, int((~row.given[:end]).sum()), row.nfe, row.history)
 
 
 @torch.no_grad()
@@ -104,6 +104,8 @@ def fill_with_hooks(
 ) -> list[Filled]:
     """Fill canvases in step, as the published code does, with its hooks: every step has a forward and all logits.
 
+    Rules about the ends of rows do not apply: every row goes through all steps.
+
     Args:
         x: [B, L] the canvases, right-aligned, with what stands for padding.
         tokens_hook: `x = hook(step, x, logits)` after each step, and once before the first with (None, x, None).
@@ -112,9 +114,6 @@ def fill_with_hooks(
     Raises:
         ValueError: a hook gave back another shape.
     """
-    rows = [Filling(canvas, config, special, history=history, every_step=True) for canvas in canvases]
-    batch = Batch(model, config, special)
-    batch.arrange(rows)
 
     def ask(hook, name: str, step: int | None, logits: Tensor | None, given: Tensor) -> Tensor:
         changed = hook(step, x, logits)
@@ -122,13 +121,12 @@ def fill_with_hooks(
             raise ValueError(f"{name} gave back shape {list(changed.shape)} for {list(given.shape)}: it must keep it")
         return changed
 
-    def write(x: Tensor) -> None:
-        for row, tokens in zip(rows, x.tolist(), strict=True):
-            row.tokens[:] = tokens[-len(row) :]
-
     if tokens_hook is not None:
         x = ask(tokens_hook, "tokens_hook", None, None, x)
-        write(x)
+    changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
+    rows = [Filling(canvas, config, special, history=history, every_step=True) for canvas in changed]
+    batch = Batch(model, config, special)
+    batch.arrange(rows)
     while rows[0].step is not None:
         step, logits = rows[0].step.number, batch.logits()
         if logits_hook is not None:
@@ -138,8 +136,8 @@ def fill_with_hooks(
             x[i, -len(row) :] = torch.from_numpy(row.tokens).to(x.device)
         if tokens_hook is not None:
             x = ask(tokens_hook, "tokens_hook", step, logits, x)
-            write(x)
-        for row in rows:
+        for row, tokens in zip(rows, x.tolist(), strict=True):
+            row.tokens[:] = tokens[-len(row) :]
             row.go_on()
     return [Filled.of(row) for row in rows]
 
@@ -178,8 +176,8 @@ def sample(
         watchers: logits_processor, criterion and on_step, see `fill`.
 
     Raises:
-        ValueError: a zero in the attention mask to the right of a one, or hooks together with watchers or with a
-            transfer that gives rows different numbers of steps.
+        ValueError: a zero in the attention mask to the right of a one, or hooks together with watchers, with a
+            cache, or with a transfer that gives rows different numbers of steps.
     """
     attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if bool((attended.diff(dim=-1) < 0).any()):
@@ -193,13 +191,14 @@ def sample(
     hooked = tokens_hook is not None or logits_hook is not None
     if hooked and any(watcher is not None for watcher in watchers.values()):
         raise ValueError(f"hooks go without {', '.join(watchers)}")
+    if hooked and config.cache != "none":
+        raise ValueError(f"sampling.cache={config.cache}: hooks see all logits, set sampling.cache=none")
     if hooked and config.adaptive:
         raise ValueError(f"sampling.transfer={config.transfer}: hooks need a scheduled one ({', '.join(SCHEDULED)})")
     if hooked:
         filled = fill_with_hooks(model, x.clone(), canvases, config, special, tokens_hook, logits_hook, history)
     else:
         places = {id(canvas): i for i, canvas in enumerate(canvases)}
-        config = replace(config, batch_size=len(canvases))
         filled = fill(model, canvases, config, special, history=history, **watchers)
         filled = sorted(filled, key=lambda row: places[id(row.canvas)])
 

@@ -24,16 +24,15 @@ def scheduled(config: SamplingConfig, step: int, steps: int, n_at_start: int, n_
         return n_masked
     if config.transfer == "even":
         return min(n_at_start // steps + (step < n_at_start % steps), n_masked)
-    return int(np.float32(n_masked) * _unmasked_shares(config.transfer, steps, config.eps)[step])
+    gamma = masked_shares(config.transfer, steps, config.eps)
+    return int(np.float32(n_masked) * (1 - gamma[step + 1] / gamma[step]))
 
 
 @lru_cache
-def _unmasked_shares(transfer: str, steps: int, eps: float) -> np.ndarray:
-    """[steps] 1 - γ(s)/γ(t), in float32 as published: the product with a count is rounded down."""
-    gamma = torch.linspace(1, eps, steps + 1)
-    if transfer == "cosine":
-        gamma = torch.sin(torch.pi / 2 * gamma)
-    return (1 - gamma[1:] / gamma[:-1]).numpy()
+def masked_shares(transfer: str, steps: int, eps: float) -> np.ndarray:
+    """[steps + 1] γ at the times of the grid, in float32 as published: products with counts are rounded down."""
+    t = torch.linspace(1, eps, steps + 1)
+    return (torch.sin(torch.pi / 2 * t) if transfer == "cosine" else t).numpy()
 
 
 def sure(config: SamplingConfig, order: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> np.ndarray:

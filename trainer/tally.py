@@ -50,7 +50,7 @@ class Tally:
             f"{group}/loss": loss,
             f"{group}/elbo": elbo,
             f"{group}/perplexity_bound": math.exp(min(elbo, 700)),
-            f"{group}/masked_accuracy": correct / max(sum(counts), 1),
+            f"{group}/masked_accuracy": correct / masked if (masked := sum(counts)) else 0.0,
             **{
                 f"{group}/nll_t_{i / T_BUCKETS:g}_{(i + 1) / T_BUCKETS:g}": nlls[i] / counts[i]
                 for i in range(T_BUCKETS)

@@ -24,7 +24,7 @@ class Recorder(BaseStreamer):
         self.seen.append(("put", value.squeeze().tolist()))
 
     def put_draft(self, value):
-        self.seen.append(("draft", value.tolist()))
+        self.seen.append(("draft", value))
 
     def end(self):
         self.seen.append(("end", None))
@@ -36,7 +36,7 @@ def test_a_streamer_gets_the_prompt_every_draft_and_the_response(small_model):
     kinds = [kind for kind, _ in streamer.seen]
     assert kinds == ["put", *["draft"] * 8, "put", "end"]
     assert streamer.seen[0][1] == PROMPT[0].tolist()
-    masks = [draft.count(small_model.mask_token_id) for kind, draft in streamer.seen if kind == "draft"]
+    masks = [int((draft == small_model.mask_token_id).sum()) for kind, draft in streamer.seen if kind == "draft"]
     assert masks == [7, 6, 5, 4, 3, 2, 1, 0]
     assert streamer.seen[-2][1] == sequences[0, 3:].tolist()
 
@@ -71,6 +71,17 @@ def test_stopping_criteria_see_the_clean_tokens_one_by_one(small_model, criterio
     )
     assert output.sequences[0].tolist() == whole[:end] + [small_model.eos_token_id] * (11 - end)
     assert output.nfe[0] <= 8
+
+
+def test_empty_lists_are_none(small_model):
+    plain = small_model.diffusion_generate(PROMPT, **SETTINGS)
+    empty = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()}
+    assert torch.equal(small_model.diffusion_generate(PROMPT, **empty, **SETTINGS), plain)
+
+
+def test_a_prompt_longer_than_the_context(small_model):
+    with pytest.raises(ValueError, match="a prompt of 3 tokens and max_new_tokens=2046 do not fit the model's context"):
+        small_model.diffusion_generate(PROMPT, **SETTINGS | {"max_new_tokens": 2046})
 
 
 @pytest.mark.parametrize("field", ["stop", "forbidden"])

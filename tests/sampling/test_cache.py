@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from diffllm import DiffLLM, new_model
 from sampling import Canvas, SamplingConfig, fill
+from sampling.cache import computed
+from sampling.filling import Filling, Step
 from tests.conftest import small_shape
 
 CACHES = ["prefix", "dual", "delayed"]
@@ -49,6 +51,15 @@ def test_a_cache_that_is_not_refreshed_is_used(model):
         cached = fill_rows(model, ROWS, steps=64, cache=cache)
         same = [a.tokens == b.tokens for a, b in zip(cached, plain, strict=True)]
         assert not all(same) or cache == "prefix", cache  # in one block it keeps the prompt alone
+
+
+def test_what_is_masked_again_in_a_finished_block_is_computed_again(model):
+    config = SamplingConfig(steps=16, block_length=4, remask=0.9, transfer="even", cache="dual", stop_at_eos=False)
+    mask = model.mask_token_id
+    row = Filling(Canvas.after([5, 6], 8, mask), config, model.special_tokens)
+    row.tokens[2:6], row.changed[3] = 40, True
+    row.step = Step(8, 6, 10, False, 1)
+    assert np.flatnonzero(computed(row)).tolist() == [2, 3, 5, 6, 7, 8, 9]
 
 
 @settings(max_examples=25, deadline=None)

@@ -42,7 +42,7 @@ def fill_rows(rows, config, special=SPECIAL, **kwargs):
     entropy_bound=st.sampled_from([0.5, 5.0]),
     temperature=st.sampled_from([0.0, 0.7]),
     top_p=st.sampled_from([None, 0.8]),
-    top_k=st.sampled_from([None, 3]),
+    top_k=st.sampled_from([None, 1, 3]),
     confidence=st.sampled_from(["unscaled", "scaled"]),
     alg_temp=st.sampled_from([0.0, 0.5]),
     remask=st.sampled_from([0.0, 0.5]),
@@ -197,11 +197,27 @@ def test_a_hook_that_changes_the_shape(hook):
         sample(MockDenoiser(), torch.tensor([[1, 2]]), config, SPECIAL, **changes)
 
 
+def test_the_first_call_of_a_hook_may_change_the_canvas():
+    """Steps are planned for what it gives back, as in the published code."""
+
+    def mask_all(step, x, logits):
+        return torch.full_like(x, MASK) if step is None else x
+
+    config = SamplingConfig(max_new_tokens=4, steps=1)
+    output = sample(MockDenoiser(), torch.tensor([[1, 2, 3]]), config, SPECIAL, tokens_hook=mask_all)
+    assert not (output.sequences == MASK).any()
+
+
 def test_hooks_go_without_what_they_would_hide():
     with pytest.raises(ValueError, match="hooks go without"):
         sample(
             MockDenoiser(), torch.tensor([[1]]), SamplingConfig(), SPECIAL, tokens_hook=lambda step, x, logits: x,
             criterion=lambda tokens: True,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"sampling\.cache=dual: hooks see all logits"):
+        sample(
+            MockDenoiser(), torch.tensor([[1]]), SamplingConfig(cache="dual"), SPECIAL,
+            tokens_hook=lambda step, x, logits: x,
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"sampling\.transfer=factor: hooks need a scheduled one"):
         sample(
@@ -222,8 +238,10 @@ def test_the_last_block_is_shorter_when_the_length_does_not_divide():
     assert [int((canvas == MASK).sum()) for canvas in history] == [3, 1, 0]
 
 
-def test_left_to_right():
-    history = run([[1, 2]], max_new_tokens=4, steps=4, transfer="even", alg="left_to_right").history
+@pytest.mark.parametrize("alg_temp", [0.0, 1.0])
+def test_left_to_right(alg_temp):
+    settings = {"transfer": "even", "alg": "left_to_right", "alg_temp": alg_temp}
+    history = run([[1, 2]], max_new_tokens=4, steps=4, **settings).history
     assert [(canvas[0] == MASK).nonzero().squeeze(-1).tolist() for canvas in history] == [[3, 4, 5], [4, 5], [5], []]
 
 
@@ -236,6 +254,26 @@ def test_remasking_keeps_the_schedule_and_changes_tokens_that_were_committed():
     expected = [min(int(min(0.5, (15 - step) / step) * step), 15 - step) for step in range(1, 15)] + [0]
     assert forgotten == expected
     assert not any(((before != MASK) & (after == MASK)).any() for before, after in pairwise(kept))
+
+
+def test_with_remasking_a_response_ends_where_its_last_canvas_says():
+    for prompt in range(60):
+        row = [[prompt % 9, prompt // 9]]
+        whole, stopped = (
+            run(row, steps=8, remask=0.5, stop_at_eos=stop).sequences[0].tolist() for stop in (False, True)
+        )
+        end = whole.index(EOS, 2) + 1 if EOS in whole[2:] else 10
+        assert stopped == whole[:end] + [EOS] * (10 - end)
+
+
+def test_parts_of_the_logits_give_what_all_at_once_give(monkeypatch):
+    settings = {"temperature": 0.7, "top_p": 0.9, "cfg_scale": 0.5, "min_new_tokens": 3, "alg_temp": 0.3}
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    whole = run(prompts, **settings)
+    monkeypatch.setattr("sampling.batch.positions_at_once", lambda model: 5)
+    monkeypatch.setattr("sampling.batch.RATED_AT_ONCE", 2 * V)
+    parts = run(prompts, **settings)
+    assert torch.equal(torch.stack(parts.history), torch.stack(whole.history))
 
 
 def test_guidance_pulls_away_from_what_the_model_says_without_the_prompt():
