@@ -86,7 +86,7 @@ def test_two_runs_in_one_directory(tmp_path):
     process.start()
     assert locked_there.wait(60)
     with open_world():
-        message = r"another run writes to .*run: wait for it, or give another"
+        message = r"another run writes to .*run: wait for it, or name another"
         with pytest.raises(ValueError, match=message), locked(tmp_path / "run", main):
             pass
         done_here.set()
