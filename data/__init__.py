@@ -1,18 +1,22 @@
-"""Files to padded batches, and the generated task with its verifier."""
+"""Files to padded batches, and the generated tasks with their verifiers."""
 
 from data.config import DataConfig
 from data.files import PlacedRow, read_rows
 from data.loader import Share, TrainBatches, ValBatches
-from data.tokens import TokenRows, prompt_ids, tokenize
+from data.report import Report
+from data.rows import rows_of, rows_of_files
+from data.tokens import TokenRows, prompt_ids
 
 __all__ = [
     "DataConfig",
     "PlacedRow",
+    "Report",
     "Share",
     "TokenRows",
     "TrainBatches",
     "ValBatches",
     "prompt_ids",
     "read_rows",
-    "tokenize",
+    "rows_of",
+    "rows_of_files",
 ]

@@ -1,12 +1,13 @@
-"""Rows into chats: a prompt of system and user messages, and the response to train on."""
+"""Rows into chats: the messages before an answer, and the answer to train on."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from data.files import PlacedRow
 
-PROMPT_ROLES = ("system", "user")
 THINK, END_THINK = "<think>", "</think>"
+# A row is of the first schema whose field it has; the second field is the answer.
+SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
 
 
 class Message(TypedDict):
@@ -20,35 +21,54 @@ class Chat(TypedDict):
 
 
 def to_chat(placed: PlacedRow) -> Chat:
-    """A training row from either schema.
+    """A training row from any of the schemas.
 
     S1K: `question`, `answer` with its `<think>…</think>` (further fields such as `source`, `difficulty`,
-    `thinking_tokens`, `answer_tokens` are for curation). Chat: `prompt`, a list of system and user messages, and
-    `response`.
+    `thinking_tokens`, `answer_tokens` are for curation). Prompt and response: `prompt`, a text or the messages before
+    the answer, and `response`. Messages: `messages`, of which the last is the assistant's.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type; the message names place and field.
+        ValueError: a field is missing, empty or of the wrong type, or roles are out of order; the message names place
+            and field.
     """
     row, place = placed
-    prompt = to_prompt(placed)
-    if "prompt" in row:
-        return Chat(prompt=prompt, response=_text(row, "response", place))
-    answer = _text(row, "answer", place)
-    if not 0 <= answer.find(THINK) < answer.find(END_THINK):
+    schema = schema_of(row)
+    if schema == "messages":
+        *prompt, last = _messages(row["messages"], "messages", "assistant", place)
+        return Chat(prompt=prompt, response=last["content"])
+    prompt, response = to_prompt(placed), _text(row, SCHEMAS[schema], place)
+    if schema == "question" and not 0 <= response.find(THINK) < response.find(END_THINK):
         raise ValueError(f"{place}: field 'answer' has no {THINK}…{END_THINK}")
-    return Chat(prompt=prompt, response=answer)
+    return Chat(prompt=prompt, response=response)
 
 
 def to_prompt(placed: PlacedRow) -> list[Message]:
-    """The prompt of a row of either schema, whether or not it has a response.
+    """The messages before the answer of a row of any schema, whether or not it has one.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type; the message names place and field.
+        ValueError: as `to_chat`.
     """
     row, place = placed
-    if "prompt" in row:
-        return _messages(row["prompt"], place)
-    return [Message(role="user", content=_text(row, "question", place))]
+    match schema_of(row):
+        case "messages":
+            messages = row["messages"]
+            answered = isinstance(messages, list) and messages and _role(messages[-1]) == "assistant"
+            return (
+                _messages(messages, "messages", "assistant", place)[:-1]
+                if answered
+                else _messages(messages, "messages", "user", place)
+            )
+        case "prompt" if isinstance(row["prompt"], str):
+            return [Message(role="user", content=_text(row, "prompt", place))]
+        case "prompt":
+            return _messages(row["prompt"], "prompt", "user", place)
+        case _:
+            return [Message(role="user", content=_text(row, "question", place))]
+
+
+def schema_of(row: dict[str, Any]) -> str:
+    """The field that says how a row is to be read; `question` where there is none."""
+    return next((field for field in SCHEMAS if row.get(field) is not None), "question")
 
 
 def final_answer(response: str) -> str:
@@ -59,7 +79,7 @@ def final_answer(response: str) -> str:
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
         raise ValueError(
-            f"{place}: field '{field}' is missing; a row has question and answer, or prompt and response. "
+            f"{place}: field '{field}' is missing; a row has question and answer, prompt and response, or messages. "
             f"Its fields are: {', '.join(row)}"
         )
     if not isinstance(row[field], str):
@@ -71,13 +91,25 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
     return row[field]
 
 
-def _messages(prompt: Any, place: str) -> list[Message]:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{place}: field 'prompt' must be a non-empty list of messages")
-    for message in prompt:
-        if not isinstance(message, dict) or message.get("role") not in PROMPT_ROLES:
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]:
+    """Messages in which a system message may come first, then user and assistant in turn, up to one of `last`."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{place}: field '{field}' must be a non-empty list of messages")
+    expected = "user"
+    for number, message in enumerate(messages, start=1):
+        role = _role(message)
+        if role == expected:
+            expected = "assistant" if role == "user" else "user"
+        elif role != "system" or number > 1:
             raise ValueError(
-                f"{place}: each message of 'prompt' is an object with a role, {' or '.join(PROMPT_ROLES)}, and content"
+                f"{place}: message {number} of '{field}' has role {role!r}, expected {expected!r}: a system message "
+                "may come first, then user and assistant in turn, each an object with role and content"
             )
         _text(message, "content", place)
-    return [Message(role=message["role"], content=message["content"]) for message in prompt]
+    if _role(messages[-1]) != last:
+        raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
+    return [Message(role=message["role"], content=message["content"]) for message in messages]

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 
 TRUNCATIONS = ("error", "right", "drop")
 CUTOFFS = ("min_pad", "random", "random_with_input_pad")
+ON_BAD_ROW = ("error", "skip")
+LOSS_ON = ("last", "all")
+DUPLICATES = ("none", "exact", "near")
+ORDERS = ("shuffled", "curriculum")
 
 
 @dataclass
@@ -17,8 +21,23 @@ class DataConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    train_files: list[str] = field(default_factory=list)  # .jsonl or .parquet; empty trains on generated equations
+    # .jsonl, .json or .parquet files, folders of them, or hub ids; empty trains on generated equations
+    train_files: list[str] = field(default_factory=list)
     val_files: list[str] = field(default_factory=list)  # likewise; empty with train_files given: no validation
+    on_bad_row: str = "error"  # of a row that cannot be used: error | skip, with a line in the report
+    loss_on: str = "last"  # answers that are trained on in a chat of several turns: last | all
+    # of the training rows, a formula over their fields and over prompt_tokens, response_tokens, thinking_tokens and
+    # answer_tokens, such as "source == 'math' and thinking_tokens < 1500"; null keeps all
+    filter: str | None = None
+    drop_duplicates: str = "none"  # of training rows: none | exact, but for case and spaces | near (extra `dedup`)
+    near_duplicate: float = 0.8  # near: Jaccard similarity of their five-word sequences
+    decontaminate_files: list[str] = field(default_factory=list)  # whose questions no training row may overlap with
+    decontaminate_words: int = 8  # in a row that make an overlap
+    subset: float | None = None  # of what is left: a share below 1 or a number of rows, drawn by `seed`
+    mixture: list[float] = field(default_factory=list)  # weights of the train_files in an epoch; empty: by their rows
+    order: str = "shuffled"  # of an epoch: shuffled | curriculum, from the least difficult to the most
+    difficulty: str = "difficulty"  # curriculum: a formula as in `filter`, such as response_tokens
+    cache_dir: str | None = None  # of tokenized files; null: diffllm/ in the cache of Hugging Face (HF_HOME)
     max_length: int = 2048  # tokens of prompt and response
     truncation: str = "error"  # of a longer row: error | right cuts the response | drop
     train_batch_size: int | None = None  # rows of one optimizer step over all ranks
@@ -31,10 +50,23 @@ class DataConfig:
     num_workers: int = 1  # loader processes of each rank
 
     def __post_init__(self) -> None:
-        for name, allowed in (("truncation", TRUNCATIONS), ("perbatch_cutoff_type", CUTOFFS)):
+        for name, allowed in (
+            ("truncation", TRUNCATIONS),
+            ("perbatch_cutoff_type", CUTOFFS),
+            ("on_bad_row", ON_BAD_ROW),
+            ("loss_on", LOSS_ON),
+            ("drop_duplicates", DUPLICATES),
+            ("order", ORDERS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        for name in ("max_length", "train_batch_size", "micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        for name in (
+            "max_length",
+            "train_batch_size",
+            "micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "decontaminate_words",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value}: must be at least 1")
@@ -42,3 +74,14 @@ class DataConfig:
             raise ValueError(f"data.resp_cutoff_ratio={self.resp_cutoff_ratio}: must be in [0, 1]")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers={self.num_workers}: must not be negative")
+        if not 0 < self.near_duplicate <= 1:
+            raise ValueError(f"data.near_duplicate={self.near_duplicate}: must be in (0, 1]")
+        if self.subset is not None and not (0 < self.subset < 1 or self.subset == int(self.subset) >= 1):
+            raise ValueError(f"data.subset={self.subset}: must be a share in (0, 1) or a whole number of rows")
+        if self.mixture and (len(self.mixture) != len(self.train_files) or min(self.mixture) <= 0):
+            raise ValueError(
+                f"data.mixture={self.mixture}: must be one positive weight for each of the {len(self.train_files)} "
+                "data.train_files"
+            )
+        if self.order == "curriculum" and self.group_by_length:
+            raise ValueError("data.order=curriculum and data.group_by_length=true: both order the rows, choose one")

@@ -54,9 +54,10 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
         widths: [B] from `response_widths`.
 
     Returns:
-        input_ids [B, L]; maskable [B, L], the response part, without padding behind a response that was cut when it was
-        tokenized; attention_mask [B, L], 0 at left padding; position_ids [B, L], counting the attended tokens (1 at
-        padding, as in Dream); sample_index [B]; row_tokens [B], the row's own tokens that are left, padding excluded.
+        input_ids [B, L]; maskable [B, L], the response part, without the context in it and without padding behind a
+        response that was cut when it was tokenized; attention_mask [B, L], 0 at left padding; position_ids [B, L],
+        counting the attended tokens (1 at padding, as in Dream); sample_index [B]; row_tokens [B], the row's own tokens
+        that are left, padding excluded.
     """
     kept = rows.prompt_lengths[samples] + widths
     L = int(kept.max())
@@ -64,13 +65,16 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
     columns = np.arange(L)
     first = (L - kept)[:, None]  # [B, 1] column where the row begins
     for row, (sample, length) in enumerate(zip(samples, kept, strict=True)):
-        ids = rows.input_ids[sample][:length]
+        ids = rows.ids(sample)[:length]
         input_ids[row, L - length : L - length + len(ids)] = ids
     attended = columns >= first
     maskable = columns >= first + rows.prompt_lengths[samples][:, None]
     for row, sample in enumerate(samples):
-        if rows.input_ids[sample][-1] != eos_token_id:  # cut: where it ends is not known, so ending is not taught
-            maskable[row, first[row, 0] + len(rows.input_ids[sample]) :] = False
+        ids = rows.ids(sample)
+        if ids[-1] != eos_token_id:  # cut: where it ends is not known, so ending is not taught
+            maskable[row, first[row, 0] + len(ids) :] = False
+        for start, end in rows.context(sample) + first[row]:
+            maskable[row, start:end] = False
     return {
         "input_ids": input_ids,
         "maskable": maskable,

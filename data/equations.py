@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.chat import END_THINK, THINK, final_answer
+from data.chat import END_THINK, THINK
 from data.files import PlacedRow
 
 HELD_OUT_SHARE = 6  # one problem in six
@@ -25,11 +25,6 @@ def train_rows() -> list[PlacedRow]:
 def held_out_rows() -> list[PlacedRow]:
     """The problems to validate and evaluate on."""
     return _rows()[: _held_out()]
-
-
-def is_correct(row: dict[str, Any], response: str) -> bool:
-    """Whether the response ends in exactly the row's answer."""
-    return final_answer(response) == final_answer(row["answer"])
 
 
 def _problems() -> list[tuple[int, int, int, str]]:

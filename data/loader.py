@@ -41,7 +41,8 @@ class Share:
 class TrainBatches(Dataset):
     """Item s is what this rank forwards in optimizer step s: a list of micro-batches.
 
-    Rows are visited in a new order every epoch; the few that do not fill a global batch wait for the next epoch.
+    Rows are visited in a new order every epoch; the few that do not fill a global batch wait for the next epoch. In a
+    mixture an epoch has as many rows, some of them repeatedly: each time with other noise.
 
     Raises:
         ValueError: there are fewer rows than a global batch has.
@@ -55,38 +56,56 @@ class TrainBatches(Dataset):
         self.rows, self.config, self.share = rows, config, share
         self.eos_token_id, self.noise, self.seed = eos_token_id, noise, seed
         self.steps_per_epoch = len(rows) // share.global_batch_size
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._order, self._repeats = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def __getitem__(self, step: int) -> list[Batch]:
-        epoch, samples, widths = self.plan(step)
+        epoch, samples, repeats, widths = self.plan(step)
         batches = []
         for micro_batch in range(self.share.micro_batches):
             slots = self.share.slots(micro_batch)
             batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
+            batch["repeat"] = repeats[slots]
             batches.append(self.noise(_to_torch(batch, slots), epoch, self.share.global_batch_size))
         return batches
 
-    def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Epoch, sample indices [B] and response widths [B] of a step's global batch."""
+    def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Epoch, sample indices [B], how often they came in the epoch before [B], and response widths [B] of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        samples = self.order(epoch)[step_in_epoch * self.share.global_batch_size :][: self.share.global_batch_size]
+        order, repeats = self.order(epoch)
+        here = slice(step_in_epoch * self.share.global_batch_size, (step_in_epoch + 1) * self.share.global_batch_size)
+        samples = order[here]
         widths = response_widths(
             self.rows.prompt_lengths[samples],
             self.rows.response_lengths[samples],
             self.config,
             np.random.default_rng((_CUT, self.seed, epoch, step_in_epoch)),
         )
-        return epoch, samples, widths
+        return epoch, samples, repeats[here], widths
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Sample indices in the order of an epoch; that of the last one asked for is kept."""
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample indices in the order of an epoch, and how often each came before; those of the last epoch are kept."""
         if epoch != self._epoch:
             rng = np.random.default_rng((_ORDER, self.seed, epoch))
             order = rng.permutation(len(self.rows))
+            if self.config.mixture:
+                order = mix(self.rows.column("source"), self.config.mixture, rng)
+            order = order[: self.steps_per_epoch * self.share.global_batch_size]
             if self.config.group_by_length:
                 order = group_by_length(order, self.rows.lengths, self.share.global_batch_size, rng)
-            self._epoch, self._order = epoch, order
-        return self._order
+            if self.config.order == "curriculum":
+                order = order[np.argsort(self.rows.column("difficulty")[order], kind="stable")]
+            self._epoch, self._order, self._repeats = epoch, order, _repeats(order)
+        return self._order, self._repeats
+
+    def padding_share(self, steps: int = 50) -> float:
+        """Positions that are not a row's own tokens, among all that the first steps forward on all ranks."""
+        own = positions = 0
+        for step in range(min(steps, self.steps_per_epoch)):
+            _, samples, _, widths = self.plan(step)
+            kept = self.rows.prompt_lengths[samples] + widths
+            own += np.minimum(kept, self.rows.lengths[samples]).sum()
+            positions += kept.reshape(-1, self.share.micro_batch_size).max(-1).sum() * self.share.micro_batch_size
+        return 1 - own / positions
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
         """Iterate over steps, made ahead of time in worker processes; in pinned memory if there is a GPU."""
@@ -123,6 +142,36 @@ def group_by_length(
     batches = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools]).reshape(-1, batch_size)
     rng.shuffle(batches)
     return rng.permuted(batches, axis=1).ravel()
+
+
+def mix(source: np.ndarray, weights: list[float], rng: np.random.Generator) -> np.ndarray:
+    """As many sample indices as there are rows, from each source by its weight: all its rows in turn, in random order.
+
+    Args:
+        source: [rows] which source a row is from.
+
+    Raises:
+        ValueError: a source without rows.
+    """
+    shares = np.array(weights) / sum(weights)
+    bounds = np.round(np.cumsum([0, *shares]) * len(source)).astype(int)
+    picked = []
+    for number, count in enumerate(np.diff(bounds)):
+        rows = np.flatnonzero(source == number)
+        if not len(rows):
+            raise ValueError(f"data.mixture={weights}: no row of file {number + 1} is left")
+        turns = -(-count // len(rows))
+        picked.append(np.concatenate([rng.permutation(rows) for _ in range(turns)] or [rows[:0]])[:count])
+    return rng.permutation(np.concatenate(picked))
+
+
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """[rows] how often each sample index came before."""
+    by_sample = np.argsort(order, kind="stable")
+    first = np.searchsorted(order[by_sample], order)
+    place = np.empty(len(order), dtype=np.int64)
+    place[by_sample] = np.arange(len(order))
+    return place - first
 
 
 def _to_numpy(micro_batches: list[Batch]) -> list[dict[str, np.ndarray]]:

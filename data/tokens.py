@@ -1,42 +1,121 @@
 """Chats into token rows through the tokenizer's chat template."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha1
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Chat, Message, to_chat
-from data.files import PlacedRow
+from data.chat import END_THINK, THINK, Chat, Message
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "prompt_length": pa.int32(),
+        "context": pa.list_(pa.int32()),
+        "thinking_tokens": pa.int32(),
+        "answer_tokens": pa.int32(),
+        "source": pa.int32(),
+        "difficulty": pa.float64(),
+        "place": pa.string(),
+    }
+)
 
 
-@dataclass
+class Encoded(NamedTuple):
+    """A chat in tokens."""
+
+    input_ids: list[int]  # prompt, then response with the end-of-sequence token
+    prompt_length: int
+    context: list[int]  # start, end, start, end, … of what in the response is not trained on: later questions
+    thinking_tokens: int  # of the last answer, without its tags; 0 where there are none
+    answer_tokens: int  # of the last answer, after its thinking, without the end-of-sequence token
+
+
 class TokenRows:
-    """Prompts followed by their responses; a response ends with the end-of-sequence token, unless it was cut."""
+    """Prompts followed by their responses; a response ends with the end-of-sequence token, unless it was cut.
 
-    input_ids: list[np.ndarray]  # int32, one array a row
-    prompt_lengths: np.ndarray  # [rows]
-    response_lengths: np.ndarray  # [rows]
-    dropped: int = 0  # rows left out because they are too long
-    cut: int = 0  # rows whose response lost its end
+    Args:
+        table: of SCHEMA, in memory or mapped from a file: of its tokens only what is asked for is read.
+        chosen: rows of the table, in order; all by default.
+    """
+
+    def __init__(self, table: pa.Table, chosen: np.ndarray | None = None):
+        self.table = table
+        self.chosen = np.arange(len(table)) if chosen is None else chosen
+        self._starts = np.cumsum([0, *map(len, table["input_ids"].chunks)])
+        self._chunks = {name: [_numpy(chunk) for chunk in table[name].chunks] for name in ("input_ids", "context")}
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> "TokenRows":
+        """Rows given as token arrays."""
+        encoded = [
+            {"input_ids": ids, "prompt_length": length} for ids, length in zip(rows, prompt_lengths, strict=True)
+        ]
+        return cls(pa.Table.from_pylist(encoded, SCHEMA))
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.chosen)
+
+    def select(self, rows: np.ndarray) -> "TokenRows":
+        """Some of the rows, in the order given."""
+        return TokenRows(self.table, self.chosen[rows])
+
+    def ids(self, row: int) -> np.ndarray:
+        """[prompt + response] int32 tokens of a row."""
+        return self._list("input_ids", row)
+
+    def context(self, row: int) -> np.ndarray:
+        """[spans, 2] where each part of a row begins and ends that is in its response and not trained on."""
+        return self._list("context", row).reshape(-1, 2)
+
+    def place(self, row: int) -> str:
+        """Where a row came from, as `file:line`."""
+        return self.table["place"][int(self.chosen[row])].as_py()
+
+    def column(self, name: str) -> np.ndarray:
+        """[rows] of a column of numbers."""
+        return self.table[name].to_numpy()[self.chosen]
+
+    @cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """[rows] tokens up to where the first answer begins."""
+        return self.column("prompt_length").astype(np.int64)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """[rows] tokens of prompt and response."""
-        return self.prompt_lengths + self.response_lengths
+        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks["input_ids"]]).astype(np.int64)[
+            self.chosen
+        ]
+
+    @cached_property
+    def response_lengths(self) -> np.ndarray:
+        """[rows] tokens after the prompt."""
+        return self.lengths - self.prompt_lengths
 
     def fingerprint(self) -> str:
         """Tells these rows, in this order, from any others."""
         digest = sha1(self.prompt_lengths.tobytes())
-        for ids in self.input_ids:
-            digest.update(ids.tobytes() + b"/")
+        for row in range(len(self)):
+            digest.update(self.ids(row).tobytes() + b"/")
         return digest.hexdigest()
+
+    def _list(self, name: str, row: int) -> np.ndarray:
+        place = self.chosen[row]
+        chunk = np.searchsorted(self._starts, place, side="right") - 1
+        offsets, values = self._chunks[name][chunk]
+        within = place - self._starts[chunk]
+        return values[offsets[within] : offsets[within + 1]]
+
+
+def _numpy(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and values of a chunk, without a copy."""
+    return chunk.offsets.to_numpy(), chunk.values.to_numpy()
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str = "the prompt") -> list[int]:
@@ -45,54 +124,102 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ValueError: the tokenizer has no chat template, it refuses the messages, or their text has a mask token.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
-        raise ValueError(f"{place}: the text contains the mask token {tokenizer.mask_token!r}")
+    ids = tokenizer(_render(messages, tokenizer, place), add_special_tokens=False)["input_ids"]
+    _refuse_masks(ids, tokenizer, place)
     return ids
 
 
-def tokenize(
-    rows: Iterable[PlacedRow], tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str = "error"
-) -> TokenRows:
-    """Token rows of at most `max_length`.
+def encode(
+    chats: Sequence[Chat], places: Sequence[str], tokenizer: PreTrainedTokenizerBase, loss_on: str = "last"
+) -> list[Encoded | ValueError]:
+    """Chats in tokens, or what is wrong with them.
 
     Args:
-        truncation: of a row that is longer: `error` · `right` cuts its response · `drop`. A prompt that leaves no room
-            for a response cannot be cut: it is an error unless dropped.
+        places: name the chats in errors.
+        loss_on: `last`, the last answer · `all`, every answer, the earlier ones as the template writes them, with the
+            mark that ends a turn.
+    """
+    parts: list[list[str] | ValueError] = []
+    for chat, place in zip(chats, places, strict=True):
+        try:
+            parts.append(_parts(chat["prompt"], tokenizer, loss_on, place))
+        except ValueError as error:
+            parts.append(error)
+    texts = [text for part in parts if isinstance(part, list) for text in part]
+    before = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    answers = tokenizer([chat["response"] for chat in chats], add_special_tokens=False, return_offsets_mapping=True)
+    encoded: list[Encoded | ValueError] = []
+    for i, (part, place) in enumerate(zip(parts, places, strict=True)):
+        if isinstance(part, ValueError):
+            encoded.append(part)
+            continue
+        pieces = [next(before) for _ in part]
+        counts = _count(chats[i]["response"], answers["offset_mapping"][i])
+        row = _join([*pieces, [*answers["input_ids"][i], tokenizer.eos_token_id]], counts)
+        try:
+            _refuse_masks(row.input_ids, tokenizer, place)
+            encoded.append(row)
+        except ValueError as error:
+            encoded.append(error)
+    return encoded
+
+
+def _parts(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str) -> list[str]:
+    """The text before the last answer, cut where what is trained on begins or ends: context, answer, …, context.
 
     Raises:
-        ValueError: a row that is not usable, is too long, or no row at all is left.
+        ValueError: the template writes earlier answers in another way than it wrote them when they came.
     """
-    kept: list[np.ndarray] = []
-    prompt_lengths: list[int] = []
-    dropped = cut = 0
-    for placed in rows:
-        chat: Chat = to_chat(placed)
-        prompt = prompt_ids(chat["prompt"], tokenizer, placed.place)
-        response = [*tokenizer(chat["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in response:
-            raise ValueError(f"{placed.place}: the text contains the mask token {tokenizer.mask_token!r}")
-        too_long = len(prompt) >= max_length or (len(prompt) + len(response) > max_length and truncation != "right")
-        if too_long and truncation == "drop":
-            dropped += 1
+    whole = _render(prompt, tokenizer, place)
+    if loss_on == "last":
+        return [whole]
+    parts, done = [], 0
+    for i, message in enumerate(prompt):
+        if message["role"] != "assistant":
             continue
-        if too_long:
+        before = _render(prompt[:i], tokenizer, place)
+        through = _render(prompt[: i + 1], tokenizer, place, generation=False).rstrip()
+        answer = through[len(before) :]
+        if not (whole.startswith(through) and through.startswith(before) and message["content"].strip() in answer):
             raise ValueError(
-                f"{placed.place}: {len(prompt)} prompt and {len(response)} response tokens do not fit "
-                f"data.max_length={max_length}: raise it, or set data.truncation=drop"
-                + (" or right" if len(prompt) < max_length else "")
+                f"{place}: the chat template rewrites message {i + 1} when others follow, so it cannot be trained on "
+                "there: set data.loss_on=last"
             )
-        cut += len(prompt) + len(response) > max_length
-        kept.append(np.array((prompt + response)[:max_length], dtype=np.int32))
-        prompt_lengths.append(len(prompt))
-    if not kept:
-        raise ValueError(f"no row is left: all {dropped} are longer than data.max_length={max_length}")
-    lengths = np.array([len(ids) for ids in kept])
-    return TokenRows(kept, np.array(prompt_lengths), lengths - prompt_lengths, dropped, cut)
+        parts += [whole[done : len(before)], answer]
+        done = len(through)
+    return [*parts, whole[done:]]
+
+
+def _join(pieces: list[list[int]], counts: tuple[int, int]) -> Encoded:
+    """Context and answers by turns, context first, into one row."""
+    bounds = np.cumsum([0, *map(len, pieces)]).tolist()
+    context = [bound for start in range(2, len(pieces), 2) for bound in bounds[start : start + 2]]
+    return Encoded([token for piece in pieces for token in piece], bounds[1], context, *counts)
+
+
+def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Tokens of the thinking, and of the answer behind it."""
+    end = response.find(END_THINK)
+    if end < 0:
+        return 0, len(offsets)
+    starts = [start for start, _ in offsets]
+    begin = response.find(THINK) + len(THINK)
+    first, last, answer = np.searchsorted(starts, [begin, end, end + len(END_THINK)]).tolist()
+    return last - first, len(starts) - answer
+
+
+def _render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, generation: bool = True
+) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template")
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
+
+
+def _refuse_masks(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
+        raise ValueError(f"{place}: the text contains the mask token {tokenizer.mask_token!r}")

@@ -89,6 +89,8 @@ class DiffusionConfig:
     token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
     token_reweighting_alpha: float = 0.25
     token_reweighting_gamma: float = 2.0
+    # steps in which positions come to see those after them, for a model that was trained causally; 0: from the start
+    attention_annealing_steps: int = 0
     loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
 
     def __post_init__(self) -> None:
@@ -103,6 +105,6 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
         if not 0 < self.cart_p <= 1:
             raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
-        for name in ("token_reweighting_alpha", "token_reweighting_gamma"):
+        for name in ("token_reweighting_alpha", "token_reweighting_gamma", "attention_annealing_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"diffusion.{name}={getattr(self, name)}: must not be negative")

@@ -83,6 +83,7 @@ class DiffLLM(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         focal: Focal | None = None,
+        visible: Tensor | None = None,
     ) -> Restored:
         """Loss and likelihood of the clean tokens under the masks; the head sees the masked positions only.
 
@@ -94,9 +95,10 @@ class DiffLLM(nn.Module):
             attention_mask: [B, L], 0 at left padding; None where no row is padded.
             position_ids: [B, L]; None counts from the first column.
             focal: token reweighting.
+            visible: [B, L, L] bool, whether the first position sees the second; None lets it see all that is attended.
         """
         where = masked.nonzero(as_tuple=True)  # once: on a GPU it waits for all that was asked of it before
-        hidden = self.hidden(x_t, attention_mask, position_ids, *where)
+        hidden = self.hidden(x_t, attention_mask, position_ids, *where, visible=visible)
         return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
 
     def logits(
@@ -122,6 +124,7 @@ class DiffLLM(nn.Module):
         row: Tensor,
         column: Tensor,
         cache: CanvasCache | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """[N, D] states that predict the tokens at the N positions `row`, `column` of x_t [B, L].
 
@@ -130,14 +133,20 @@ class DiffLLM(nn.Module):
             position_ids: [B, L]; None counts from the first column.
             cache: compute its columns only and take other keys and values from it; they must hold the positions, and
                 if the family shifts their left neighbours.
+            visible: [B, L, L] bool, whether the first position sees the second.
 
         Raises:
-            ValueError: a cache with an attention that takes rows without their padding.
+            ValueError: a cache, or what is visible, with an attention that takes rows without their padding.
         """
         if self.family.shift:
             first = 0 if attention_mask is None else (attention_mask == 0).sum(-1)[row]
             column = (column - 1).clamp(min=first)
         decoder = self.lm.get_decoder()
+        if visible is not None:
+            if self.unpad:
+                raise ValueError("diffusion.attention_annealing_steps needs model.attn_implementation=sdpa")
+            attended = visible if attention_mask is None else visible & attention_mask.bool()[:, None]
+            attention_mask = attended[:, None]  # [B, 1, L, L]
         if cache is not None:
             if self.unpad:
                 raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")

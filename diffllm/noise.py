@@ -11,7 +11,7 @@ _NOISE = 3  # first word of the keys; the data road has 1 and 2
 
 
 class ForwardProcess:
-    """Noises a batch. A row's noise is a pure function of (seed, epoch, sample index).
+    """Noises a batch. A row's noise is a pure function of (seed, epoch, sample index, repeat within the epoch).
 
     Unless t is drawn independently, its place in the global batch enters too. Neither rank nor worker, micro-batch,
     padding or wall time do, so a run sees the same x_t in any layout and after any resume.
@@ -24,8 +24,8 @@ class ForwardProcess:
         """Add x_t, masked, t and weights to a batch.
 
         Args:
-            batch: input_ids [B, L], maskable [B, L], attention_mask [B, L], sample_index [B], and slot [B]: the row's
-                place in the global batch.
+            batch: input_ids [B, L], maskable [B, L], attention_mask [B, L], sample_index [B], slot [B]: the row's
+                place in the global batch, and, where rows come more than once in an epoch, repeat [B].
             batch_size: rows of the global batch, over which stratified t is spread.
 
         Returns:
@@ -35,9 +35,10 @@ class ForwardProcess:
         maskable = batch["maskable"]
         t = torch.empty(len(maskable), dtype=torch.float64)
         uniforms = torch.ones(maskable.shape, dtype=torch.float64)
-        for row, (sample, slot) in enumerate(zip(batch["sample_index"].tolist(), batch["slot"].tolist(), strict=True)):
-            rng = np.random.default_rng((_NOISE, self.seed, epoch, sample))
-            t[row] = self.time(rng.random(), slot, batch_size)
+        repeats = batch["repeat"].tolist() if "repeat" in batch else [0] * len(t)
+        for row, (sample, repeat) in enumerate(zip(batch["sample_index"].tolist(), repeats, strict=True)):
+            rng = np.random.default_rng((_NOISE, self.seed, epoch, sample, *([repeat] if repeat else [])))
+            t[row] = self.time(rng.random(), int(batch["slot"][row]), batch_size)
             uniforms[row, maskable[row]] = torch.from_numpy(rng.random(int(maskable[row].sum())))
 
         masked = maskable & (uniforms < t[:, None])

@@ -56,11 +56,13 @@ def answer_prompt(config: Config) -> None:
     """Print the response to `config.prompt`.
 
     Raises:
-        ValueError: an output, several ranks, no checkpoint, or a prompt too long for the model.
+        ValueError: an output, several ranks, an empty prompt or one too long for the model, or no checkpoint.
     """
     if config.output is not None:
         raise ValueError(f"output={config.output}: goes with input=FILE; prompt=… is answered on the terminal")
     check_alone("prompt=…")
+    if not config.prompt.strip():
+        raise ValueError("prompt= is empty: give a question, such as prompt='Solve 3x+5=20'")
     model, tokenizer = load_for_sampling(config)
     prompt = prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
     [response] = generate(model, tokenizer, [prompt], config.sampling)

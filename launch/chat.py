@@ -159,7 +159,10 @@ class Chat:
             def show(row: Filling) -> None:
                 live.update(self.draft(row), refresh=True)
 
-            [filled] = fill(self.model, [canvas], self.config, special, on_step=show)
+            try:
+                [filled] = fill(self.model, [canvas], self.config, special, on_step=show)
+            finally:
+                live.update("")  # the last frame is drawn whole, and one taller than the screen cannot be erased
         return response_of(filled, self.tokenizer, self.config)
 
     def draft(self, row: Filling) -> Text:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import report
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from trainer.config import Config
@@ -21,6 +22,12 @@ from trainer.config import Config
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes as long as a small run; the test of the report draws."""
+    monkeypatch.setattr(report, "_draw", lambda *_: [])
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from data import PlacedRow, read_rows
+from data import Report, TokenRows, rows_of, rows_of_files
 from data.config import DataConfig
+from data.curation import subset
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.loading import empty_model
@@ -38,11 +39,29 @@ def build_model(
     return model, tokenizer
 
 
-def build_rows(config: DataConfig) -> tuple[list[PlacedRow], list[PlacedRow]]:
-    """Training and validation rows: of the files, or the generated equations where no file is given."""
-    if not config.train_files:
-        return train_rows(), read_rows(config.val_files) if config.val_files else held_out_rows()
-    return read_rows(config.train_files), read_rows(config.val_files)
+def build_rows(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, tuple[TokenRows, Report]]:
+    """Training and, if there are any, validation rows: of the files, or the generated equations where none is given.
+
+    Raises:
+        ValueError: see `data.rows_of_files`, or `data.subset` asks for more than there are.
+    """
+    if config.train_files:
+        train, report = rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
+    else:
+        train, report = rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
+    if config.subset is not None:
+        chosen = subset(len(train), config.subset, seed)
+        report.leave(len(train) - len(chosen), f"not in data.subset={config.subset:g}")
+        train = train.select(chosen)
+        report.measure(train)
+    built = {"training": (train, report)}
+    if config.val_files:
+        built["validation"] = rows_of_files(config.val_files, config, tokenizer, "validation", curated=False)
+    elif not config.train_files:
+        built["validation"] = rows_of({"equations": held_out_rows()}, config, tokenizer, "validation", curated=False)
+    return built
 
 
 def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:

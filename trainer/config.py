@@ -128,6 +128,11 @@ class Config:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode}: choose one of {', '.join(MODES)}")
+        if self.diffusion.attention_annealing_steps and "flash" in self.model.attn_implementation:
+            raise ValueError(
+                f"model.attn_implementation={self.model.attn_implementation} cannot hide single positions, as "
+                "diffusion.attention_annealing_steps asks: use sdpa"
+            )
         if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
             raise ValueError(
                 "optim.name=adamw_8bit: torchao's moments cannot be copied aside; set trainer.async_checkpoints=false"

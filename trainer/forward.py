@@ -11,4 +11,5 @@ def forward(model: DiffLLM, batch: Batch, world: World, focal: Focal | None = No
     """Restore a batch's masked tokens on this rank's device."""
     padded = not bool(batch["attention_mask"].all())
     names = ("x_t", "input_ids", "masked", "weights") + (("attention_mask", "position_ids") if padded else ())
-    return model(*(batch[name].to(world.device, non_blocking=True) for name in names), focal=focal)
+    tensors = {name: batch[name].to(world.device, non_blocking=True) for name in (*names, "visible") if name in batch}
+    return model(x_0=tensors.pop("input_ids"), focal=focal, **tensors)

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from data import TokenRows, TrainBatches, ValBatches, tokenize
+from data import TrainBatches, ValBatches
 from data.loader import Batch
+from data.report import save
 from diffllm import DiffusionConfig, ForwardProcess
+from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
 from diffllm.modeling_diffllm import Restored
@@ -67,12 +69,19 @@ class FSDPSFTTrainer:
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
         check_fits(self.model, config, world)
-        train, val = self._tokenize()
+        self.rows = build_rows(config.data, self.tokenizer, config.seed)
         eos, mask = self.tokenizer.eos_token_id, self.model.mask_token_id
         noise = ForwardProcess(config.diffusion, mask, config.seed)
+        train, report = self.rows["training"]
         self.train_batches = TrainBatches(train, config.data, share, eos, noise, config.seed)
+        report.padding_share = self.train_batches.padding_share()
+        annealing_steps = config.diffusion.attention_annealing_steps
+        self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
         elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask, VAL_SEED)
-        self.val_batches = ValBatches(val, share, eos, elbo) if val else None
+        self.val_batches = None
+        if "validation" in self.rows:
+            self.val_batches = ValBatches(self.rows["validation"][0], share, eos, elbo)
+        self._say(*(report.text() for _, report in self.rows.values()))
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
@@ -81,17 +90,6 @@ class FSDPSFTTrainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
         self.skipped_steps = self.nonfinite_steps = 0
-
-    def _tokenize(self) -> list[TokenRows | None]:
-        """Training and validation rows; nothing is dropped or cut without saying so."""
-        data = self.config.data
-        tokenized = []
-        for name, rows in zip(("training", "validation"), build_rows(data), strict=True):
-            tokens = tokenize(rows, self.tokenizer, data.max_length, data.truncation) if rows else None
-            if tokens is not None:
-                self._say(f"{len(tokens)} {name} rows; {tokens.dropped} more dropped and {tokens.cut} cut as too long")
-            tokenized.append(tokens)
-        return tokenized
 
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model.
@@ -105,6 +103,8 @@ class FSDPSFTTrainer:
         with locked(self.output_dir, self.world), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.world)
             done = self._resume(state)
+            if not done and self.world.is_main:
+                save(self.rows, self.output_dir)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
             try:
@@ -162,6 +162,7 @@ class FSDPSFTTrainer:
         set_lr(self.optimizer, lr)
         tally, losses, grad_norm = Tally(self.world), [], 0.0
         norm = counts["norm"]
+        micro_batches = [self.annealing(batch, step) for batch in micro_batches]
         if counts["masked"]:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]

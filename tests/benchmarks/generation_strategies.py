@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from data import prompt_ids
 from data.chat import to_chat
-from data.equations import held_out_rows, is_correct
+from data.equations import held_out_rows
+from data.verify import is_correct
 from diffllm import DiffLLM, load_model
 from diffllm.tokenizer import load_tokenizer
 from launch.generate import generate

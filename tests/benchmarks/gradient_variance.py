@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import DataConfig, Share, TokenRows, TrainBatches, tokenize
+from data import DataConfig, Share, TokenRows, TrainBatches, rows_of
 from data.equations import train_rows
 from data.loader import Batch
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, new_model
@@ -30,9 +30,9 @@ def long_rows(equations: TokenRows, rows: int = 400, joined: int = 6) -> TokenRo
     """Rows of several equations each: about 180 response tokens."""
     rng = np.random.default_rng(0)
     chosen = [rng.choice(len(equations), joined, replace=False) for _ in range(rows)]
-    ids = [np.concatenate([equations.input_ids[i] for i in row]) for row in chosen]
+    ids = [np.concatenate([equations.ids(i) for i in row]) for row in chosen]
     prompts = np.array([equations.prompt_lengths[row[0]] for row in chosen])
-    return TokenRows(ids, prompts, np.array([len(row) for row in ids]) - prompts)
+    return TokenRows.of(ids, prompts)
 
 
 def complement(batch: Batch, config: DiffusionConfig, mask_token_id: int) -> Batch:
@@ -91,7 +91,7 @@ def ratio_interval(ours: np.ndarray, reference: np.ndarray) -> tuple[float, floa
 def main() -> None:
     draws = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     tokenizer = builtin_tokenizer()
-    rows = long_rows(tokenize(train_rows(), tokenizer, max_length=64))
+    rows = long_rows(rows_of({"equations": train_rows()}, DataConfig(max_length=64), tokenizer)[0])
     for steps in (0, 100):
         model = new_model(ModelConfig(**SHAPE, num_key_value_heads=2), tokenizer)
         train(model, rows, steps)

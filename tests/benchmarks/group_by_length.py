@@ -17,7 +17,7 @@ def make_rows(rows: int = 1000) -> TokenRows:
     prompts = rng.lognormal(np.log(80), 0.5, rows).astype(int).clip(8, 500)
     responses = rng.lognormal(np.log(300), 0.7, rows).astype(int).clip(8, 1500)
     ids = [np.append(np.ones(length - 1, dtype=np.int32), np.int32(EOS)) for length in prompts + responses]
-    return TokenRows(ids, prompts, responses)
+    return TokenRows.of(ids, prompts)
 
 
 def shares(rows: TokenRows, config: DataConfig) -> tuple[float, float]:

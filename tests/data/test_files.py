@@ -6,9 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data import PlacedRow, read_rows
+from data import read_rows
 from data.chat import final_answer, to_chat, to_prompt
-from data.s1k import from_hub
 
 ROW = {"question": "2+2?", "answer": "<think>\n2+2=4\n</think>\n4", "source": "made up", "difficulty": 1}
 
@@ -30,11 +29,11 @@ def test_jsonl_and_parquet_rows_come_in_order_with_their_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "no such data file"),
-        ("empty.jsonl", "", "the file has no rows"),
+        ("missing.jsonl", None, "no such file or folder"),
+        ("empty.jsonl", "", "there are no rows in it"),
         ("bad.jsonl", '{"question": "a"}\n{"question": \n', r"bad\.jsonl:2: not JSON"),
         ("list.jsonl", "[1]\n", r"list\.jsonl:1: a row is a JSON object, this is list"),
-        ("rows.csv", "a,b\n", r"end in \.jsonl or \.parquet"),
+        ("rows.csv", "a,b\n", r"end in \.jsonl, \.json, \.parquet"),
         ("bad.parquet", "PAR1", "not a readable parquet file"),
     ],
 )
@@ -62,9 +61,12 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a", "answer": "4"}, "has no <think>…</think>"),
         ({"question": "a", "answer": "</think><think>4"}, "has no <think>…</think>"),
         ({"text": "a"}, "field 'question' is missing.*Its fields are: text"),
-        ({"prompt": "a", "response": "b"}, "'prompt' must be a non-empty list"),
+        ({"prompt": 3, "response": "b"}, "'prompt' must be a non-empty list"),
         ({"prompt": [], "response": "b"}, "'prompt' must be a non-empty list"),
-        ({"prompt": [{"role": "robot", "content": "a"}], "response": "b"}, "system or user"),
+        (
+            {"prompt": [{"role": "robot", "content": "a"}], "response": "b"},
+            "message 1 of 'prompt' has role 'robot'",
+        ),
         ({"prompt": [{"role": "user", "content": " "}], "response": "b"}, "field 'content' is empty"),
         ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is missing"),
     ],
@@ -91,11 +93,3 @@ def test_a_prompt_needs_no_answer(tmp_path):
 def test_the_final_answer_follows_the_thinking():
     assert final_answer("<think>\n2+2=4\n</think>\n4") == "4"
     assert final_answer("4 ") == "4"
-
-
-def test_s1k_rows_of_the_hub_become_ours():
-    row = from_hub(
-        {"question": "2+2?", "thinking_trajectories": [" Two twos.\n"], "attempt": "4\n", "source_type": "math"}
-    )
-    assert row == {"question": "2+2?", "answer": "<think>\nTwo twos.\n</think>\n4", "source": "math"}
-    assert to_chat(PlacedRow(row, "hub"))["response"] == row["answer"]

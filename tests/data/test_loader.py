@@ -1,6 +1,7 @@
 """Batches are functions of their number, and their cut does not depend on the layout."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -8,17 +9,19 @@ from hypothesis import strategies as st
 
 from data import DataConfig, Share, TokenRows, TrainBatches, ValBatches
 from data.cutoff import assemble, response_widths
+from data.loader import mix
+from diffllm import DiffusionConfig, ForwardProcess
 
 EOS = 0
 
 
-def make_rows(prompts, responses):
+def make_rows(prompts, responses, end=EOS):
     """Row i holds 100·i + 1, 100·i + 2, … and the end of sequence."""
     lengths = zip(prompts, responses, strict=True)
     ids = [np.arange(1, p + r + 1, dtype=np.int32) + 100 * i for i, (p, r) in enumerate(lengths)]
     for row in ids:
-        row[-1] = EOS
-    return TokenRows(ids, np.array(prompts), np.array(responses))
+        row[-1] = end
+    return TokenRows.of(ids, prompts)
 
 
 ROWS = make_rows([3, 5, 2, 4, 6, 3, 2, 5, 4, 3], [4, 2, 6, 3, 5, 1, 8, 2, 7, 4])
@@ -143,9 +146,8 @@ def test_no_row_exceeds_max_length():
 
 
 def test_the_end_of_a_response_that_was_cut_is_not_taught():
-    rows = make_rows([2], [3])
-    rows.input_ids[0][-1] = 7  # no end of sequence: it was cut when it was tokenized
-    for tokens, taught in ((rows, 3), (make_rows([2], [3]), 5)):
+    was_cut = make_rows([2], [3], end=7)
+    for tokens, taught in ((was_cut, 3), (make_rows([2], [3]), 5)):
         batch = assemble(tokens, np.array([0]), np.array([5]), EOS)
         assert batch["input_ids"].shape == (1, 7)
         assert batch["maskable"].sum() == taught
@@ -209,3 +211,61 @@ def test_the_fingerprint_tells_rows_apart():
     same, longer, moved = (make_rows([3, 4], lengths) for lengths in ([2, 2], [2, 3], [3, 1]))
     assert same.fingerprint() == make_rows([3, 4], [2, 2]).fingerprint()
     assert len({rows.fingerprint() for rows in (same, longer, moved)}) == 3
+
+
+class TestMixture:
+    """Three rows of the first file, seven of the second."""
+
+    @pytest.fixture
+    def layout(self):
+        rows = make_rows([3] * 10, [4] * 10)
+        table = rows.table.set_column(5, "source", pa.array([0] * 3 + [1] * 7, pa.int32()))
+        config = DataConfig(num_workers=0, max_length=16, train_files=["a", "b"], mixture=[4, 1])
+        return TrainBatches(TokenRows(table), config, Share(0, 1, 5, 1), EOS, no_noise, seed=1)
+
+    def test_an_epoch_has_each_file_by_its_weight(self, layout):
+        for epoch in range(3):
+            samples, repeats = layout.order(epoch)
+            counts = np.bincount(samples, minlength=10)
+            assert (counts[:3].sum(), counts[3:].sum()) == (8, 2)
+            assert set(counts[:3]) == {2, 3}  # every row in turn
+            for sample in range(3):
+                assert repeats[samples == sample].tolist() == list(range(counts[sample]))
+
+    def test_a_row_that_comes_again_has_other_noise(self, layout):
+        layout.noise = ForwardProcess(DiffusionConfig(t_sampler="uniform"), 99, seed=0)
+        times = [float(t) for step in range(2) for batch in layout[step] for t in batch["t"]]
+        assert len(set(times)) == 10
+
+    def test_a_file_of_which_nothing_is_left(self, layout):
+        with pytest.raises(ValueError, match=r"data\.mixture=\[1, 1\]: no row of file 2"):
+            mix(np.zeros(4, dtype=int), [1, 1], np.random.default_rng(0))
+
+
+def test_a_curriculum_goes_from_easy_to_hard():
+    rows = make_rows([3] * 10, [4] * 10)
+    difficulty = [3.0, 1, 2, 1, 3, 2, 1, 2, 3, 1]
+    rows = TokenRows(rows.table.set_column(6, "difficulty", pa.array(difficulty)))
+    [train] = batches(micro=4, rows=rows, order="curriculum")
+    orders = [train.order(epoch)[0].tolist() for epoch in range(4)]
+    for order in orders:
+        assert [difficulty[sample] for sample in order] == sorted(difficulty[sample] for sample in order)
+        assert len(order) == 8
+    assert len(set(map(tuple, orders))) > 1  # ties in another order
+    assert {sample for order in orders for sample in order} == set(range(10))  # none always waits
+
+
+def test_context_in_a_response_is_not_trained_on():
+    rows = make_rows([3, 2], [6, 4])
+    table = rows.table.set_column(2, "context", pa.array([[5, 7], None], pa.list_(pa.int32())))
+    batch = assemble(TokenRows(table), np.array([0, 1]), np.array([6, 7]), EOS)
+    assert batch["maskable"].astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("cutoff", ["min_pad", "random", "random_with_input_pad"])
+def test_the_padding_foretold_is_the_padding_that_comes(cutoff):
+    layout = batches(ranks=2, micro=2, perbatch_cutoff_type=cutoff)
+    made = [batch for rank in layout for step in range(layout[0].steps_per_epoch) for batch in rank[step]]
+    own = sum(int(batch["row_tokens"].sum()) for batch in made)
+    positions = sum(batch["input_ids"].numel() for batch in made)
+    assert layout[0].padding_share() == pytest.approx(1 - own / positions)

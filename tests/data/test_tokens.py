@@ -2,48 +2,53 @@
 
 import copy
 
+import numpy as np
 import pytest
 
-from data import PlacedRow, prompt_ids, tokenize
-from data.equations import held_out_rows, is_correct, train_rows
+from data import DataConfig, PlacedRow, prompt_ids, rows_of
+from data.equations import held_out_rows, train_rows
+from data.verify import is_correct
 
 
 def placed(question="Hi", answer="<think>a</think>b"):
     return PlacedRow({"question": question, "answer": answer}, "rows.jsonl:1")
 
 
+def tokenize(rows, tokenizer, max_length, truncation="error"):
+    return rows_of({"rows": rows}, DataConfig(max_length=max_length, truncation=truncation), tokenizer)
+
+
 def test_a_row_is_the_template_and_the_response_and_its_end(tokenizer):
-    rows = tokenize([placed()], tokenizer, 100)
-    prompt, response = (
-        rows.input_ids[0][: rows.prompt_lengths[0]],
-        rows.input_ids[0][rows.prompt_lengths[0] :],
-    )
+    rows, _ = tokenize([placed()], tokenizer, 100)
+    prompt, response = np.split(rows.ids(0), rows.prompt_lengths)
     assert tokenizer.decode(prompt) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(response) == "<think>a</think>b<|endoftext|>"
     assert rows.response_lengths.tolist() == [len(response)]
-    assert (rows.dropped, rows.cut) == (0, 0)
+    assert (rows.place(0), rows.context(0).tolist()) == ("rows.jsonl:1", [])
+    assert (rows.column("thinking_tokens"), rows.column("answer_tokens")) == ([1], [1])
 
 
 def test_truncation(tokenizer):
-    whole = tokenize([placed()], tokenizer, 100)
-    length = len(whole.input_ids[0])
+    whole, _ = tokenize([placed()], tokenizer, 100)
+    length = len(whole.ids(0))
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*data\.max_length={length - 1}.*drop or right"):
         tokenize([placed()], tokenizer, length - 1)
-    cut = tokenize([placed()], tokenizer, length - 1, "right")
-    assert cut.input_ids[0].tolist() == whole.input_ids[0][:-1].tolist()
-    assert (cut.dropped, cut.cut) == (0, 1)
+    cut, report = tokenize([placed()], tokenizer, length - 1, "right")
+    assert cut.ids(0).tolist() == whole.ids(0)[:-1].tolist()
+    assert (report.dropped, report.cut.count) == ({}, 1)
     short = placed(answer="<think></think>b")
-    kept = tokenize([placed(), short], tokenizer, length - 1, "drop")
-    assert (len(kept), kept.dropped, kept.cut) == (1, 1, 0)
+    kept, report = tokenize([placed(), short], tokenizer, length - 1, "drop")
+    assert (len(kept), report.read, report.kept, report.cut.count) == (1, 2, 1, 0)
+    assert [noted.count for noted in report.dropped.values()] == [1]
 
 
 def test_a_prompt_that_leaves_no_room_cannot_be_cut(tokenizer):
-    with pytest.raises(ValueError, match=r"prompt and .* do not fit data\.max_length=9: .*drop$"):
+    with pytest.raises(ValueError, match=r"prompt and .* do not fit data\.max_length=9"):
         tokenize([placed("x" * 50)], tokenizer, 9, "right")
 
 
 def test_dropping_every_row_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="no row is left: all 1"):
+    with pytest.raises(ValueError, match=r"(?s)no row is left.*longer than data\.max_length=5"):
         tokenize([placed()], tokenizer, 5, "drop")
 
 

@@ -1,0 +1,130 @@
+"""Which rows are trained on: filters, duplicates, overlap with an evaluation set, subsets."""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from simpleeval import EvalWithCompoundTypes, InvalidExpression
+
+from data.chat import Chat, Message
+
+SHINGLE = 5  # words of which near duplicates must share most
+PERMUTATIONS = 128  # of MinHash
+
+
+class Expression:
+    """A formula over the fields of a row, such as `source == 'math' and thinking_tokens < 1500`.
+
+    Comparisons, arithmetic, `and`, `or`, `not`, `in`, lists and `len`; nothing of it can reach beyond the row.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+
+    def __init__(self, text: str, setting: str):
+        self.text, self.setting = text, setting
+        try:
+            self._parsed = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{setting}={text!r} cannot be read: {error}") from error
+        self._evaluator = EvalWithCompoundTypes(functions={"len": len})
+
+    def __call__(self, row: dict[str, Any], place: str) -> Any:
+        """Its value for a row.
+
+        Raises:
+            ValueError: it names a field that the row does not have, or cannot be computed there.
+        """
+        self._evaluator.names = row
+        try:
+            return self._evaluator.eval(self.text, previously_parsed=self._parsed)
+        except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            known = ", ".join(name for name in row if name.isidentifier())
+            raise ValueError(f"{place}: {self.setting}={self.text!r}: {error} Fields of the row: {known}") from error
+
+
+class Duplicates:
+    """Finds texts that came before.
+
+    Args:
+        kind: `exact`, but for case and spaces · `near`, with an estimated Jaccard similarity of their SHINGLE-word
+            sequences of at least `similarity` (MinHash, Broder 1997).
+
+    Raises:
+        ValueError: `near` without datasketch.
+    """
+
+    def __init__(self, kind: str, similarity: float):
+        self.kind, self.seen = kind, {}
+        if kind == "near":
+            try:
+                from datasketch import MinHash, MinHashLSH
+            except ImportError as error:
+                raise ValueError("data.drop_duplicates=near needs datasketch: pip install 'diffllm[dedup]'") from error
+            self._min_hash, self._similar = MinHash, MinHashLSH(similarity, PERMUTATIONS)
+
+    def find(self, chat: Chat, place: str) -> str | None:
+        """The place of an earlier text like this one; if there is none, this one is remembered."""
+        words = words_of(_text(chat))
+        digest = sha256(" ".join(words).encode()).digest()
+        if earlier := self.seen.get(digest):
+            return earlier
+        if self.kind == "near":
+            sketch = self._min_hash(PERMUTATIONS)
+            sketch.update_batch([" ".join(shingle).encode() for shingle in n_grams(words, SHINGLE)])
+            if alike := self._similar.query(sketch):
+                return min(alike)
+            self._similar.insert(place, sketch)
+        self.seen[digest] = place
+        return None
+
+
+class Overlap:
+    """Finds texts that share a sequence of n words with a question of an evaluation set; shorter ones count whole."""
+
+    def __init__(self, questions: Iterable[tuple[list[Message], str]], n: int):
+        self.places: dict[int, str] = {}
+        lengths = set()
+        for messages, place in questions:
+            for gram in n_grams(words_of(" ".join(message["content"] for message in messages)), n):
+                lengths.add(len(gram))
+                self.places.setdefault(hash(gram), place)
+        self.lengths = sorted(lengths)
+
+    def find(self, chat: Chat) -> str | None:
+        """The place of an evaluation question that a text overlaps with."""
+        words = words_of(_text(chat))
+        grams = (gram for n in self.lengths if n <= len(words) for gram in n_grams(words, n))
+        return next((self.places[key] for gram in grams if (key := hash(gram)) in self.places), None)
+
+
+def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    """All sequences of n words; of fewer words the whole."""
+    return (tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
+
+
+def words_of(text: str) -> list[str]:
+    """Words and numbers in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def subset(rows: int, size: float, seed: int) -> np.ndarray:
+    """Which of the rows a random subset has, in their order; a smaller subset of the same seed is part of a larger one.
+
+    Args:
+        size: a share below 1, or a number of rows.
+
+    Raises:
+        ValueError: there are fewer rows.
+    """
+    count = round(size * rows) if size < 1 else int(size)
+    if not 0 < count <= rows:
+        raise ValueError(f"data.subset={size:g}: that is {count} of {rows} rows; give a share, or 1 to {rows}")
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
+
+
+def _text(chat: Chat) -> str:
+    return "\n".join([*(message["content"] for message in chat["prompt"]), chat["response"]])

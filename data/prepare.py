@@ -1,0 +1,93 @@
+"""Raw sets into training rows: `python -m data.prepare gsm8k train.jsonl raw/train.jsonl`.
+
+Reads files, folders or hub ids, or generates a task. Writes a .jsonl file of rows with question and answer, prompt and
+response, or messages, and says what became of every row.
+"""
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.files import BadRows, iterate
+from data.generated import DIFFICULTY, generate
+from data.raw import RAW_SETS, convert
+from data.report import Report
+
+
+def main(arguments: list[str]) -> None:
+    options = _parser().parse_args(arguments)
+    try:
+        print(prepare(options).text())
+        print(f"rows: {options.output}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def prepare(options: Namespace) -> Report:
+    """Write the rows, all or none.
+
+    Raises:
+        ValueError: the output exists, there is nothing to read, or rows cannot be used.
+    """
+    output = Path(options.output)
+    if output.exists():
+        raise ValueError(f"{output} exists: delete it, or name another output")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"{output}: the output is a .jsonl file")
+    bad = BadRows(". --on-bad-row skip leaves them out")
+    report = Report(options.name)
+    unfinished = output.with_suffix(".unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with unfinished.open("w") as lines:
+            for row in _rows(options, bad):
+                lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                report.kept += 1
+        if options.on_bad_row == "error":
+            bad.refuse()
+        if not report.kept:
+            raise ValueError(f"{options.name}: no row is left; {bad.count} cannot be used: {'; '.join(bad.named)}")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    report.add_bad(bad)
+    report.read = report.kept + bad.count
+    return report
+
+
+def _rows(options: Namespace, bad: BadRows) -> Iterator[dict]:
+    if options.name in DIFFICULTY:
+        yield from (placed.row for placed in generate(options.name, options.rows, options.seed))
+        return
+    raw_set = RAW_SETS[options.name]
+    sources = options.sources or [raw_set.hub_id]
+    if sources == [None]:
+        raise ValueError(f"{options.name} is a kind of file: name the files, folders or hub ids to read")
+    for source in sources:
+        for placed in iterate(source, bad):
+            try:
+                yield convert(placed, raw_set)
+            except ValueError as error:
+                bad.add(error)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("python -m data.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "name", choices=[*RAW_SETS, *DIFFICULTY], metavar="NAME", help=", ".join([*RAW_SETS, *DIFFICULTY])
+    )
+    parser.add_argument("output", help="the .jsonl file to write")
+    parser.add_argument(
+        "sources", nargs="*", help=".jsonl, .json or .parquet files, folders or hub ids; default: the hub's"
+    )
+    parser.add_argument("--on-bad-row", choices=["error", "skip"], default="error")
+    parser.add_argument("--rows", type=int, default=1000, help="of a generated task")
+    parser.add_argument("--seed", type=int, default=0, help="of a generated task")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""How rows of published sets become training rows."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data.chat import END_THINK, THINK, to_chat
+from data.files import PlacedRow
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RawSet:
+    """A kind of set.
+
+    Attributes:
+        convert: a training row from a raw one; raises KeyError, TypeError or ValueError where that cannot be.
+        hub_id: where it is published, if it is one set.
+    """
+
+    convert: Callable[[Row], Row]
+    hub_id: str | None = None
+
+
+def with_thinking(thinking: str, answer: str) -> str:
+    """An answer behind the thinking that led to it, as S1K writes them."""
+    return "\n".join(filter(None, [THINK, thinking.strip(), END_THINK, answer.strip()]))
+
+
+def from_s1k(row: Row) -> Row:
+    """s1K (arXiv 2501.19393), s1K-1.1 with its separate columns, or rows that have their `<think>` already."""
+    if THINK in (row.get("answer") or ""):
+        return row
+    if "deepseek_thinking_trajectory" in row:
+        thinking, answer = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
+    else:
+        thinking, answer = row["thinking_trajectories"][0], row["attempt"]
+    return {
+        "question": row["question"],
+        "answer": with_thinking(thinking, answer),
+        "source": row["source_type"],
+        "subject": row.get("cot_type"),
+    }
+
+
+def from_gsm8k(row: Row) -> Row:
+    """GSM8K (arXiv 2110.14168): the worked answer is the thinking, without the calculator's marks."""
+    thinking, found, answer = row["answer"].rpartition("####")
+    if not found:
+        raise ValueError("field 'answer' has no #### before the final answer")
+    thinking = re.sub(r"<<.*?>>", "", thinking).strip()
+    return {
+        "question": row["question"],
+        "answer": with_thinking(thinking, answer),
+        "source": "gsm8k",
+        "difficulty": len(thinking.splitlines()),  # steps
+    }
+
+
+def from_alpaca(row: Row) -> Row:
+    """An instruction, with an input behind it if there is one, and an output."""
+    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    return {"prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
+
+
+def from_messages(row: Row) -> Row:
+    """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated."""
+    if "conversations" not in row:
+        return row | {"messages": row["messages"]}
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    return {name: value for name, value in row.items() if name != "conversations"} | {"messages": messages}
+
+
+def from_prompt_response(row: Row) -> Row:
+    """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
+    return {name: row[name] for name in ("prompt", "response")} | row
+
+
+RAW_SETS = {
+    "s1k": RawSet(from_s1k, "simplescaling/s1K"),
+    "gsm8k": RawSet(from_gsm8k, "openai/gsm8k/main"),
+    "alpaca": RawSet(from_alpaca),
+    "messages": RawSet(from_messages),
+    "prompt_response": RawSet(from_prompt_response),
+}
+
+
+def convert(placed: PlacedRow, raw_set: RawSet) -> Row:
+    """A training row that `to_chat` takes.
+
+    Raises:
+        ValueError: a field is missing or not what the set says; the message names the place.
+    """
+    row, place = placed
+    try:
+        made = raw_set.convert(row)
+    except KeyError as error:
+        raise ValueError(f"{place}: field {error} is missing; its fields are: {', '.join(row)}") from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+    to_chat(PlacedRow(made, place))
+    return made

@@ -1,0 +1,38 @@
+"""Whether a response has the right answer."""
+
+import re
+from typing import Any
+
+from data import generated
+from data.chat import final_answer, schema_of
+
+NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?")
+
+
+def is_correct(row: dict[str, Any], response: str) -> bool:
+    """Whether a response to a row ends in its answer: by the verifier of its task, else as text or as a number.
+
+    Args:
+        row: a training row.
+    """
+    given = final_answer(response)
+    if str(row.get("source")).startswith(generated.PREFIX):
+        return generated.score(row, given) == 1
+    return _normal(given) == _normal(final_answer(reference(row)))
+
+
+def reference(row: dict[str, Any]) -> str:
+    """The answer that a row has."""
+    match schema_of(row):
+        case "messages":
+            return row["messages"][-1]["content"]
+        case "prompt":
+            return row["response"]
+        case _:
+            return row["answer"]
+
+
+def _normal(answer: str) -> str | float:
+    """A number as itself, whatever its separators, currency sign or final stop; other text as it is."""
+    text = answer.strip().removesuffix(".")
+    return float(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text

@@ -1,0 +1,35 @@
+"""From causal to bidirectional attention, a little more with every step (DiffuLLaMA, arXiv 2410.17891, section 3.2)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ATTENTION = 4  # first word of the keys; the forward process has 3
+
+
+class AttentionAnnealing:
+    """In step s of S a position sees each one after it with probability s/S, and all those before it.
+
+    One draw a step, by the positions of query and key: so it is the same whatever the ranks and micro-batches.
+
+    Args:
+        steps: S, from which on nothing is hidden.
+        size: the longest row.
+    """
+
+    def __init__(self, steps: int, size: int, seed: int):
+        self.steps, self.size, self.seed = steps, size, seed
+
+    def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Add visible [B, L, L], whether the first position sees the second, while there is anything to hide.
+
+        Args:
+            batch: attention_mask [B, L], position_ids [B, L] that count the attended tokens.
+        """
+        if step >= self.steps:
+            return batch
+        rng = np.random.default_rng((_ATTENTION, self.seed, step))
+        drawn = rng.random((self.size, self.size), dtype=np.float32) < step / self.steps
+        sees = torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())
+        positions = batch["position_ids"]
+        return {**batch, "visible": sees[positions[:, :, None], positions[:, None, :]]}

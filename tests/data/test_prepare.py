@@ -1,0 +1,165 @@
+"""Raw sets into training rows, and answers checked."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from data import PlacedRow
+from data.chat import to_chat
+from data.generated import DIFFICULTY, generate
+from data.prepare import main
+from data.raw import RAW_SETS, convert
+from data.verify import is_correct
+
+USER = {"role": "user", "content": "2+2?"}
+ASSISTANT = {"role": "assistant", "content": "4"}
+THOUGHT = "<think>\nTwo twos.\n</think>\n4"
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "response"),
+    [
+        (
+            "s1k",
+            {"question": "2+2?", "thinking_trajectories": [" Two twos.\n"], "attempt": "4\n", "source_type": "math"},
+            THOUGHT,
+        ),
+        (
+            "s1k",
+            {
+                "question": "2+2?",
+                "deepseek_thinking_trajectory": "Two twos.",
+                "deepseek_attempt": "4",
+                "gemini_attempt": "5",
+                "source_type": "math",
+                "cot_type": "math",
+            },
+            THOUGHT,
+        ),
+        ("s1k", {"question": "2+2?", "answer": THOUGHT, "source": "math"}, THOUGHT),
+        ("gsm8k", {"question": "2+2?", "answer": "Two twos<<2+2=4>>.\n#### 4"}, THOUGHT),
+        ("alpaca", {"instruction": "Add.", "input": "2 and 2", "output": "4"}, "4"),
+        ("alpaca", {"instruction": "Add 2 and 2.", "input": "", "output": "4"}, "4"),
+        ("messages", {"id": "a", "messages": [USER, ASSISTANT]}, "4"),
+        ("messages", {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "4"),
+        ("prompt_response", {"prompt": "2+2?", "response": "4"}, "4"),
+        ("prompt_response", {"prompt": [USER], "response": "4", "split": "a"}, "4"),
+    ],
+)
+def test_raw_rows_become_training_rows(name, raw, response):
+    chat = to_chat(PlacedRow(convert(PlacedRow(raw, "raw:1"), RAW_SETS[name]), "raw:1"))
+    assert chat["response"] == response
+    assert chat["prompt"][-1]["role"] == "user"
+
+
+def test_an_input_follows_its_instruction():
+    row = convert(PlacedRow({"instruction": "Add.", "input": "2 and 2", "output": "4"}, "raw:1"), RAW_SETS["alpaca"])
+    assert row["prompt"][0]["content"] == "Add.\n\n2 and 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("gsm8k", {"question": "2+2?", "answer": "4"}, "raw:1: field 'answer' has no ####"),
+        ("gsm8k", {"question": "2+2?"}, "raw:1: field 'answer' is missing; its fields are: question"),
+        ("gsm8k", {"question": "", "answer": "a #### 4"}, "raw:1: field 'question' is empty"),
+        ("gsm8k", {"question": "2+2?", "answer": 4}, "raw:1: "),
+        ("s1k", {"question": "2+2?", "thinking_trajectories": [], "attempt": "4"}, "raw:1: "),
+        ("messages", {"conversations": [{"from": "robot", "value": "4"}]}, "raw:1: field 'robot'"),
+        ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
+    ],
+)
+def test_raw_rows_that_are_not_of_the_set(name, raw, message):
+    with pytest.raises(ValueError, match=message):
+        convert(PlacedRow(raw, "raw:1"), RAW_SETS[name])
+
+
+class TestCommand:
+    @pytest.fixture
+    def raw(self, tmp_path):
+        rows = [{"question": f"{i}+2?", "answer": f"So <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(5)]
+        path = tmp_path / "raw.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "raw.parquet")
+        (tmp_path / "raw.json").write_text(json.dumps(rows))
+        return path
+
+    def test_files_of_every_kind(self, raw, tmp_path, capsys):
+        out = tmp_path / "out.jsonl"
+        main(["gsm8k", str(out), str(raw), str(raw.with_suffix(".parquet")), str(raw.with_suffix(".json"))])
+        assert "gsm8k rows: 15 of 15" in capsys.readouterr().out
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(rows) == 15
+        assert rows[0] == rows[5] == rows[10]
+        assert rows[1]["answer"] == "<think>\nSo 3.\n</think>\n3"
+
+    def test_nothing_is_written_over_or_half_written(self, raw, tmp_path):
+        out = tmp_path / "out.jsonl"
+        with raw.open("a") as file:
+            file.write('{"question": "a", "answer": "b"}\n')
+        with pytest.raises(SystemExit, match=r"raw\.jsonl:6: field 'answer' has no ####.*--on-bad-row skip"):
+            main(["gsm8k", str(out), str(raw)])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.json", "raw.jsonl", "raw.parquet"]
+        main(["gsm8k", str(out), str(raw), "--on-bad-row", "skip"])
+        with pytest.raises(SystemExit, match="exists: delete it"):
+            main(["gsm8k", str(out), str(raw)])
+        assert len(out.read_text().splitlines()) == 5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["alpaca", "OUT"], "alpaca is a kind of file: name the files"),
+            (["gsm8k", "OUT", "nowhere.jsonl"], r"nowhere\.jsonl: no such file or folder"),
+            (["gsm8k", "OUT.parquet", "raw.jsonl"], r"the output is a \.jsonl file"),
+            (["gsm8k", "OUT"], "openai/gsm8k/main: no such file or folder in .*the hub does not give"),
+        ],
+        ids=str,
+    )
+    def test_errors(self, raw, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        arguments = [argument.replace("OUT", "out.jsonl") for argument in arguments]
+        with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
+            main(arguments)
+
+
+@pytest.mark.parametrize("task", DIFFICULTY)
+def test_generated_tasks_with_their_verifiers(task):
+    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
+    rows = [placed.row for placed in generate(task, 4, seed=3)]
+    assert rows == [placed.row for placed in generate(task, 4, seed=3)]
+    assert rows != [placed.row for placed in generate(task, 4, seed=4)]
+    for row in json.loads(json.dumps(rows)):  # as they are read from a file
+        chat = to_chat(PlacedRow(row, "made"))
+        assert is_correct(row, chat["response"])
+        assert not is_correct(row, "<think></think>\nno idea")
+        assert row["difficulty"] > 0
+
+
+def test_another_solution_is_right_too():
+    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
+    row = next(generate("countdown", 1, seed=3)).row
+    *_, answer = row["answer"].splitlines()
+    assert is_correct(row, f"<think></think>\n({answer})")
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "right"),
+    [
+        ("72", "<think>\n71\n</think>\n72", True),
+        ("1,200", "$1200.00", True),
+        ("1200", "1201", False),
+        ("$5", "5", True),
+        ("-3", "3", False),
+        ("Paris", "Paris", True),
+        ("Paris", "paris", False),
+        ("72", "72 apples", False),
+        ("72", "", False),
+    ],
+)
+def test_answers_are_compared_as_numbers_or_as_text(expected, given, right):
+    row = {"question": "?", "answer": f"<think></think>\n{expected}"}
+    assert is_correct(row, given) is right
+    assert is_correct({"prompt": "?", "response": expected}, given) is right
+    assert is_correct({"messages": [USER, {"role": "assistant", "content": expected}]}, given) is right

@@ -1,0 +1,313 @@
+"""From files to rows ready to be trained on: what is kept, what is left out and said to be, what is kept on disk."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from data import DataConfig, PlacedRow, rows_of, rows_of_files
+from data.report import Report, save
+from diffllm.tokenizer import builtin_tokenizer
+
+
+def row(question="Hi", thinking="a", answer="b", **fields):
+    return {"question": question, "answer": f"<think>{thinking}</think>{answer}", **fields}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return str(path)
+
+
+def prepared(tokenizer, rows, **settings):
+    placed = [PlacedRow(each, f"rows:{number}") for number, each in enumerate(rows, start=1)]
+    return rows_of({"rows": placed}, DataConfig(**settings), tokenizer)
+
+
+def questions(tokens, tokenizer):
+    return [
+        tokenizer.decode(tokens.ids(i)[: tokens.prompt_lengths[i]]).split("user\n")[1].split("<|im_end|>")[0]
+        for i in range(len(tokens))
+    ]
+
+
+class TestCuration:
+    ROWS = (
+        row("two plus two", source="math", difficulty=1),
+        row("Two  plus two?", source="math", difficulty=2),
+        row("name a river", thinking="long " * 30, source="quiz", difficulty=3),
+        row("name a hill", source="quiz", difficulty=4),
+    )
+
+    @pytest.mark.parametrize(
+        ("expression", "kept"),
+        [
+            ("source == 'math'", [0, 1]),
+            ("source in ['quiz', 'law'] and thinking_tokens < 30", [3]),
+            ("not (difficulty >= 2) or len(question) == 11", [0, 3]),
+            ("thinking_tokens * 2 > prompt_tokens + answer_tokens", [2]),
+        ],
+    )
+    def test_a_filter_keeps_the_rows_of_which_it_is_true(self, tokenizer, expression, kept):
+        tokens, report = prepared(tokenizer, self.ROWS, filter=expression)
+        assert questions(tokens, tokenizer) == [self.ROWS[i]["question"] for i in kept]
+        [(reason, noted)] = report.dropped.items()
+        assert expression in reason
+        assert noted.count == 4 - len(kept)
+
+    @pytest.mark.parametrize(
+        ("expression", "message"),
+        [
+            ("source ==", "cannot be read: invalid syntax"),
+            ("source = 'math'", "cannot be read: invalid syntax"),
+            (
+                "level > 2",
+                r"rows:1: data\.filter='level > 2': 'level' is not defined.*Fields of the row: question, ans",
+            ),
+            ("__import__('os').remove('x')", "rows:1: .*not defined"),
+            ("difficulty < 'a'", "rows:1: .*not supported"),
+            ("question.__class__", "rows:1: "),
+            ("9 ** 9 ** 9", "rows:1: "),
+        ],
+    )
+    def test_a_filter_that_cannot_be(self, tokenizer, expression, message):
+        with pytest.raises(ValueError, match=message):
+            prepared(tokenizer, self.ROWS, filter=expression)
+
+    def test_the_first_of_duplicates_stays(self, tokenizer):
+        tokens, report = prepared(tokenizer, self.ROWS, drop_duplicates="exact")
+        assert questions(tokens, tokenizer) == ["two plus two", "name a river", "name a hill"]
+        assert report.dropped["duplicates, data.drop_duplicates=exact"].examples == [
+            "rows:2 'Two plus two?' (as rows:1)"
+        ]
+
+    def test_a_duplicate_of_a_row_that_was_left_out_is_none(self, tokenizer):
+        tokens, _ = prepared(tokenizer, self.ROWS, drop_duplicates="exact", filter="difficulty > 1")
+        assert questions(tokens, tokenizer)[0] == "Two  plus two?"
+
+    def test_near_duplicates(self, tokenizer):
+        text = " ".join(f"word{i}" for i in range(60))
+        rows = [row(text), row(text.replace("word40", "other")), row(" ".join(reversed(text.split())))]
+        assert len(prepared(tokenizer, rows, drop_duplicates="exact")[0]) == 3
+        tokens, report = prepared(tokenizer, rows, drop_duplicates="near")
+        assert len(tokens) == 2
+        assert "(as rows:1)" in report.dropped["duplicates, data.drop_duplicates=near"].examples[0]
+
+    def test_rows_that_overlap_with_an_evaluation_set(self, tokenizer, tmp_path):
+        held_out = write(tmp_path / "test.jsonl", {"question": "How far is it from here to the old mill, in miles?"})
+        rows = [row("Say how far is it from HERE to the old mill!"), row("How far is it to the old mill?")]
+        tokens, report = prepared(tokenizer, rows, decontaminate_files=[held_out])
+        assert len(tokens) == 1
+        [(reason, noted)] = report.dropped.items()
+        assert reason == "overlap in 8 words with data.decontaminate_files"
+        assert noted.examples == [f"rows:1 'Say how far is it from HERE to the old mill!' ({held_out}:1)"]
+
+    def test_the_difficulty_of_a_curriculum_is_a_number(self, tokenizer):
+        tokens, _ = prepared(tokenizer, self.ROWS, order="curriculum", difficulty="-response_tokens")
+        assert tokens.column("difficulty").tolist() == [-float(length) for length in tokens.response_lengths]
+        with pytest.raises(ValueError, match=r"rows:1: data\.difficulty=source must be a number, it is 'math'"):
+            prepared(tokenizer, self.ROWS, order="curriculum", difficulty="source")
+
+
+class TestSeveralTurns:
+    MESSAGES = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "3+3?"},
+        {"role": "assistant", "content": "6"},
+    )
+    HEADED = (
+        "{% for message in messages %}{% if loop.first %}{{ 'BEGIN' }}{% endif %}{{ '<|start_header_id|>' + "
+        "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+
+    @pytest.fixture(params=["ChatML", "Llama-3", "LLaDA"])
+    def templated(self, request):
+        tokenizer = builtin_tokenizer()
+        if request.param != "ChatML":
+            begin = {"Llama-3": "<|begin_of_text|>", "LLaDA": "<|startoftext|>"}[request.param]
+            tokenizer.chat_template = self.HEADED.replace("BEGIN", begin)
+        marks = ["<|startoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        tokenizer.add_special_tokens({"extra_special_tokens": [*marks, "<|im_start|>", "<|im_end|>"]})
+        return tokenizer
+
+    def trained(self, tokenizer, loss_on):
+        tokens, _ = prepared(tokenizer, [{"messages": list(self.MESSAGES)}], loss_on=loss_on)
+        ids = tokens.ids(0).tolist()
+        learnt = [i >= tokens.prompt_lengths[0] for i in range(len(ids))]
+        for start, end in tokens.context(0):
+            learnt[start:end] = [False] * (end - start)
+        return ids, learnt
+
+    def test_all_answers(self, templated):
+        ids, learnt = self.trained(templated, "all")
+        whole = templated.apply_chat_template(list(self.MESSAGES[:-1]), add_generation_prompt=True, tokenize=False)
+        assert ids == [*templated(whole + "6")["input_ids"], templated.eos_token_id]
+        end = "<|im_end|>" if "<|im_start|>" in whole else "<|eot_id|>"
+        assert templated.convert_ids_to_tokens([i for i, yes in zip(ids, learnt, strict=True) if yes]) == [
+            "4",
+            end,
+            "6",
+            "<|endoftext|>",
+        ]
+
+    def test_the_last_answer(self, templated):
+        ids, learnt = self.trained(templated, "last")
+        assert ids == self.trained(templated, "all")[0]
+        assert learnt == [False] * (len(ids) - 2) + [True] * 2
+
+    def test_a_template_that_rewrites_earlier_answers(self, tokenizer):
+        hiding = builtin_tokenizer()
+        hiding.chat_template = (
+            "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}"
+            "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+        with pytest.raises(ValueError, match=r"rows:1: the chat template rewrites message 3.*data\.loss_on=last"):
+            self.trained(hiding, "all")
+        assert any(self.trained(hiding, "last")[1])
+
+    @pytest.mark.parametrize(
+        ("roles", "message"),
+        [
+            (["user", "user", "assistant"], "message 2 of 'messages' has role 'user', expected 'assistant'"),
+            (["assistant"], "message 1 .* expected 'user'"),
+            (["user", "system", "assistant"], "message 2 .* has role 'system'"),
+            (["user", "assistant", "user"], "the last of 'messages' must be the assistant's, it is the user's"),
+            ([], "must be a non-empty list"),
+        ],
+        ids=str,
+    )
+    def test_roles_out_of_order(self, tokenizer, roles, message):
+        with pytest.raises(ValueError, match=f"rows:1: .*{message}"):
+            prepared(tokenizer, [{"messages": [{"role": role, "content": "x"} for role in roles]}])
+
+
+class TestBadRows:
+    def test_ten_are_named_and_the_others_counted(self, tokenizer, tmp_path):
+        file = write(tmp_path / "a.jsonl", *[{"question": "x"}] * 13, row())
+        with pytest.raises(
+            ValueError, match=r"13 rows cannot be used: .*a\.jsonl:10: field 'answer'.*and 3 more"
+        ) as error:
+            rows_of_files([file], DataConfig(cache_dir=str(tmp_path)), tokenizer, "training", True)
+        assert str(error.value).count("field 'answer' is missing") == 10
+        assert "data.on_bad_row=skip" in str(error.value)
+
+    def test_skipped_ones_are_in_the_report(self, tokenizer, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(
+            json.dumps(row()).encode() + b'\n{"question": "\xff"}\n{"question": "a", "question": "b"}\n[]\n'
+            b'{"prompt": "a", "response": "b"}\n' + json.dumps(row("a <|mask|>")).encode() + b"\n"
+        )
+        config = DataConfig(cache_dir=str(tmp_path / "cache"), on_bad_row="skip")
+        for _ in range(2):  # made, and read again
+            tokens, report = rows_of_files([str(tmp_path / "a.jsonl")], config, tokenizer, "training", True)
+            assert (len(tokens), report.read) == (1, 6)
+            noted = report.dropped["cannot be used"]
+            assert noted.count == 5
+            for line, problem in ((2, "utf-8"), (3, "question given twice"), (4, "list"), (5, "a row with 'prompt'")):
+                assert any(f"a.jsonl:{line}: " in named and problem in named for named in noted.examples)
+            assert "5 (83.3%) cannot be used" in report.text()
+
+    def test_a_line_without_end(self, tokenizer, tmp_path):
+        with (tmp_path / "a.jsonl").open("w") as file:
+            file.write(json.dumps(row()) + "\n" + "x" * 100_000_000 + "\n" + json.dumps(row("again")) + "\n")
+        config = DataConfig(cache_dir=str(tmp_path / "cache"), on_bad_row="skip")
+        tokens, report = rows_of_files([str(tmp_path / "a.jsonl")], config, tokenizer, "training", True)
+        assert len(tokens) == 2
+        assert "a.jsonl:2: the line is longer than 16,777,216 bytes" in report.dropped["cannot be used"].examples[0]
+
+
+class TestCache:
+    @pytest.fixture
+    def files(self, tmp_path):
+        return [write(tmp_path / "a.jsonl", row("one"), row("two")), write(tmp_path / "b.jsonl", row("three"))]
+
+    @pytest.fixture
+    def load(self, files, tmp_path, tokenizer):
+        def load(**settings):
+            config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
+            return rows_of_files(files, config, tokenizer, "training", True)
+
+        return load
+
+    def entries(self, tmp_path):
+        return sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_dir())
+
+    def test_rows_are_the_same_from_memory_and_from_disk(self, load, files, tokenizer):
+        rows = [row("one"), row("two"), row("three")]
+        expected, _ = prepared(tokenizer, rows)
+        for _ in range(2):
+            tokens, report = load()
+            assert tokens.fingerprint() == expected.fingerprint()
+            assert tokens.column("source").tolist() == [0, 0, 1]
+            assert [tokens.place(i) for i in range(3)] == [f"{files[0]}:1", f"{files[0]}:2", f"{files[1]}:1"]
+            assert (report.read, report.kept, list(report.sources.values())) == (3, 3, [2, 1])
+
+    def test_the_second_time_nothing_is_tokenized(self, load, tmp_path, monkeypatch):
+        first = load()[0].fingerprint()
+        monkeypatch.setattr("data.rows.encode", None)
+        assert load()[0].fingerprint() == first
+
+    def test_anything_that_changes_the_rows_makes_new_ones(self, load, files, tmp_path, tokenizer, monkeypatch):
+        load()
+        for settings in ({"max_length": 99}, {"loss_on": "all"}, {"filter": "prompt_tokens > 1"}):
+            before = self.entries(tmp_path)
+            load(**settings)
+            assert len(self.entries(tmp_path)) == len(before) + 1
+        load(subset=0.5, train_batch_size=2)  # what does not concern tokens
+        assert len(self.entries(tmp_path)) == 4
+        write(Path(files[1]), row("four"))
+        assert questions(load()[0], tokenizer) == ["one", "two", "four"]
+        monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
+        load()
+        assert len(self.entries(tmp_path)) == 6
+
+    def test_nothing_half_built_is_ever_used(self, load, files, tmp_path, tokenizer, monkeypatch):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("data.rows.os.rename", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                load()
+        assert self.entries(tmp_path) == []
+        assert len(load()[0]) == 3
+
+    def test_several_processes_make_it_once(self, load, files, tmp_path):
+        context = multiprocessing.get_context("fork")
+        config = DataConfig(cache_dir=str(tmp_path / "cache"))
+        with context.Pool(3) as pool:
+            prints = pool.starmap(_fingerprint, [(files, config, str(tmp_path / "builds"))] * 3)
+        assert len(set(prints)) == 1
+        assert len((tmp_path / "builds").read_text().split()) == 1
+
+
+def _fingerprint(files, config, builds):
+    import data.rows
+
+    build = data.rows._build
+
+    def counted(*args):
+        with open(builds, "a") as log:
+            log.write(f"{os.getpid()}\n")
+        build(*args)
+
+    data.rows._build = counted
+    return rows_of_files(files, config, builtin_tokenizer(), "training", True)[0].fingerprint()
+
+
+def test_the_report_as_text_json_and_picture(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    rows = [row(f"question {i}", thinking="a " * i, source=i % 3) for i in range(1, 41)]
+    tokens, report = prepared(tokenizer, rows, filter="source > 0", max_length=80, truncation="right")
+    text = report.text()
+    assert text.startswith("training rows: 27 of 40\n")
+    assert "13 (32.5%) left out by data.filter=source > 0" in text
+    assert f"{report.cut.count} ({report.cut.count / 40:.1%}) response cut" in text
+    assert "rows:3 'question 3'" in text
+    files = save({"training": (tokens, report)}, tmp_path)
+    assert Report.from_json(json.loads(files[0].read_text())["training"]) == report
+    assert files[1].read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,76 @@
+"""Attention from causal to bidirectional."""
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from diffllm import new_model
+from diffllm.annealing import AttentionAnnealing
+from tests.conftest import small_shape
+from tests.trainer.runs import losses, train
+
+
+def batch_of(rows: list[int], left_padding: int = 0) -> dict[str, torch.Tensor]:
+    L = max(rows) + left_padding
+    attended = torch.arange(L) >= L - torch.tensor(rows)[:, None]
+    positions = attended.long().cumsum(-1) - 1
+    return {"attention_mask": attended.long(), "position_ids": torch.where(attended, positions, 1)}
+
+
+def test_a_position_sees_more_of_what_follows_with_every_step():
+    annealing = AttentionAnnealing(steps=4, size=200, seed=0)
+    after = torch.ones(200, 200).triu(1).bool()
+    shares = []
+    for step in range(1, 4):
+        visible = annealing(batch_of([200]), step)["visible"][0]
+        assert visible[~after].all()
+        shares.append(float(visible[after].float().mean()))
+    # 19,900 draws: four standard deviations are 0.014; a false alarm in 16,000
+    assert shares == pytest.approx([0.25, 0.5, 0.75], abs=0.014)
+    assert "visible" not in annealing(batch_of([200]), 4)
+    assert "visible" not in AttentionAnnealing(steps=0, size=9, seed=0)(batch_of([9]), 1)
+
+
+def test_what_is_visible_does_not_depend_on_the_layout():
+    annealing = AttentionAnnealing(steps=9, size=30, seed=5)
+    alone = annealing(batch_of([7]), 3)["visible"][0]
+    beside = annealing(batch_of([7, 12], left_padding=3), 3)["visible"][0]
+    assert torch.equal(alone, beside[-7:, -7:])
+    assert not torch.equal(alone, annealing(batch_of([7]), 4)["visible"][0] & alone)
+
+
+@torch.no_grad()
+def test_without_what_follows_the_model_is_the_causal_one(tokenizer):
+    model = new_model(small_shape(), tokenizer).eval()
+    causal = Qwen2ForCausalLM(model.lm.config.__class__(**model.lm.config.to_dict() | {"is_causal": True})).eval()
+    causal.load_state_dict(model.lm.state_dict())
+    ids = torch.arange(24).view(2, 12)
+    visible = torch.ones(2, 12, 12).tril().bool()
+    row, column = (index.flatten() for index in torch.meshgrid(torch.arange(2), torch.arange(1, 12), indexing="ij"))
+    hidden = model.hidden(ids, None, None, row, column, visible=visible)
+    expected = causal(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(model.head(hidden), expected)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 12)], dim=1).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    wide = torch.ones(2, 15, 15).tril().bool()
+    hidden = model.hidden(padded, mask, positions, row, column + 3, visible=wide)
+    torch.testing.assert_close(model.head(hidden), expected)
+
+
+def test_a_run_anneals_the_same_in_any_layout_and_then_sees_all(small_run):
+    def run(name, **changes):
+        return losses(train(small_run(name, diffusion__attention_annealing_steps=6, **changes)))
+
+    one = run("one")
+    assert run("split", data__micro_batch_size_per_gpu=2) == pytest.approx(one, rel=1e-5)
+    assert losses(train(small_run("plain")))[0] != one[0]
+
+
+def test_it_needs_an_attention_that_can_hide_positions(small_model):
+    small_model.unpad = True
+    ids = torch.arange(6)[None]
+    with pytest.raises(ValueError, match=r"attention_annealing_steps needs model\.attn_implementation=sdpa"):
+        small_model.hidden(
+            ids, None, None, *torch.ones(1, 6).nonzero(as_tuple=True), visible=torch.ones(1, 6, 6).bool()
+        )
