@@ -32,7 +32,6 @@ def load_model(
         lm, report = family.model_class.from_pretrained(
             source,
             config=family.config(published),
-            key_mapping=family.loading_names(),
             dtype=dtype,
             attn_implementation=attn_implementation,
             ignore_mismatched_sizes=True,

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from diffllm.families import Family
+from diffllm.families import Family, switch_off_causality
 from diffllm.loss import Focal, masked_loss
 from diffllm.tokenizer import save_tokenizer
 from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
@@ -48,9 +48,7 @@ class DiffLLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any]):
         super().__init__()
-        for module in lm.modules():
-            if hasattr(module, "is_causal"):
-                module.is_causal = False
+        switch_off_causality(lm)
         # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
         lm.get_input_embeddings().padding_idx = None
         self.lm, self.family, self.published = lm, family, published

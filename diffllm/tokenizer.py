@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORDS = ("system", "user", "assistant", "Solve")
 CHATML = (
@@ -53,9 +52,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     try:
-        published = get_tokenizer_config(path_or_name).get("tokenizer_class")
-        kind = Qwen2Tokenizer if published == "DreamTokenizer" else AutoTokenizer
-        tokenizer = kind.from_pretrained(path_or_name, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path_or_name, padding_side="left")
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path_or_name}: no tokenizer can be read there ({error})") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files

@@ -28,12 +28,12 @@ def test_chat_template_is_chatml():
     )
 
 
-def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
-    """vocab.json, merges.txt and a class of the published code, which is not run."""
+def write_dream_tokenizer(directory):
+    """As it is published, but with a letter a token: vocab.json, merges.txt and the name of a class that is not run."""
     vocab = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["vocab"]
     base = {token: id for token, id in vocab.items() if len(token) == 1}
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(base)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(base)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
     special = {str(256 + i): {"content": text, "special": True} for i, text in enumerate(("<|endoftext|>", "<|mask|>"))}
     config = {
         "tokenizer_class": "DreamTokenizer",
@@ -43,8 +43,13 @@ def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
         "pad_token": "<|endoftext|>",
         "mask_token": "<|mask|>",
     }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(tmp_path)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    tokenizer = load_tokenizer(write_dream_tokenizer(tmp_path))
     assert tokenizer.decode(tokenizer("Hi é")["input_ids"]) == "Hi é"
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id, len(tokenizer)) == (257, 256, 258)
 
