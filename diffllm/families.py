@@ -32,6 +32,13 @@ def switch_off_causality(lm: PreTrainedModel) -> None:
             module.is_causal = False  # what attention goes by where there is no mask
 
 
+def has_window(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has layers that attend to the positions nearby only."""
+    settings = config.to_dict()
+    kinds = settings.get("layer_types") or ["sliding_attention"]  # a window without them is that of every layer
+    return settings.get("sliding_window") is not None and "sliding_attention" in kinds
+
+
 class DreamConfig(Qwen2Config):
     model_type = "Dream"
 

@@ -68,7 +68,12 @@ def test_what_a_tokenizer_needs():
     check_tokenizer(TOKENIZER, TOKENIZER.mask_token_id, len(TOKENIZER))
     with pytest.raises(ValueError, match="no mask token"):
         check_tokenizer(TOKENIZER, None, len(TOKENIZER))
-    with pytest.raises(ValueError, match="as mask and as padding"):
-        check_tokenizer(TOKENIZER, TOKENIZER.pad_token_id, len(TOKENIZER))
+    with pytest.raises(ValueError, match=r"has the mask '<\|mask\|>', token 1253, but the model has token 5"):
+        check_tokenizer(TOKENIZER, 5, len(TOKENIZER))
+    nameless = builtin_tokenizer()
+    nameless.mask_token = None
+    check_tokenizer(nameless, 5)
+    with pytest.raises(ValueError, match="as mask and as padding or end"):
+        check_tokenizer(nameless, TOKENIZER.pad_token_id, len(TOKENIZER))
     with pytest.raises(ValueError, match="smaller than the 1256 tokens"):
         check_tokenizer(TOKENIZER, TOKENIZER.mask_token_id, 1000)
