@@ -144,7 +144,9 @@ class DiffLLM(nn.Module):
             if self.unpad:
                 raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
             if self.windowed:
-                raise ValueError("sampling.cache cannot follow the window of this model's layers: set sampling.cache=none")
+                raise ValueError(
+                    "sampling.cache cannot follow the window of this model's layers: set sampling.cache=none"
+                )
             if position_ids is None:
                 position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
             if cache.columns is not None:
@@ -283,7 +285,7 @@ class DiffLLM(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         published = {
-            self.family.published_name(name.removeprefix("lm.")): tensor.contiguous()
+            self.family.published_name(name.removeprefix("lm.")): _alone(tensor)
             for name, tensor in state_dict.items()
             if not (self.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
         }
@@ -303,7 +305,6 @@ class DiffLLM(nn.Module):
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
 
-
     def _config_json(self, dtype: str) -> dict[str, Any]:
         """`published`, also as Transformers 4 reads it, which takes another rotary base without an error otherwise."""
         old = {"torch_dtype": dtype} if "torch_dtype" in self.published else {}
@@ -316,6 +317,12 @@ class DiffLLM(nn.Module):
             if rope["rope_type"] != "default":
                 old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         return {**self.published, **old, "dtype": dtype}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, and alone in its memory: rows that do not divide by the ranks are gathered with padding behind."""
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:

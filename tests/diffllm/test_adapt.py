@@ -73,7 +73,7 @@ def test_a_token_sees_both_sides_in_every_layer(model_type, tmp_path, plain_toke
 
 def test_keys_and_values_are_not_kept_for_layers_with_a_window(tmp_path, plain_tokenizer):
     model, _ = adapt(str(write_decoder("gemma3_text", tmp_path / "source", plain_tokenizer)))
-    with pytest.raises(ValueError, match="set sampling.cache=none"):
+    with pytest.raises(ValueError, match=r"set sampling\.cache=none"):
         model.diffusion_generate(torch.arange(5)[None], max_new_tokens=4, steps=4, cache="dual", block_length=2)
 
 
@@ -183,7 +183,10 @@ def test_the_command_writes_an_adapted_checkpoint(tmp_path, plain_tokenizer):
     assert load_model(tmp_path / "other").mask_token_id == len(plain_tokenizer)
     done = subprocess.run([*command, tmp_path / "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == f"error: model.path={tmp_path}/nowhere: no such directory, and no hub id either"
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == f"error: model.path={tmp_path}/nowhere: no such directory, and no hub id either"
+    )
     assert "usage" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
 
 

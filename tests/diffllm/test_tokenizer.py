@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
+from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer, set_chat_template
 
 TOKENIZER = builtin_tokenizer()
 
@@ -26,6 +26,27 @@ def test_chat_template_is_chatml():
     assert TOKENIZER.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def render(template, generation=True):
+    """What a named template makes of a chat, with a tokenizer that has its tokens."""
+    tokenizer = builtin_tokenizer()
+    markers = ("<|begin_of_text|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    set_chat_template(tokenizer, template)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi\n"}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=generation, tokenize=False)
+
+
+@pytest.mark.parametrize(("template", "start"), [("llama3", "<|begin_of_text|>"), ("llada", "<|startoftext|>")])
+def test_templates_with_headers(template, start):
+    """As Llama 3 and LLaDA are published."""
+    chat = (
+        f"{start}<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    )
+    assert render(template, generation=False) == chat
+    assert render(template) == chat + "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def write_dream_tokenizer(directory):
