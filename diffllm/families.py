@@ -214,6 +214,11 @@ def family_of(published: dict[str, Any], source: str) -> Family:
     model_type = published.get("model_type")
     for family in FAMILIES.values():
         if family.config_class.model_type == model_type:
+            if (architectures := published.get("architectures")) not in (None, [family.architecture]):
+                raise ValueError(
+                    f"{source}: config.json has architectures={architectures}: only {family.architecture} is known of "
+                    f"model_type={model_type!r}; others shift, attend or route differently"
+                )
             return family
     if (family := _decoder_family(model_type)) is None:
         names = ", ".join(family.config_class.model_type for family in FAMILIES.values())

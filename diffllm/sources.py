@@ -22,8 +22,12 @@ def split_gguf(source: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def readable(source: str, what: str) -> Iterator[None]:
-    """Turn what reading `model.path` raises into a ValueError that says what was tried and what to do."""
+def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what reading `model.path` raises into a ValueError that says what was tried and what to do.
+
+    Args:
+        errors: further ones that mean that it cannot be read.
+    """
     gguf = Path(source).suffix == ".gguf"
     if gguf:
         _check_gguf(source)
@@ -31,7 +35,7 @@ def readable(source: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
-        if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError)):
+        if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
             raise
         path = Path(source)
         if not path.exists() and not HUB_ID.fullmatch(source):

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from diffllm.sources import first_line, on_hub, readable, split_gguf
+from diffllm.sources import on_hub, readable, split_gguf
 
 WORDS = ("system", "user", "assistant", "Solve")
 CHATML = (
@@ -61,12 +61,9 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     """
     source = str(path_or_name)
     directory, file = split_gguf(source)
-    with readable(source, "the tokenizer"):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file, padding_side="left")
-        except ValueError as error:  # what Transformers makes of most missing files
-            raise OSError(f"no tokenizer there: {first_line(error)}") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # and of the others
+    with readable(source, "the tokenizer", ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file, padding_side="left")
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
         raise ValueError(f"model.path={source}: no tokenizer files there")
     tokenizer.name_or_path = source
     return tokenizer

@@ -98,6 +98,11 @@ class TestBadCheckpoints:
         with pytest.raises(ValueError, match=r"model_type='bert'.*Dream, llada"):
             load_model(copy)
 
+    def test_another_model_of_the_same_type(self, copy):
+        self.edit(copy, architectures=["DreamForCausalLM"])
+        with pytest.raises(ValueError, match=r"architectures=\['DreamForCausalLM'\]: only DreamModel is known"):
+            load_model(copy)
+
     def test_no_mask_token(self, copy):
         self.edit(copy, mask_token_id=None)
         with pytest.raises(ValueError, match="no mask_token_id"):
@@ -150,7 +155,7 @@ class TestBadCheckpoints:
             load_model(tmp_path / "copy")
 
     def test_no_tokenizer(self, copy):
-        with pytest.raises(ValueError, match="no tokenizer"):
+        with pytest.raises(ValueError, match="no tokenizer files there"):
             load_tokenizer(copy)
 
 
