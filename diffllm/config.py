@@ -28,7 +28,9 @@ class ModelConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    path: str | None = None  # a local directory or hub id in the published format; null makes a model from scratch
+    path: str | None = None  # a local directory, hub id or GGUF file; null makes a model from scratch
+    mask_token: str = "<|mask|>"  # of an autoregressive checkpoint: a token that nothing uses, or one that is added
+    chat_template: str | None = None  # chatml | llama3 | llada | the path of a .jinja file; null takes the tokenizer's
     family: str = "dream"  # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
     hidden_size: int = 128
     intermediate_size: int = 384

@@ -1,31 +1,117 @@
-"""How the published families map onto Transformers decoders: configuration keys, weight names, shift."""
+"""How checkpoints map onto Transformers decoders: configuration keys, weight names, shift."""
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def switch_off_causality(lm: PreTrainedModel) -> None:
+    """Let every position attend to all others, within the window where a layer has one."""
+    lm.config.is_causal = False  # what masks are made by
+    for module in lm.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # what attention goes by where there is no mask
+
+
+def has_window(config: PreTrainedConfig) -> bool:
+    """Whether a decoder has layers that attend to the positions nearby only."""
+    settings = config.to_dict()
+    kinds = settings.get("layer_types") or ["sliding_attention"]  # a window without them is that of every layer
+    return settings.get("sliding_window") is not None and "sliding_attention" in kinds
 
 
 class DreamConfig(Qwen2Config):
     model_type = "Dream"
 
 
+class DreamModel(Qwen2ForCausalLM):
+    """Dream with its head, by the name that its config.json gives."""
+
+    config_class = DreamConfig
+
+    def __init__(self, config: DreamConfig):
+        super().__init__(config)
+        switch_off_causality(self)
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Dream's tokenizer, by the name that its tokenizer_config.json gives."""
+
+
+LLADA_KEYS = {
+    "d_model": "hidden_size",
+    "mlp_hidden_size": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+    "activation_type": "hidden_act",
+    "embedding_size": "vocab_size",  # how many rows the embeddings have, at least the vocab_size
+}
+LLADA_REQUIRED = {
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "alibi": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+}
+
+
 class LLaDAConfig(LlamaConfig):
     model_type = "llada"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLaDAConfig":
+        """From the published keys, or Transformers' own.
+
+        Raises:
+            ValueError: a variant that Llama's decoder does not have.
+        """
+        for key, value in LLADA_REQUIRED.items():
+            if config_dict.get(key, value) != value:
+                raise ValueError(f"config.json has {key}={config_dict[key]!r}: only {value!r} is supported for LLaDA")
+        own = {key: value for key, value in config_dict.items() if key not in LLADA_KEYS}
+        known = {LLADA_KEYS[key]: config_dict[key] for key in LLADA_KEYS if config_dict.get(key) is not None}
+        return super().from_dict(own | known, **kwargs)
+
+
+class LLaDAModelLM(LlamaForCausalLM):
+    """LLaDA with its head, by the name that its config.json gives."""
+
+    config_class = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        switch_off_causality(self)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One published format.
+    """One format of checkpoints.
 
     `config_keys` and `weight_names` are tables published → Transformers; `{n}` in a weight name is the layer.
     """
@@ -39,18 +125,13 @@ class Family:
     required: dict[str, Any] = field(default_factory=dict)  # published values without which the decoder would differ
 
     def config(self, published: dict[str, Any]) -> PreTrainedConfig:
-        """The Transformers config of a published config.json, causality off.
+        """The Transformers config of a published config.json.
 
         Raises:
             ValueError: the config asks for a variant that the Transformers decoder does not have.
         """
-        for key, value in self.required.items():
-            if published.get(key, value) != value:
-                raise ValueError(
-                    f"config.json has {key}={published[key]!r}: only {value!r} is supported for {self.architecture}"
-                )
-        known = {self.config_keys.get(key, key): value for key, value in published.items() if value is not None}
-        return self.config_class.from_dict({**known, "is_causal": False, "use_cache": False})
+        known = {key: value for key, value in published.items() if value is not None}
+        return self.config_class.from_dict({**known, "use_cache": False})
 
     def published_config(self, shape: dict[str, Any]) -> dict[str, Any]:
         """The config.json of a model made from scratch, from Transformers' names for its shape."""
@@ -58,13 +139,10 @@ class Family:
         return {
             "architectures": [self.architecture],
             "model_type": self.config_class.model_type,
+            "vocab_size": shape["vocab_size"],
             **self.required,
             **{published_key.get(key, key): value for key, value in shape.items()},
         }
-
-    def loading_names(self) -> dict[str, str]:
-        """Regular expressions published → Transformers, as `from_pretrained(key_mapping=…)` takes them."""
-        return {_pattern(published): ours.replace("{n}", r"\1") for published, ours in self.weight_names.items()}
 
     def published_name(self, name: str) -> str:
         """A Transformers weight name as the published checkpoint calls it."""
@@ -92,22 +170,13 @@ _LLADA_BLOCK = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "dream": Family(Qwen2ForCausalLM, DreamConfig, shift=True, architecture="DreamModel"),
+    "dream": Family(DreamModel, DreamConfig, shift=True, architecture="DreamModel"),
     "llada": Family(
-        LlamaForCausalLM,
+        LLaDAModelLM,
         LLaDAConfig,
         shift=False,
         architecture="LLaDAModelLM",
-        config_keys={
-            "d_model": "hidden_size",
-            "mlp_hidden_size": "intermediate_size",
-            "n_layers": "num_hidden_layers",
-            "n_heads": "num_attention_heads",
-            "n_kv_heads": "num_key_value_heads",
-            "max_sequence_length": "max_position_embeddings",
-            "weight_tying": "tie_word_embeddings",
-            "activation_type": "hidden_act",
-        },
+        config_keys=LLADA_KEYS,
         weight_names={
             "model.transformer.wte": "model.embed_tokens",
             "model.transformer.ln_f": "model.norm",
@@ -117,35 +186,57 @@ FAMILIES: dict[str, Family] = {
                 for published, ours in _LLADA_BLOCK.items()
             },
         },
-        required={
-            "block_type": "llama",
-            "layer_norm_type": "rms",
-            "rope": True,
-            "alibi": False,
-            "include_bias": False,
-            "include_qkv_bias": False,
-            "attention_layer_norm": False,
-            "input_emb_norm": False,
-            "scale_logits": False,
-        },
+        required=LLADA_REQUIRED,
     ),
 }
 
+# So that Transformers' Auto classes load the published checkpoints, and save them, without remote code.
 for _family in FAMILIES.values():
     AutoConfig.register(_family.config_class.model_type, _family.config_class)
+    for _auto in (AutoModel, AutoModelForCausalLM):
+        _auto.register(_family.config_class, _family.model_class)
+    register_checkpoint_conversion_mapping(
+        _family.config_class.model_type,
+        [
+            WeightRenaming(_pattern(published), ours.replace("{n}", r"\1"))
+            for published, ours in _family.weight_names.items()
+        ],
+    )
+AutoTokenizer.register(DreamConfig, DreamTokenizer)
 
 
 def family_of(published: dict[str, Any], source: str) -> Family:
     """The family that a config.json belongs to, by its `model_type`.
 
     Raises:
-        ValueError: no family has that `model_type`.
+        ValueError: it is neither Dream's nor LLaDA's, nor that of a decoder in Transformers.
     """
-    by_model_type = {family.config_class.model_type: family for family in FAMILIES.values()}
     model_type = published.get("model_type")
-    if model_type not in by_model_type:
+    for family in FAMILIES.values():
+        if family.config_class.model_type == model_type:
+            if (architectures := published.get("architectures")) not in (None, [family.architecture]):
+                raise ValueError(
+                    f"{source}: config.json has architectures={architectures}: only {family.architecture} is known of "
+                    f"model_type={model_type!r}; others shift, attend or route differently"
+                )
+            return family
+    if (family := _decoder_family(model_type)) is None:
+        names = ", ".join(family.config_class.model_type for family in FAMILIES.values())
         raise ValueError(
-            f"{source}: config.json has model_type={model_type!r}, which is no diffusion family: "
-            f"expected one of {', '.join(by_model_type)}"
+            f"{source}: config.json has model_type={model_type!r}, which is no diffusion family ({names}) and no "
+            "causal decoder of Transformers, such as qwen2, qwen3, llama, mistral or gemma3_text; encoder-decoders "
+            "and multimodal models cannot be adapted"
         )
-    return by_model_type[model_type]
+    return family
+
+
+@lru_cache
+def _decoder_family(model_type: str | None) -> Family | None:
+    """A decoder of Transformers as it is: shifted, as it was trained to predict the next token."""
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
+    if not architecture.endswith("ForCausalLM"):
+        return None
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class.sub_configs or config_class.is_encoder_decoder:
+        return None
+    return Family(MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config_class, shift=True, architecture=architecture)

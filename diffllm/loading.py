@@ -1,49 +1,35 @@
 """Models from checkpoints, or from scratch."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffllm.config import ModelConfig
 from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
+from diffllm.sources import on_hub, readable, split_gguf
 
 
 def load_model(
     path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> DiffLLM:
-    """Load a Dream or LLaDA checkpoint as published; no remote code runs.
+    """Load a diffusion checkpoint, published or adapted; no remote code runs.
 
     Args:
         path_or_name: a local directory or a hub id.
 
     Raises:
-        ValueError: no checkpoint there, an unknown family, no mask token, or weights that are missing, unexpected or of
-            another shape than config.json says.
+        ValueError: no checkpoint there, an unknown family, no mask token (an autoregressive checkpoint: see
+            `diffllm.adapt`), or weights that are missing, unexpected or of another shape than config.json says.
     """
     source = str(path_or_name)
-    published, family = _read_config(source)
-    try:
-        lm, report = family.model_class.from_pretrained(
-            source,
-            config=family.config(published),
-            key_mapping=family.loading_names(),
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except ImportError as error:
-        raise ValueError(_not_installed(attn_implementation)) from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.path={source}: the weights cannot be read ({_first_line(error)})") from error
-    check_weights(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
-    return DiffLLM(lm, family, published)
+    published, family = read_config(source)
+    check_ids(published, source)
+    return DiffLLM(load_decoder(source, published, family, dtype, attn_implementation), family, published, source)
 
 
 def empty_model(
@@ -54,17 +40,51 @@ def empty_model(
     Raises:
         ValueError: as `load_model`, as far as config.json goes.
     """
-    published, family = _read_config(str(path_or_name))
-    try:
-        with torch.device("meta"):
-            lm = family.model_class._from_config(
-                family.config(published), dtype=dtype, attn_implementation=attn_implementation
-            )
-    except ImportError as error:
-        raise ValueError(_not_installed(attn_implementation)) from error
-    decoder = lm.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)  # its frequencies are in no file
-    return DiffLLM(lm, family, published)
+    source = str(path_or_name)
+    published, family = read_config(source)
+    check_ids(published, source)
+    with _checked_attention(attn_implementation), torch.device("meta"):
+        lm = family.model_class._from_config(
+            family.config(published), dtype=dtype, attn_implementation=attn_implementation
+        )
+    fill_buffers(lm)
+    return DiffLLM(lm, family, published, source)
+
+
+@torch.no_grad()
+def fill_buffers(lm: PreTrainedModel) -> None:
+    """Make the buffers of a model on the meta device real: rotary frequencies, scales and the like are in no file."""
+    holders = set()
+    for name, buffer in list(lm.named_non_persistent_buffers()):
+        path, _, own_name = name.rpartition(".")
+        holders.add(module := lm.get_submodule(path))
+        setattr(module, own_name, torch.empty_like(buffer, device="cpu"))
+    for module in holders:
+        lm._init_weights(module)  # as Transformers does when it reads weights; those on meta take no value
+
+
+def load_decoder(
+    source: str, published: dict[str, Any], family: Family, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """The decoder of a checkpoint with its weights.
+
+    Raises:
+        ValueError: see `load_model`.
+    """
+    directory, file = split_gguf(source)
+    settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
+    with readable(source, "the weights"), _checked_attention(attn_implementation):
+        lm, report = family.model_class.from_pretrained(
+            directory,
+            config=family.config(published),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
+    check_weights(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    return lm
 
 
 def check_weights(
@@ -88,14 +108,24 @@ def check_weights(
         raise ValueError(f"{source}: the weights do not fit config.json. {'; '.join(problems)}")
 
 
-def _read_config(source: str) -> tuple[dict[str, Any], Family]:
-    """config.json of a checkpoint and its family."""
-    try:
-        published, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model.path={source}: no readable config.json there ({_first_line(error)})") from error
-    _check_ids(published, source)
-    return published, family_of(published, source)
+def read_config(source: str) -> tuple[dict[str, Any], Family]:
+    """config.json of a checkpoint, or what a GGUF file says in its place, and its family.
+
+    Raises:
+        ValueError: there is none, or its `model_type` is of no family.
+    """
+    directory, file = split_gguf(source)
+    with readable(source, "config.json"):
+        published, _ = PreTrainedConfig.get_config_dict(directory, gguf_file=file)
+    if not isinstance(published, dict):
+        raise ValueError(f"{source}: config.json is not a JSON object")
+    family = family_of(published, source)
+    if file:
+        published = {key: value for key, value in published.items() if not key.startswith("_")}
+        published = {"architectures": [family.architecture], **published}
+    if "auto_map" in published and not Path(source).is_dir():
+        published["auto_map"] = on_hub(published["auto_map"], source)
+    return published, family
 
 
 def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
@@ -130,28 +160,25 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             "pad_token_id": tokenizer.pad_token_id,
         }
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _checked_attention(config.attn_implementation):
         torch.manual_seed(seed)
-        try:
-            lm = family.model_class._from_config(
-                family.config(published), attn_implementation=config.attn_implementation
-            )
-        except ImportError as error:
-            raise ValueError(_not_installed(config.attn_implementation)) from error
+        lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
     return DiffLLM(lm, family, published)
 
 
-def _check_ids(published: dict[str, Any], source: str) -> None:
+def check_ids(published: dict[str, Any], source: str) -> None:
     """Refuse a config.json whose special tokens cannot serve.
 
     Raises:
         ValueError: no mask or end-of-sequence token, one beyond the vocabulary, or a mask that is the padding too.
     """
-    if not isinstance(published, dict):
-        raise ValueError(f"{source}: config.json is not a JSON object")
-    for key in ("mask_token_id", "eos_token_id"):
-        if published.get(key) is None:
-            raise ValueError(f"{source}: config.json has no {key}, which a diffusion language model needs")
+    if published.get("mask_token_id") is None:
+        raise ValueError(
+            f"{source}: config.json has no mask_token_id, which a diffusion language model needs; "
+            "`python -m diffllm.adapt SOURCE DIR` gives one to an autoregressive checkpoint"
+        )
+    if published.get("eos_token_id") is None:
+        raise ValueError(f"{source}: config.json has no eos_token_id, which a diffusion language model needs")
     for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
         token = published.get(key)
         if token is not None and not 0 <= token < published.get("vocab_size", 0):
@@ -163,11 +190,12 @@ def _check_ids(published: dict[str, Any], source: str) -> None:
         raise ValueError(f"{source}: config.json uses token {mask} as mask and as padding or end")
 
 
-def _not_installed(attn_implementation: str) -> str:
-    return (
-        f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', or use sdpa"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@contextmanager
+def _checked_attention(attn_implementation: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', "
+            "or use sdpa"
+        ) from error

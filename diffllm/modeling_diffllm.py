@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from diffllm.families import Family
+from diffllm.families import Family, has_window, switch_off_causality
 from diffllm.loss import Focal, masked_loss
+from diffllm.sources import copy_code
 from diffllm.tokenizer import save_tokenizer
 from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
 
@@ -41,23 +42,24 @@ class DiffLLM(nn.Module):
         lm: the Transformers decoder with its head, attending in both directions.
         family: the published format it belongs to.
         published: its config.json in that format, which is what `save_pretrained` writes.
+        source: where it was loaded from.
         mask_token_id, pad_token_id, eos_token_id: from that config.
+        windowed: some layers attend to the positions nearby only.
         unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
         masked_loss: `diffllm.loss.masked_loss`, or another with the same arguments.
     """
 
-    def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any]):
+    def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any], source: str | None = None):
         super().__init__()
-        for module in lm.modules():
-            if hasattr(module, "is_causal"):
-                module.is_causal = False
+        switch_off_causality(lm)
         # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
         lm.get_input_embeddings().padding_idx = None
-        self.lm, self.family, self.published = lm, family, published
+        self.lm, self.family, self.published, self.source = lm, family, published, source
         self.mask_token_id: int = published["mask_token_id"]
         self.eos_token_id: int = published["eos_token_id"]
         pad = published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.windowed = has_window(lm.config)
         self.unpad = "flash" in lm.config._attn_implementation
         self.masked_loss = masked_loss
 
@@ -136,7 +138,8 @@ class DiffLLM(nn.Module):
             visible: [B, L, L] bool, whether the first position sees the second.
 
         Raises:
-            ValueError: a cache, or what is visible, with an attention that takes rows without their padding.
+            ValueError: a cache, or what is visible, with an attention that takes rows without their padding, or a cache
+                with one that sees a window only.
         """
         if self.family.shift:
             first = 0 if attention_mask is None else (attention_mask == 0).sum(-1)[row]
@@ -150,6 +153,10 @@ class DiffLLM(nn.Module):
         if cache is not None:
             if self.unpad:
                 raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
+            if self.windowed:
+                raise ValueError(
+                    "sampling.cache cannot follow the window of this model's layers: set sampling.cache=none"
+                )
             if position_ids is None:
                 position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
             if cache.columns is not None:
@@ -276,25 +283,29 @@ class DiffLLM(nn.Module):
         directory: str | Path,
         state_dict: Mapping[str, Tensor] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        max_shard_size: str = "5GB",
     ) -> None:
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
         Args:
             state_dict: full tensors by their names in this module; its own by default.
+            max_shard_size: of a file; more of them come with an index.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         published = {
-            self.family.published_name(name.removeprefix("lm.")): tensor.contiguous()
+            self.family.published_name(name.removeprefix("lm.")): _alone(tensor)
             for name, tensor in state_dict.items()
             if not (self.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
         }
-        save_torch_state_dict(published, directory)
+        save_torch_state_dict(published, directory, max_shard_size=max_shard_size)
         for file in directory.glob("*.safetensors"):
             file.chmod(0o644)  # the library leaves them readable by their owner alone
         dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps({**self.published, "dtype": dtype}, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(self._config_json(dtype), indent=2) + "\n")
+        if "auto_map" in self.published:
+            copy_code(self.source, directory)
         GenerationConfig(
             bos_token_id=self.published.get("bos_token_id"),
             eos_token_id=self.eos_token_id,
@@ -303,6 +314,25 @@ class DiffLLM(nn.Module):
         ).save_pretrained(directory)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
+
+    def _config_json(self, dtype: str) -> dict[str, Any]:
+        """`published`, also as Transformers 4 reads it, which takes another rotary base without an error otherwise."""
+        old = {"torch_dtype": dtype} if "torch_dtype" in self.published else {}
+        rope = self.lm.config.to_dict().get("rope_parameters") or {}
+        if "full_attention" in rope:  # each kind of layer has its own
+            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        if "rope_theta" in rope:
+            old["rope_theta"] = rope["rope_theta"]
+            if rope["rope_type"] != "default":
+                old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return {**self.published, **old, "dtype": dtype}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, and alone in its memory: rows that do not divide by the ranks are gathered with padding behind."""
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:

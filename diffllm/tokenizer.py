@@ -5,14 +5,21 @@ import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from diffllm.sources import on_hub, readable, split_gguf
 
 WORDS = ("system", "user", "assistant", "Solve")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_HEADERS = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHAT_TEMPLATES = {"chatml": CHATML, "llama3": "<|begin_of_text|>" + _HEADERS, "llada": "<|startoftext|>" + _HEADERS}
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,15 +59,53 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
-    try:
-        published = get_tokenizer_config(path_or_name).get("tokenizer_class")
-        kind = Qwen2Tokenizer if published == "DreamTokenizer" else AutoTokenizer
-        tokenizer = kind.from_pretrained(path_or_name, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={path_or_name}: no tokenizer can be read there ({error})") from error
+    source = str(path_or_name)
+    directory, file = split_gguf(source)
+    with readable(source, "the tokenizer", ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file, padding_side="left")
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
-        raise ValueError(f"model.path={path_or_name}: no tokenizer files there")
+        raise ValueError(f"model.path={source}: no tokenizer files there")
+    tokenizer.name_or_path = source
     return tokenizer
+
+
+def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
+    """Make `mask_token` the tokenizer's mask. Returns whether it had to be added to the vocabulary.
+
+    Raises:
+        ValueError: it is an ordinary token of the vocabulary, which texts may hold.
+    """
+    known = mask_token in tokenizer.get_vocab()
+    if known and mask_token not in tokenizer.get_added_vocab():
+        raise ValueError(
+            f"model.mask_token={mask_token}: texts hold this token; name a special one that no text uses "
+            f"({', '.join(sorted(tokenizer.get_added_vocab()))}), or one that is to be added"
+        )
+    tokenizer.add_special_tokens({"mask_token": mask_token})
+    return not known
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Give the tokenizer a template of `CHAT_TEMPLATES` by its name, or that of a .jinja file.
+
+    Raises:
+        ValueError: no such file, or the vocabulary lacks a token of the named template.
+    """
+    if template not in CHAT_TEMPLATES:
+        if not Path(template).is_file():
+            raise ValueError(
+                f"model.chat_template={template}: no such file; give the path of a .jinja file, or one of "
+                f"{', '.join(CHAT_TEMPLATES)}"
+            )
+        tokenizer.chat_template = Path(template).read_text()
+        return
+    text = CHAT_TEMPLATES[template]
+    if missing := set(re.findall(r"<\|\w+\|>", text)) - tokenizer.get_vocab().keys():
+        raise ValueError(
+            f"model.chat_template={template}: the tokenizer has no {', '.join(sorted(missing))}; choose another "
+            "template, or null for the tokenizer's own"
+        )
+    tokenizer.chat_template = text
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -68,6 +113,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) ->
     tokenizer.save_pretrained(directory)
     path = Path(directory) / "tokenizer_config.json"
     config = json.loads(path.read_text())
+    if "auto_map" in config and not Path(tokenizer.name_or_path).is_dir():
+        config["auto_map"] = on_hub(config["auto_map"], tokenizer.name_or_path)
+    if config.get("tokenizer_class") == "DreamTokenizer":
+        if "auto_map" in config:  # the published class reads these
+            tokenizer.backend_tokenizer.model.save(str(directory))
+            added = tokenizer.added_tokens_decoder.items()
+            config["added_tokens_decoder"] = {id: token.__getstate__() for id, token in added}
+        else:
+            config["tokenizer_class"] = "Qwen2Tokenizer"
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -81,16 +135,23 @@ def check_tokenizer(
     """Refuse a tokenizer that cannot serve a diffusion model.
 
     Raises:
-        ValueError: no mask or end-of-sequence token, mask and padding are one token, or more tokens than the model's
-            vocabulary.
+        ValueError: no mask or end-of-sequence token, another mask than the model's, one that is padding or end too, or
+            more tokens than the model's vocabulary.
     """
     name = tokenizer.name_or_path or "built-in"
     if mask_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no mask token: add one with tokenizer.add_special_tokens")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no end-of-sequence token: set tokenizer.eos_token")
-    if mask_token_id == tokenizer.pad_token_id:
-        raise ValueError(f"tokenizer {name!r} uses token {mask_token_id} as mask and as padding: they must differ")
+    if tokenizer.mask_token_id not in (None, mask_token_id):
+        raise ValueError(
+            f"tokenizer {name!r} has the mask {tokenizer.mask_token!r}, token {tokenizer.mask_token_id}, but the model "
+            f"has token {mask_token_id}: set mask_token in tokenizer_config.json"
+        )
+    if mask_token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        raise ValueError(
+            f"tokenizer {name!r} uses token {mask_token_id} as mask and as padding or end: they must differ"
+        )
     if vocab_size is not None and vocab_size < len(tokenizer):
         raise ValueError(
             f"model vocabulary {vocab_size} is smaller than the {len(tokenizer)} tokens of tokenizer {name!r}: "

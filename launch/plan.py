@@ -141,7 +141,7 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
     elif path and config.model.vocab_size is None:
         raise ValueError(
             f"model.path={path}: no such directory, and {file} has no checkpoint's shape; for one on the hub choose "
-            "model=dream_7b or model=llada_8b"
+            "a file of conf/model, such as model=dream_7b or model=llada_8b"
         )
     else:
         with torch.device("meta"):

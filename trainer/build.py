@@ -12,8 +12,9 @@ from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
+from diffllm.adapt import adapt, needs_adapting
 from diffllm.loading import empty_model
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer
+from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
 
 
@@ -22,19 +23,28 @@ def build_model(
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
     """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in one.
 
+    An autoregressive checkpoint is adapted. Its weights are whole in each rank until they are sharded, as those from
+    scratch are: for a large one, let `python -m diffllm.adapt SOURCE DIR` write the adapted checkpoint once.
+
     Args:
-        empty: leave the weights of a checkpoint on the meta device, for `trainer.parallel.shard` to read.
+        empty: leave the weights of a diffusion checkpoint on the meta device, for `trainer.parallel.shard` to read.
 
     Raises:
-        ValueError: see `load_model`, `load_tokenizer`, `check_tokenizer` and `new_model`.
+        ValueError: see `load_model`, `load_tokenizer`, `check_tokenizer`, `adapt` and `new_model`.
     """
     if config.path is None:
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
+    elif needs_adapting(config.path):
+        model, tokenizer = adapt(config.path, config.mask_token, dtype, config.attn_implementation)
     else:
         load = empty_model if empty else load_model
         model = load(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
+        if tokenizer.mask_token is None:  # so that texts with the mask in them are refused
+            tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
+    if config.chat_template is not None:
+        set_chat_template(tokenizer, config.chat_template)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
     return model, tokenizer
 

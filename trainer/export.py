@@ -1,9 +1,10 @@
-"""A checkpoint's model in the published format: `python -m trainer.export CHECKPOINT DIR`."""
+"""A checkpoint's model in the published format: `python -m trainer.export CHECKPOINT DIR [bf16|f32]`."""
 
 import sys
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,8 @@ from diffllm.lora import add_lora, merge_lora
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.config import Config, resolve
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
@@ -27,24 +30,30 @@ def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedToken
     return model, tokenizer
 
 
-def export(source: Path, directory: Path) -> None:
+def export(source: Path, directory: Path, dtype: str = "f32") -> None:
     """Write safetensors, config, generation config and tokenizer; adapters are merged.
 
+    Args:
+        dtype: what the weights are rounded to, of DTYPES.
+
     Raises:
-        ValueError: `source` is not a whole checkpoint.
+        ValueError: `source` is not a whole checkpoint, or an unknown `dtype`.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype}: weights are written as one of {', '.join(DTYPES)}")
     if defect := checkpoint.find_defect(source):
         raise ValueError(f"{source}: {defect}")
     config = resolve(OmegaConf.create(checkpoint.read_manifest(source)["config"]))
     model, tokenizer = load_trained(source, config)
-    model.save_pretrained(directory, merge_lora(model.state_dict(), config.model), tokenizer)
+    merged = merge_lora(model.state_dict(), config.model)
+    model.save_pretrained(directory, {name: tensor.to(DTYPES[dtype]) for name, tensor in merged.items()}, tokenizer)
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m trainer.export CHECKPOINT DIR")
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m trainer.export CHECKPOINT DIR [bf16|f32]")
     try:
-        export(Path(sys.argv[1]), Path(sys.argv[2]))
+        export(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from diffllm import DiffLLM, ModelConfig
 from diffllm.loading import check_weights
 from diffllm.lora import base_name
+from diffllm.sources import readable
 from trainer.build import compute_dtype
 from trainer.config import Config
 from trainer.world import World
@@ -108,13 +108,11 @@ def read_weights(model: DiffLLM, source: str) -> None:
         ValueError: no safetensors there, or weights that are cut short, missing, unexpected or of another shape.
     """
     directory = Path(source)
-    try:
+    with readable(source, "the weights"):
         if not directory.is_dir():
             directory = Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
         reader = HuggingFaceStorageReader(str(directory))
         saved = {name: tuple(item.size) for name, item in reader.read_metadata().state_dict_metadata.items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.path={source}: the weights cannot be read ({error})") from error
     if not saved:
         raise ValueError(f"model.path={source}: no .safetensors files there; train from a checkpoint that has them")
 

@@ -90,12 +90,17 @@ class TestBadCheckpoints:
         (copy / "config.json").write_text(json.dumps(config))
 
     def test_no_such_directory(self, tmp_path):
-        with pytest.raises(ValueError, match=r"nowhere: no readable config\.json"):
+        with pytest.raises(ValueError, match=r"nowhere: no such directory"):
             load_model(tmp_path / "nowhere")
 
     def test_unknown_family(self, copy):
         self.edit(copy, model_type="bert")
         with pytest.raises(ValueError, match=r"model_type='bert'.*Dream, llada"):
+            load_model(copy)
+
+    def test_another_model_of_the_same_type(self, copy):
+        self.edit(copy, architectures=["DreamForCausalLM"])
+        with pytest.raises(ValueError, match=r"architectures=\['DreamForCausalLM'\]: only DreamModel is known"):
             load_model(copy)
 
     def test_no_mask_token(self, copy):
@@ -150,7 +155,7 @@ class TestBadCheckpoints:
             load_model(tmp_path / "copy")
 
     def test_no_tokenizer(self, copy):
-        with pytest.raises(ValueError, match="no tokenizer"):
+        with pytest.raises(ValueError, match="no tokenizer files there"):
             load_tokenizer(copy)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer
+from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer, set_chat_template
 
 TOKENIZER = builtin_tokenizer()
 
@@ -28,12 +28,33 @@ def test_chat_template_is_chatml():
     )
 
 
-def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
-    """vocab.json, merges.txt and a class of the published code, which is not run."""
+def render(template, generation=True):
+    """What a named template makes of a chat, with a tokenizer that has its tokens."""
+    tokenizer = builtin_tokenizer()
+    markers = ("<|begin_of_text|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    set_chat_template(tokenizer, template)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi\n"}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=generation, tokenize=False)
+
+
+@pytest.mark.parametrize(("template", "start"), [("llama3", "<|begin_of_text|>"), ("llada", "<|startoftext|>")])
+def test_templates_with_headers(template, start):
+    """As Llama 3 and LLaDA are published."""
+    chat = (
+        f"{start}<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    )
+    assert render(template, generation=False) == chat
+    assert render(template) == chat + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def write_dream_tokenizer(directory):
+    """As it is published, but with a letter a token: vocab.json, merges.txt and the name of a class that is not run."""
     vocab = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["vocab"]
     base = {token: id for token, id in vocab.items() if len(token) == 1}
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(base)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(base)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
     special = {str(256 + i): {"content": text, "special": True} for i, text in enumerate(("<|endoftext|>", "<|mask|>"))}
     config = {
         "tokenizer_class": "DreamTokenizer",
@@ -43,8 +64,13 @@ def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
         "pad_token": "<|endoftext|>",
         "mask_token": "<|mask|>",
     }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(tmp_path)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    tokenizer = load_tokenizer(write_dream_tokenizer(tmp_path))
     assert tokenizer.decode(tokenizer("Hi é")["input_ids"]) == "Hi é"
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id, len(tokenizer)) == (257, 256, 258)
 
@@ -63,7 +89,12 @@ def test_what_a_tokenizer_needs():
     check_tokenizer(TOKENIZER, TOKENIZER.mask_token_id, len(TOKENIZER))
     with pytest.raises(ValueError, match="no mask token"):
         check_tokenizer(TOKENIZER, None, len(TOKENIZER))
-    with pytest.raises(ValueError, match="as mask and as padding"):
-        check_tokenizer(TOKENIZER, TOKENIZER.pad_token_id, len(TOKENIZER))
+    with pytest.raises(ValueError, match=r"has the mask '<\|mask\|>', token 1253, but the model has token 5"):
+        check_tokenizer(TOKENIZER, 5, len(TOKENIZER))
+    nameless = builtin_tokenizer()
+    nameless.mask_token = None
+    check_tokenizer(nameless, 5)
+    with pytest.raises(ValueError, match="as mask and as padding or end"):
+        check_tokenizer(nameless, TOKENIZER.pad_token_id, len(TOKENIZER))
     with pytest.raises(ValueError, match="smaller than the 1256 tokens"):
         check_tokenizer(TOKENIZER, TOKENIZER.mask_token_id, 1000)

@@ -12,7 +12,8 @@ import torch
 from diffllm import ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from launch.activations import pass_memory
-from launch.plan import largest_micro_batch, memory_table
+from launch.cli import CONF
+from launch.plan import largest_micro_batch, memory_table, meta_model, read_arguments
 from tests.benchmarks.measure import peak_bytes
 from tests.conftest import GOLDEN, small_shape
 from trainer.config import Config, share_of
@@ -118,6 +119,30 @@ def test_a_smaller_micro_batch_helps(run):
     assert code == 1
     [largest] = [line.split()[-1] for line in out.splitlines() if line.startswith("largest")]
     assert f"what helps: data.micro_batch_size_per_gpu={largest}, more GPUs" in out
+
+
+# In billions, as published, but for Qwen3, whose heads are wider than the nearest shape's.
+PARAMETERS = {
+    **dict.fromkeys(("dream_7b", "dream_7b_instruct", "dream_coder_7b", "dream_coder_7b_instruct"), 7.62),
+    **dict.fromkeys(("diffucoder_7b", "diffucoder_7b_instruct", "qwen2_5_7b"), 7.62),
+    **dict.fromkeys(("llada_8b", "llada_8b_instruct", "llada_1_5"), 8.02),
+    "qwen2_5_0_5b": 0.49,
+    "qwen3_0_6b_base": 0.51,
+    "llama3_2_1b": 1.24,
+    "smollm2_135m_instruct": 0.13,
+    "gemma3_1b": 1.01,
+    "tiny": 0.00,
+}
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in CONF.glob("model/*.yaml")))
+def test_every_model_has_a_shape_to_plan_with(choice):
+    _, config, _ = read_arguments([f"model={choice}"])
+    model, file = meta_model(config, choice)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(
+        PARAMETERS[choice], abs=0.01
+    )
+    assert file == f"conf/model/{choice}.yaml"
 
 
 def test_a_directory_says_its_shape_itself(run):

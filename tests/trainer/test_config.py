@@ -25,6 +25,25 @@ def test_every_choice_composes(group, choice):
     assert isinstance(resolved(f"{group}={choice}"), Config)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "transfer", "temperature"),
+    [
+        (["model=llada_8b_instruct"], "even", 0.0),
+        (["model=dream_coder_7b_instruct"], "linear", 0.2),
+        (["experiment=dream_s1k"], "linear", 0.2),
+        (["experiment=dream_s1k", "model=llada_1_5"], "even", 0.0),
+        (["sampling=fast", "model=llada_8b"], "threshold", 0.0),
+        (["model=dream_7b", "sampling=default"], "linear", 0.0),
+        (["model=qwen2_5_7b"], "linear", 0.0),
+    ],
+    ids=str,
+)
+def test_a_model_chooses_its_sampling_unless_the_command_line_does(overrides, transfer, temperature):
+    config = resolved(*overrides, "sampling.max_new_tokens=64")
+    assert (config.sampling.transfer, config.sampling.temperature) == (transfer, temperature)
+    assert config.sampling.steps == (64 if temperature else 256)
+
+
 def test_yaml_sets_what_it_says():
     config = resolved("experiment=dream_s1k")
     assert config.model.path == "Dream-org/Dream-v0-Base-7B"

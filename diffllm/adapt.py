@@ -1,0 +1,113 @@
+"""Autoregressive checkpoints made into diffusion ones: `python -m diffllm.adapt SOURCE DIR [MASK_TOKEN]`."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diffllm.families import FAMILIES, switch_off_causality
+from diffllm.loading import check_ids, load_decoder, read_config
+from diffllm.modeling_diffllm import DiffLLM
+from diffllm.sources import split_gguf
+from diffllm.tokenizer import check_tokenizer, load_tokenizer, name_mask
+
+MASK_TOKEN = "<|mask|>"
+
+
+def needs_adapting(source: str) -> bool:
+    """Whether a checkpoint is autoregressive: a decoder of Transformers without a mask token, or a GGUF file.
+
+    Raises:
+        ValueError: no checkpoint there, or an unknown family.
+    """
+    if split_gguf(source)[1]:
+        return True
+    published, family = read_config(source)
+    return published.get("mask_token_id") is None and family not in FAMILIES.values()
+
+
+def adapt(
+    source: str, mask_token: str = MASK_TOKEN, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    """Make an autoregressive checkpoint a diffusion language model, ready to be trained as one (arXiv 2410.17891).
+
+    Every position attends to all others; token i is still predicted at position i-1. The mask is a token of the
+    vocabulary that nothing uses, such as `<|fim_pad|>`, or one that is added: then its embedding is the mean of those
+    before it. Padding is the tokenizer's, or the end of sequence. `save_pretrained` writes what `load_model` reads.
+
+    Args:
+        source: a local directory, a hub id, or a GGUF file.
+
+    Raises:
+        ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, or a mask token
+            that texts hold.
+    """
+    published, family = read_config(source)
+    tokenizer = load_tokenizer(source)
+    added = name_mask(tokenizer, mask_token)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    mask = tokenizer.mask_token_id
+    check_tokenizer(tokenizer, mask)
+    lm = load_decoder(source, published, family, dtype, attn_implementation)
+    rows = lm.get_input_embeddings().num_embeddings
+    if added or mask >= rows:
+        add_row(lm, mask)
+    check_decoder(lm, source)
+    published |= {
+        "mask_token_id": mask,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": lm.config.vocab_size,
+    }
+    check_ids(published, source)
+    return DiffLLM(lm, family, published, source), tokenizer
+
+
+@torch.no_grad()
+def add_row(lm: PreTrainedModel, token: int) -> None:
+    """Make the rows of `token` in embedding and head the mean of those before it, and the matrices long enough."""
+    rows = lm.get_input_embeddings().num_embeddings
+    if token >= rows:
+        lm.resize_token_embeddings(token + 1, mean_resizing=False)
+    first = min(token, rows)  # rows up to the token's that there were not are new as well
+    weights = {id(weight): weight for weight in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight)}
+    for weight in weights.values():
+        weight[first : token + 1] = weight[:first].float().mean(0).to(weight.dtype)
+
+
+@torch.no_grad()
+def check_decoder(lm: PreTrainedModel, source: str) -> None:
+    """Refuse a decoder that stays causal, or whose logits are more than one matrix times its states.
+
+    Raises:
+        ValueError: it is one; training it as a diffusion model would silently be wrong.
+    """
+    attention = lm.config._attn_implementation
+    lm.set_attn_implementation("sdpa")
+    switch_off_causality(lm)
+    decoder, head = lm.get_decoder(), lm.get_output_embeddings()
+    ids = torch.arange(8)[None]
+    states = decoder(input_ids=ids).last_hidden_state
+    changed = decoder(input_ids=ids.masked_fill(ids == 7, 8)).last_hidden_state
+    if torch.equal(states[0, 0], changed[0, 0]):
+        raise ValueError(f"{source}: {type(lm).__name__} attends to the left only, whatever its config says")
+    if not torch.equal(lm(input_ids=ids).logits, F.linear(states, head.weight)):
+        raise ValueError(f"{source}: {type(lm).__name__} scales, caps or shifts its logits, which is not supported")
+    lm.set_attn_implementation(attention)
+
+
+def main() -> None:
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m diffllm.adapt SOURCE DIR [MASK_TOKEN]")
+    source, directory, *mask_token = sys.argv[1:]
+    try:
+        model, tokenizer = adapt(source, *mask_token)
+        model.save_pretrained(directory, tokenizer=tokenizer)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

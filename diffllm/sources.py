@@ -1,0 +1,79 @@
+"""Where checkpoints are: a directory, a GGUF file, or the hub."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+GGUF_PACKAGES = ("gguf", "accelerate")
+
+
+def split_gguf(source: str) -> tuple[str, str | None]:
+    """What `from_pretrained` takes as the place and as `gguf_file`, which is None for a directory or hub id."""
+    path = Path(source)
+    return (str(path.parent), path.name) if path.suffix == ".gguf" else (source, None)
+
+
+@contextmanager
+def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what reading `model.path` raises into a ValueError that says what was tried and what to do.
+
+    Args:
+        errors: further ones that mean that it cannot be read.
+    """
+    gguf = Path(source).suffix == ".gguf"
+    if gguf:
+        _check_gguf(source)
+    try:
+        yield
+    except Exception as error:
+        # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
+        if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
+            raise
+        path = Path(source)
+        if not path.exists() and not HUB_ID.fullmatch(source):
+            raise ValueError(f"model.path={source}: no such directory, and no hub id either") from error
+        problem = f"{what} cannot be read ({first_line(error)})"
+        if path.exists():
+            raise ValueError(f"model.path={source}: {problem}") from error
+        raise ValueError(
+            f"model.path={source}: there is no directory {path.resolve()}, and from the hub {problem}. Give the path "
+            f"of a directory: `hf download {source} --local-dir DIR` makes one where the hub can be reached"
+        ) from error
+
+
+def _check_gguf(source: str) -> None:
+    if not Path(source).is_file():
+        raise ValueError(f"model.path={source}: no such file")
+    if missing := [name for name in GGUF_PACKAGES if find_spec(name) is None]:
+        raise ValueError(f"model.path={source}: reading it needs {', '.join(missing)}: pip install 'diffllm[gguf]'")
+
+
+def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
+    """The classes of an `auto_map` by names that hold outside their repository, `REPOSITORY--file.Class`."""
+
+    def full(name: Any) -> Any:
+        if isinstance(name, list):
+            return [full(part) for part in name]
+        return name if name is None or "--" in name else f"{repository}--{name}"
+
+    return {auto: full(name) for auto, name in auto_map.items()}
+
+
+def copy_code(source: str | None, directory: Path) -> None:
+    """Copy the Python files of a local checkpoint, which the `auto_map` of its config.json names, and none else's."""
+    if source is not None and Path(source).is_dir() and Path(source).resolve() != directory.resolve():
+        for file in Path(source).glob("*.py"):
+            shutil.copy(file, directory)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the rest."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,104 @@
+"""Model and tokenizer made to agree: mask, chat template, and what an export keeps of them."""
+
+import json
+
+import pytest
+import torch
+
+from diffllm import ModelConfig, new_model
+from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
+from tests.conftest import small_shape
+from tests.diffllm.decoders import write_decoder
+from tests.trainer.runs import losses, train, train_on_ranks, weights
+from trainer.build import build_model
+from trainer.export import export
+
+
+@pytest.fixture(params=["dream", "llada"])
+def nameless(request, tmp_path):
+    """A checkpoint whose tokenizer does not name its mask, as LLaDA's does not."""
+    tokenizer = builtin_tokenizer()
+    new_model(small_shape(family=request.param), tokenizer).save_pretrained(tmp_path / "source")
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_the_tokenizer_names_the_mask_of_the_model(nameless, small_run, tmp_path):
+    assert load_tokenizer(nameless).mask_token is None
+    model, tokenizer = build_model(ModelConfig(path=str(nameless)))
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", model.mask_token_id)
+    model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
+    assert load_tokenizer(tmp_path / "out").mask_token == "<|mask|>"
+
+    row = {"question": "What is <|mask|>?", "answer": "<think>Hm.</think>A token."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(tmp_path / "rows.jsonl")]
+    with pytest.raises(ValueError, match=r"the text contains the mask token '<\|mask\|>'"):
+        train(small_run(model__path=str(nameless), data__train_files=files))
+
+
+def test_a_tokenizer_with_another_mask(nameless):
+    tokenizer = load_tokenizer(nameless)
+    tokenizer.mask_token = "<|im_start|>"
+    tokenizer.save_pretrained(nameless)
+    with pytest.raises(ValueError, match=r"has the mask '<\|im_start\|>', token 1254, but the model has token 1253"):
+        build_model(ModelConfig(path=str(nameless)))
+
+
+def test_a_mask_without_a_token_is_left_alone(tmp_path):
+    new_model(small_shape(family="llada", vocab_size=1300), builtin_tokenizer()).save_pretrained(tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text()) | {"mask_token_id": 1299}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    tokenizer = builtin_tokenizer()
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "copy")
+    model, tokenizer = build_model(ModelConfig(path=str(tmp_path / "copy")))
+    assert (model.mask_token_id, tokenizer.mask_token) == (1299, None)
+
+
+def test_a_chat_template_is_set_and_kept(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}!")
+    for template, expected in ((str(tmp_path / "mine.jinja"), "Hi!"), ("chatml", "<|im_start|>user\nHi<|im_end|>\n")):
+        model, tokenizer = build_model(small_shape(chat_template=template))
+        model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
+        chat = [{"role": "user", "content": "Hi"}]
+        for each in (tokenizer, load_tokenizer(tmp_path / "out")):
+            assert each.apply_chat_template(chat, tokenize=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("llama3", r"model\.chat_template=llama3: the tokenizer has no <\|begin_of_text\|>, <\|end_header_id\|>"),
+        ("chatlm", r"model\.chat_template=chatlm: no such file; .* chatml, llama3, llada"),
+    ],
+)
+def test_templates_that_cannot_serve(template, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(small_shape(chat_template=template))
+
+
+def test_training_adapts_the_same_on_one_rank_and_two(small_run, tmp_path):
+    tokenizer = builtin_tokenizer()
+    tokenizer.mask_token = None
+    source = write_decoder("gemma3_text", tmp_path / "source", tokenizer, initializer_range=0.05)
+    settings = {"model__path": str(source), "model__mask_token": "<|diffuse|>"}
+    alone, on_two = train(small_run("alone", **settings)), small_run("two", **settings)
+    train_on_ranks([on_two], ranks=2)
+    assert losses(alone) == pytest.approx(losses(alone.parent / "two"), rel=1e-6)
+    export(alone / "checkpoints" / "step_00000012", tmp_path / "half", "bf16")
+    model, _ = build_model(ModelConfig(path=str(tmp_path / "half")))
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, tensor in weights(alone).items():
+        assert torch.equal(tensor.bfloat16().float(), model.lm.state_dict()[name])
+    # An adapted checkpoint is read shard by shard.
+    again = small_run("again", model__path=str(alone / "hf"), trainer__max_steps=1)
+    whole = small_run("whole", model__path=str(alone / "hf"), trainer__max_steps=1, trainer__replicate=1)
+    train_on_ranks([again], ranks=2)
+    assert losses(alone.parent / "again") == pytest.approx(losses(train(whole)), rel=1e-6)
+
+
+def test_an_unknown_type_of_export(tmp_path):
+    with pytest.raises(ValueError, match="f16: weights are written as one of f32, bf16"):
+        export(tmp_path, tmp_path / "out", "f16")
