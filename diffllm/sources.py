@@ -68,7 +68,7 @@ def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
 
 
 def copy_code(source: str | None, directory: Path) -> None:
-    """Copy the Python files of a local checkpoint, which the `auto_map` of its config.json names, and none else's."""
+    """Copy the Python files of a local checkpoint: those that its `auto_map` names, and what they import."""
     if source is not None and Path(source).is_dir() and Path(source).resolve() != directory.resolve():
         for file in Path(source).glob("*.py"):
             shutil.copy(file, directory)

@@ -92,9 +92,9 @@ def user_errors(debug: bool) -> Iterator[None]:
 
 
 def quote_text(argument: str) -> str:
-    """Let `prompt=…` and `template=…` be any text; Hydra's grammar would read its commas, brackets and equals signs."""
+    """Let `prompt=…` and the like be any text; Hydra's grammar would read its commas, brackets and equals signs."""
     name, _, text = argument.partition("=")
-    if name not in ("prompt", "template") or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
+    if name not in ("prompt", "template", "model.mask_token") or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
         return argument
     text = re.sub(r'(\\*)("|$)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)
     text = text.replace("${", r"\${")  # no interpolation either

@@ -133,6 +133,11 @@ def test_a_prompt_is_any_text(text):
     assert override.value() == text
 
 
+def test_a_mask_token_needs_no_quotes():
+    override = OverridesParser.create().parse_override(cli.quote_text("model.mask_token=<|fim_pad|>"))
+    assert override.value() == "<|fim_pad|>"
+
+
 def test_runs_are_named_by_their_command_line():
     assert cli.run_name("") == "default"
     assert cli.run_name("diffusion.cart_p=0.1,optim.lr=2e-6") == "diffusion.cart_p-0.1__optim.lr-2e-6"
