@@ -175,7 +175,7 @@ def _read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
         for batch in parquet.iter_batches(ROWS_AT_ONCE):
             yield from _of_batch(batch, str(file), number, bad)
             number += len(batch)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable parquet file ({error})") from error
 
 

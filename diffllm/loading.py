@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diffllm.config import ModelConfig
 from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import on_hub, readable, split_gguf
+from diffllm.sources import first_line, on_hub, readable, split_gguf
 
 
 def load_model(
@@ -43,7 +44,7 @@ def empty_model(
     source = str(path_or_name)
     published, family = read_config(source)
     check_ids(published, source)
-    with _checked_attention(attn_implementation), torch.device("meta"):
+    with _building(source, attn_implementation), torch.device("meta"):
         lm = family.model_class._from_config(
             family.config(published), dtype=dtype, attn_implementation=attn_implementation
         )
@@ -73,7 +74,7 @@ def load_decoder(
     """
     directory, file = split_gguf(source)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
-    with readable(source, "the weights"), _checked_attention(attn_implementation):
+    with readable(source, "the weights"), _building(source, attn_implementation):
         lm, report = family.model_class.from_pretrained(
             directory,
             config=family.config(published),
@@ -160,7 +161,7 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             "pad_token_id": tokenizer.pad_token_id,
         }
     )
-    with torch.random.fork_rng(devices=[]), _checked_attention(config.attn_implementation):
+    with torch.random.fork_rng(devices=[]), _building("model", config.attn_implementation):
         torch.manual_seed(seed)
         lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
     return DiffLLM(lm, family, published)
@@ -181,21 +182,26 @@ def check_ids(published: dict[str, Any], source: str) -> None:
         raise ValueError(f"{source}: config.json has no eos_token_id, which a diffusion language model needs")
     for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
         token = published.get(key)
-        if token is not None and not 0 <= token < published.get("vocab_size", 0):
-            raise ValueError(
-                f"{source}: config.json has {key}={token}, outside vocab_size={published.get('vocab_size')}"
-            )
+        size = published.get("vocab_size")
+        if token is not None and not (type(token) is type(size) is int and 0 <= token < size):
+            raise ValueError(f"{source}: config.json has {key}={token}, outside vocab_size={size}")
     mask = published["mask_token_id"]
     if mask in (published.get("pad_token_id"), published["eos_token_id"]):
         raise ValueError(f"{source}: config.json uses token {mask} as mask and as padding or end")
 
 
 @contextmanager
-def _checked_attention(attn_implementation: str) -> Iterator[None]:
+def _building(source: str, attn_implementation: str) -> Iterator[None]:
+    """Say what is at fault where Transformers cannot make a model of its settings."""
     try:
         yield
+    except (OSError, SafetensorError):
+        raise
     except ImportError as error:
         raise ValueError(
             f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', "
             "or use sdpa"
         ) from error
+    except Exception as error:  # it takes values as they come: nonsense ends in whatever fails first
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{source}: config.json does not describe a model that can be made ({reason})") from error
