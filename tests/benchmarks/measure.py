@@ -20,8 +20,13 @@ def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """How far the process's resident memory rises above what it holds before (Linux)."""
+    """How far the process's resident memory rises above what it holds before (Linux); one call warms up."""
     work()
+    return peak_of(work)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The same of the first call."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # makes the peak start anew
     before = _status("VmRSS")
