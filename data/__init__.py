@@ -3,15 +3,18 @@
 from data.config import DataConfig
 from data.files import PlacedRow, read_rows
 from data.loader import Share, TrainBatches, ValBatches
-from data.report import Report
+from data.report import Prepared, Report
 from data.rows import rows_of, rows_of_files
+from data.stream import StreamedBatches
 from data.tokens import TokenRows, prompt_ids
 
 __all__ = [
     "DataConfig",
     "PlacedRow",
+    "Prepared",
     "Report",
     "Share",
+    "StreamedBatches",
     "TokenRows",
     "TrainBatches",
     "ValBatches",

@@ -37,6 +37,8 @@ class DataConfig:
     mixture: list[float] = field(default_factory=list)  # weights of the train_files in an epoch; empty: by their rows
     order: str = "shuffled"  # of an epoch: shuffled | curriculum, from the least difficult to the most
     difficulty: str = "difficulty"  # curriculum: a formula as in `filter`, such as response_tokens
+    streaming: bool = False  # read train_files while training, again and again, instead of tokenizing them first
+    stream_window: int = 10_000  # rows that a stream shuffles together
     cache_dir: str | None = None  # of tokenized files; null: diffllm/ in the cache of Hugging Face (HF_HOME)
     max_length: int = 2048  # tokens of prompt and response
     truncation: str = "error"  # of a longer row: error | right cuts the response | drop
@@ -66,6 +68,7 @@ class DataConfig:
             "micro_batch_size_per_gpu",
             "gradient_accumulation_steps",
             "decontaminate_words",
+            "stream_window",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,5 +86,17 @@ class DataConfig:
                 f"data.mixture={self.mixture}: must be one positive weight for each of the {len(self.train_files)} "
                 "data.train_files"
             )
+        if self.streaming:
+            whole = {
+                "subset": None,
+                "drop_duplicates": "none",
+                "mixture": [],
+                "order": "shuffled",
+                "group_by_length": False,
+            }
+            if asked := [f"data.{name}" for name, default in whole.items() if getattr(self, name) != default]:
+                raise ValueError(f"data.streaming=true: {', '.join(asked)} would need all rows; leave them out")
+            if not self.train_files:
+                raise ValueError("data.streaming=true: there is nothing to read, give data.train_files")
         if self.order == "curriculum" and self.group_by_length:
             raise ValueError("data.order=curriculum and data.group_by_length=true: both order the rows, choose one")

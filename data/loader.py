@@ -16,7 +16,7 @@ from data.tokens import TokenRows
 Batch = dict[str, Tensor]
 Noise = Callable[[Batch, int, int], Batch]  # (batch, epoch, rows of the global batch) → batch with x_t
 
-_ORDER, _CUT = 1, 2  # first words of the keys, so that no two draws share one
+_ORDER, CUT = 1, 2  # first words of the keys, so that no two draws share one
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class TrainBatches(Dataset):
         ValueError: there are fewer rows than a global batch has.
     """
 
+    position = before = None  # the number of a step says it all
+
     def __init__(self, rows: TokenRows, config: DataConfig, share: Share, eos_token_id: int, noise: Noise, seed: int):
         if len(rows) < share.global_batch_size:
             raise ValueError(
@@ -65,7 +67,7 @@ class TrainBatches(Dataset):
             slots = self.share.slots(micro_batch)
             batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
             batch["repeat"] = repeats[slots]
-            batches.append(self.noise(_to_torch(batch, slots), epoch, self.share.global_batch_size))
+            batches.append(self.noise(to_torch(batch, slots), epoch, self.share.global_batch_size))
         return batches
 
     def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
@@ -78,7 +80,7 @@ class TrainBatches(Dataset):
             self.rows.prompt_lengths[samples],
             self.rows.response_lengths[samples],
             self.config,
-            np.random.default_rng((_CUT, self.seed, epoch, step_in_epoch)),
+            np.random.default_rng((CUT, self.seed, epoch, step_in_epoch)),
         )
         return epoch, samples, repeats[here], widths
 
@@ -116,13 +118,18 @@ class TrainBatches(Dataset):
             sampler=steps,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            collate_fn=_to_numpy,
-            worker_init_fn=_ignore_signals,
+            collate_fn=to_numpy,
+            worker_init_fn=ignore_signals,
         )
-        pin = torch.cuda.is_available()
-        for micro_batches in loader:
-            tensors = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in micro_batches]
-            yield [{name: t.pin_memory() for name, t in batch.items()} for batch in tensors] if pin else tensors
+        yield from map(to_device_ready, loader)
+
+    def identity(self) -> tuple[int, str]:
+        """Number of rows, and what tells them from others: data, order, and the tokenizer with its template."""
+        return len(self.rows), self.rows.fingerprint()
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows after so many steps."""
+        return step / self.steps_per_epoch
 
 
 def group_by_length(
@@ -174,12 +181,20 @@ def _repeats(order: np.ndarray) -> np.ndarray:
     return place - first
 
 
-def _to_numpy(micro_batches: list[Batch]) -> list[dict[str, np.ndarray]]:
+def to_numpy(micro_batches: list[Batch]) -> list[dict[str, np.ndarray]]:
     """Arrays go from process to process in a quarter of the time that tensors of this size need."""
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in micro_batches]
 
 
-def _ignore_signals(worker: int) -> None:
+def to_device_ready(micro_batches: list[dict[str, np.ndarray]]) -> list[Batch]:
+    """Back to tensors, in pinned memory if there is a GPU."""
+    tensors = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in micro_batches]
+    if not torch.cuda.is_available():
+        return tensors
+    return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in tensors]
+
+
+def ignore_signals(worker: int) -> None:
     """Leave it to the rank to react when a cluster asks the whole process group to stop."""
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
@@ -201,12 +216,12 @@ class ValBatches:
             slots = np.arange(start, start + size)
             real = slots < len(self.rows)
             samples = np.where(real, slots, 0)
-            batch = _to_torch(
+            batch = to_torch(
                 assemble(self.rows, samples, self.rows.response_lengths[samples], self.eos_token_id), slots
             )
             batch["maskable"] &= torch.from_numpy(real)[:, None]
             yield self.noise(batch, 0, len(self.rows))
 
 
-def _to_torch(batch: dict[str, np.ndarray], slots: np.ndarray) -> Batch:
+def to_torch(batch: dict[str, np.ndarray], slots: np.ndarray) -> Batch:
     return {name: torch.from_numpy(array) for name, array in {**batch, "slot": slots}.items()}

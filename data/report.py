@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,13 @@ class Report:
         return cls(**saved | {"dropped": dropped, "cut": Noted(**saved["cut"])})
 
 
+class Prepared(NamedTuple):
+    """Rows that are ready, and what became of the others."""
+
+    rows: TokenRows
+    report: Report
+
+
 def lengths_of(rows: TokenRows) -> dict[str, np.ndarray]:
     """Tokens of each part of each row; thinking and answer of the last answer, where there is thinking."""
     lengths = {part: getattr(rows, name) for part, name in PARTS.items()}
@@ -102,7 +109,7 @@ def lengths_of(rows: TokenRows) -> dict[str, np.ndarray]:
     return lengths | (counts if counts["thinking"].any() else {})
 
 
-def save(prepared: dict[str, tuple[TokenRows, Report]], directory: Path) -> list[Path]:
+def save(prepared: dict[str, Prepared], directory: Path) -> list[Path]:
     """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "data_report.json"
@@ -110,7 +117,7 @@ def save(prepared: dict[str, tuple[TokenRows, Report]], directory: Path) -> list
     return [path, *_draw(prepared, path.with_suffix(".png"))]
 
 
-def _draw(prepared: dict[str, tuple[TokenRows, Report]], path: Path) -> list[Path]:
+def _draw(prepared: dict[str, Prepared], path: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError:

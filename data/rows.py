@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from data.chat import Chat, schema_of, to_chat, to_prompt
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
 from data.files import BadRows, PlacedRow, digest, iterate
-from data.report import Report
+from data.report import Prepared, Report
 from data.tokens import SCHEMA, Encoded, TokenRows, encode
 
 FORMAT = 1  # of the files; others are not read
@@ -74,20 +74,41 @@ class Preparation:
         Raises:
             ValueError: rows that cannot be used or are too long, unless the settings say what to do, or none is left.
         """
+        yield from self.blocks(sources, ROWS_AT_ONCE)
+        self.check()
+        self.report = self.summary()
+        if not any(self.report.sources.values()):
+            raise ValueError(f"no row is left.\n{self.report.text()}")
+
+    def blocks(self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        """The same without a check at the end, `size` chats at a time, after the first `skip`; `taken` counts them."""
+        self.taken = skip
         for number, (name, rows) in enumerate(sources.items()):
-            self.report.sources[name] = 0
+            self.report.sources.setdefault(name, 0)
             chats = self._chats(rows)
-            while block := list(islice(chats, ROWS_AT_ONCE)):
+            skip -= sum(1 for _ in islice(chats, skip))
+            while block := list(islice(chats, size)):
                 kept = self._block(block, number)
                 self.report.sources[name] += len(kept)
+                self.taken += len(block)
                 yield pa.RecordBatch.from_pylist(kept, SCHEMA)
+
+    def check(self) -> None:
+        """Refuse what came so far and cannot be used, unless the settings say what to do.
+
+        Raises:
+            ValueError: naming the first rows of that kind.
+        """
         if self.config.on_bad_row == "error":
             self.bad.refuse()
         self.too_long.refuse()
-        self.report.read += self.bad.count
-        self.report.add_bad(self.bad)
-        if not any(self.report.sources.values()):
-            raise ValueError(f"no row is left.\n{self.report.text()}")
+
+    def summary(self) -> Report:
+        """What became of the rows so far."""
+        report = replace(self.report, read=self.report.read + self.bad.count, dropped=dict(self.report.dropped))
+        report.kept = sum(report.sources.values())
+        report.add_bad(self.bad)
+        return report
 
     def _chats(self, rows: Iterable[PlacedRow]) -> Iterator[tuple[PlacedRow, Chat]]:
         """Rows of one schema as chats."""
@@ -170,7 +191,7 @@ def rows_of(
     tokenizer: PreTrainedTokenizerBase,
     name: str = "training",
     curated: bool = True,
-) -> tuple[TokenRows, Report]:
+) -> Prepared:
     """Rows in memory, ready to be trained on.
 
     Args:
@@ -182,12 +203,12 @@ def rows_of(
     preparation = Preparation(config, tokenizer, name, curated)
     rows = TokenRows(pa.Table.from_batches(preparation.batches(sources), SCHEMA))
     preparation.report.measure(rows)
-    return rows, preparation.report
+    return Prepared(rows, preparation.report)
 
 
 def rows_of_files(
     files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool
-) -> tuple[TokenRows, Report]:
+) -> Prepared:
     """Rows of files, ready to be trained on, mapped from disk; tokenized only if that has not been done before.
 
     What is kept goes by the content of the files, the tokenizer with its template, and the settings. Of several
@@ -209,7 +230,8 @@ def rows_of_files(
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
     rows = TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
-    return rows, Report.from_json(json.loads((directory / "report.json").read_text()) | {"name": name})
+    report = json.loads((directory / "report.json").read_text())
+    return Prepared(rows, Report.from_json(report | {"name": name}))
 
 
 def _build(

@@ -7,15 +7,17 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from data import Report, TokenRows, rows_of, rows_of_files
+from data import Prepared, Share, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
 from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
-from diffllm import DiffLLM, ModelConfig, load_model, new_model
+from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, needs_adapting
 from diffllm.loading import empty_model
 from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
+
+VAL_SEED = 0
 
 
 def build_model(
@@ -49,29 +51,46 @@ def build_model(
     return model, tokenizer
 
 
-def build_rows(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> dict[str, tuple[TokenRows, Report]]:
-    """Training and, if there are any, validation rows: of the files, or the generated equations where none is given.
+def build_batches(
+    config: Config, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, share: Share
+) -> tuple[TrainBatches | StreamedBatches, ValBatches | None, dict[str, Prepared]]:
+    """Training batches, validation batches if there are validation rows, and these rows with their reports.
 
     Raises:
-        ValueError: see `data.rows_of_files`, or `data.subset` asks for more than there are.
+        ValueError: see `data.rows_of_files`; `data.subset` asks for more than there are; or too few rows for a batch.
     """
-    if config.train_files:
-        train, report = rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
+    data, eos = config.data, tokenizer.eos_token_id
+    noise = ForwardProcess(config.diffusion, mask_token_id, config.seed)
+    rows = {}
+    if data.streaming:
+        train = StreamedBatches(data.train_files, data, tokenizer, share, noise, config.seed)
     else:
-        train, report = rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
+        rows["training"] = _training_rows(data, tokenizer, config.seed)
+        train = TrainBatches(rows["training"].rows, data, share, eos, noise, config.seed)
+        rows["training"].report.padding_share = train.padding_share()
+    if data.val_files:
+        rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
+    elif not data.train_files:
+        rows["validation"] = rows_of({"equations": held_out_rows()}, data, tokenizer, "validation", curated=False)
+    val = None
+    if "validation" in rows:
+        elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask_token_id, VAL_SEED)
+        val = ValBatches(rows["validation"].rows, share, eos, elbo)
+    return train, val, rows
+
+
+def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
+    """Those of the files, or the generated equations where none is given."""
+    if config.train_files:
+        rows, report = rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
+    else:
+        rows, report = rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
     if config.subset is not None:
-        chosen = subset(len(train), config.subset, seed)
-        report.leave(len(train) - len(chosen), f"not in data.subset={config.subset:g}")
-        train = train.select(chosen)
-        report.measure(train)
-    built = {"training": (train, report)}
-    if config.val_files:
-        built["validation"] = rows_of_files(config.val_files, config, tokenizer, "validation", curated=False)
-    elif not config.train_files:
-        built["validation"] = rows_of({"equations": held_out_rows()}, config, tokenizer, "validation", curated=False)
-    return built
+        chosen = subset(len(rows), config.subset, seed)
+        report.leave(len(rows) - len(chosen), f"not in data.subset={config.subset:g}")
+        rows = rows.select(chosen)
+        report.measure(rows)
+    return Prepared(rows, report)
 
 
 def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -128,6 +128,8 @@ class Config:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode}: choose one of {', '.join(MODES)}")
+        if self.data.streaming and self.trainer.max_steps is None:
+            raise ValueError("data.streaming=true: how many rows there are is not known, give trainer.max_steps")
         if self.diffusion.attention_annealing_steps and "flash" in self.model.attn_implementation:
             raise ValueError(
                 f"model.attn_implementation={self.model.attn_implementation} cannot hide single positions, as "
@@ -198,6 +200,7 @@ FREE_WHEN_RESUMING = (
     "data.micro_batch_size_per_gpu",
     "data.gradient_accumulation_steps",
     "data.num_workers",
+    "data.cache_dir",
     "data.val_files",
     *(f"trainer.{item.name}" for item in fields(TrainerConfig) if item.name != "precision"),
     "sampling",
@@ -264,7 +267,7 @@ def share_of(config: DataConfig, rank: int, ranks: int) -> Share:
     return Share(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
 
 
-def total_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
+def total_steps(config: TrainerConfig, steps_per_epoch: int | None) -> int:
     """Optimizer steps of the whole run."""
     return config.max_steps or config.total_epochs * steps_per_epoch
 

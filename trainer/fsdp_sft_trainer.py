@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from data import TrainBatches, ValBatches
 from data.loader import Batch
 from data.report import save
-from diffllm import DiffusionConfig, ForwardProcess
+from data.stream import Position
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
@@ -22,10 +21,10 @@ from diffllm.modeling_diffllm import Restored
 from diffllm.weights import loss_denominator
 from trainer import checkpoint
 from trainer.build import (
+    build_batches,
     build_lr_schedule,
     build_model,
     build_optimizer,
-    build_rows,
     compute_dtype,
     frozen_dtype,
     set_lr,
@@ -43,8 +42,6 @@ from trainer.speed import Speed
 from trainer.tally import Tally
 from trainer.validation import validate
 from trainer.world import World, locked
-
-VAL_SEED = 0
 
 
 class FSDPSFTTrainer:
@@ -69,19 +66,12 @@ class FSDPSFTTrainer:
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
         check_fits(self.model, config, world)
-        self.rows = build_rows(config.data, self.tokenizer, config.seed)
-        eos, mask = self.tokenizer.eos_token_id, self.model.mask_token_id
-        noise = ForwardProcess(config.diffusion, mask, config.seed)
-        train, report = self.rows["training"]
-        self.train_batches = TrainBatches(train, config.data, share, eos, noise, config.seed)
-        report.padding_share = self.train_batches.padding_share()
+        self.train_batches, self.val_batches, self.rows = build_batches(
+            config, self.tokenizer, self.model.mask_token_id, share
+        )
+        self._say(*(report.text() for _, report in self.rows.values()))
         annealing_steps = config.diffusion.attention_annealing_steps
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
-        elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask, VAL_SEED)
-        self.val_batches = None
-        if "validation" in self.rows:
-            self.val_batches = ValBatches(self.rows["validation"][0], share, eos, elbo)
-        self._say(*(report.text() for _, report in self.rows.values()))
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
@@ -103,7 +93,7 @@ class FSDPSFTTrainer:
         with locked(self.output_dir, self.world), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.world)
             done = self._resume(state)
-            if not done and self.world.is_main:
+            if self.rows and not done and self.world.is_main:
                 save(self.rows, self.output_dir)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
@@ -113,6 +103,8 @@ class FSDPSFTTrainer:
                 self.checkpoints.wait()
             finally:
                 self.checkpoints.close()
+            if self.config.data.streaming:
+                self._say(self.train_batches.report.text())
             if finished:
                 self.export(self.output_dir / "hf")
                 self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
@@ -135,7 +127,7 @@ class FSDPSFTTrainer:
             log.log(step, metrics)
             asked = step < self.steps and [name for name in NAMES if counts[name]]
             if asked or self._due(step, settings.save_checkpoint_steps):
-                self.checkpoints.save(step, self._manifest())
+                self.checkpoints.save(step, self._manifest(self.train_batches.position))
             if asked:
                 self.checkpoints.wait()
                 self._say(
@@ -185,7 +177,7 @@ class FSDPSFTTrainer:
             **metrics,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
-            "train/epoch": step / self.train_batches.steps_per_epoch,
+            "train/epoch": self.train_batches.epoch(step),
             "train/skipped_steps": self.skipped_steps,
             "train/nonfinite_steps": self.nonfinite_steps,
             "data/masked_share": counts["masked"] / max(counts["maskable"], 1),
@@ -238,7 +230,7 @@ class FSDPSFTTrainer:
         self.optimizer.zero_grad()
         self.checkpoints.wait()
         if not self.world.on_main(before.exists):
-            self.checkpoints.save(step - 1, self._manifest())
+            self.checkpoints.save(step - 1, self._manifest(self.train_batches.before))
             self.checkpoints.wait()
         failed = FailedStep(
             step=step,
@@ -271,6 +263,8 @@ class FSDPSFTTrainer:
             return 0
         manifest = checkpoint.load(path, state)
         self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
+        if self.config.data.streaming:
+            self.train_batches.position = Position(**manifest["stream"])
         self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         if manifest["step"] >= self.steps:
             self._say("no step is left; the model is exported again")
@@ -283,9 +277,12 @@ class FSDPSFTTrainer:
             self.identity.check(path)
         return path
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self, position: Position | None) -> dict[str, Any]:
         return self.identity.manifest(
-            ranks=self.world.size, skipped_steps=self.skipped_steps, nonfinite_steps=self.nonfinite_steps
+            ranks=self.world.size,
+            skipped_steps=self.skipped_steps,
+            nonfinite_steps=self.nonfinite_steps,
+            stream=position and position.to_dict(),
         )
 
     def export(self, directory: Path) -> None:

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data import TrainBatches
+from data import StreamedBatches, TrainBatches
 from trainer import checkpoint
 from trainer.config import Config, differences, to_dict
 
@@ -17,13 +17,12 @@ class Identity:
     config: Config
     global_batch_size: int
     training_rows: int
-    training_tokens: str  # fingerprint of the token rows: of the data, its order, and the tokenizer with its template
+    training_tokens: str  # fingerprint of the token rows, or of the files that are streamed
     vocabulary: int  # tokens that the model knows
 
     @classmethod
-    def of(cls, config: Config, batches: TrainBatches, vocabulary: int) -> "Identity":
-        rows = batches.rows
-        return cls(config, batches.share.global_batch_size, len(rows), rows.fingerprint(), vocabulary)
+    def of(cls, config: Config, batches: TrainBatches | StreamedBatches, vocabulary: int) -> "Identity":
+        return cls(config, batches.share.global_batch_size, *batches.identity(), vocabulary)
 
     def manifest(self, **progress: Any) -> dict[str, Any]:
         """What goes into checkpoint.json."""
