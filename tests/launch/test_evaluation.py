@@ -1,0 +1,34 @@
+"""Questions of a file, answered and judged."""
+
+import json
+from pathlib import Path
+
+from launch import evaluation
+from trainer.config import Config
+
+
+def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokenizer, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"question": "1+1?", "answer": "<think>\n</think>\n2"},
+        {"question": "2+2?", "answer": "<think>\n</think>\n4.0"},
+        {"question": "3+3?", "answer": "<think>\n</think>\n6"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config()
+    config.data.val_files = [str(tmp_path / "test.jsonl")]
+    config.trainer.output_dir = str(tmp_path / "run")
+    config.sampling.max_new_tokens, config.sampling.steps = 4, 2
+
+    def answers(model, tokenizer, prompts, sampling):
+        for name, text in ((1, "<think></think>4"), (0, "2"), (2, "7")):  # in the order in which they are done
+            yield evaluation.Response(name, text, tokens=3, nfe=2, tokens_per_forward=1.5)
+
+    monkeypatch.setattr(evaluation, "load_for_sampling", lambda config: (small_model, tokenizer))
+    monkeypatch.setattr(evaluation, "generate", answers)
+    evaluation.evaluate(config)
+    record = json.loads(Path(tmp_path / "run" / "evaluation.json").read_text())
+    assert [answer["right"] for answer in record["answers"]] == [True, True, False]
+    assert record["answers"][1]["prompt"] == [{"role": "user", "content": "2+2?"}]
+    assert record["scores"]["exact_match"] == 2 / 3
+    assert record["config"]["data"]["val_files"] == config.data.val_files
+    assert "exact match 66.7% (2 of 3 questions)" in capsys.readouterr().out
