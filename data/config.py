@@ -30,7 +30,7 @@ class DataConfig:
     # answer_tokens, such as "source == 'math' and thinking_tokens < 1500"; null keeps all
     filter: str | None = None
     drop_duplicates: str = "none"  # of training rows: none | exact, but for case and spaces | near (extra `dedup`)
-    near_duplicate: float = 0.8  # near: Jaccard similarity of their five-word sequences
+    near_duplicate: float = 0.8  # near: Jaccard similarity of their five-word sequences, as estimated by MinHash
     decontaminate_files: list[str] = field(default_factory=list)  # whose questions no training row may overlap with
     decontaminate_words: int = 8  # in a row that make an overlap
     subset: float | None = None  # of what is left: a share below 1 or a number of rows, drawn by `seed`
@@ -86,6 +86,9 @@ class DataConfig:
                 f"data.mixture={self.mixture}: must be one positive weight for each of the {len(self.train_files)} "
                 "data.train_files"
             )
+        for name in ("train_files", "val_files"):
+            if twice := {file for file in getattr(self, name) if getattr(self, name).count(file) > 1}:
+                raise ValueError(f"data.{name}: {', '.join(sorted(twice))} given twice; data.mixture weighs files")
         if self.streaming:
             whole = {
                 "subset": None,

@@ -58,22 +58,23 @@ def read_rows(names: Iterable[str | Path]) -> list[PlacedRow]:
     return rows
 
 
-def iterate(name: str | Path, bad: BadRows) -> Iterator[PlacedRow]:
+def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[PlacedRow]:
     """The readable rows of a file, of the files in a folder, or of a data set of the hub; the others go to `bad`.
 
     Args:
         name: a .jsonl, .json or .parquet file, a folder of such files or one that `datasets` saved, or a hub id, with a
             configuration and a split other than `train` as in `openai/gsm8k/main:test`.
+        stream: read a data set of the hub from there, without a copy here.
 
     Raises:
         ValueError: there is no such file, it is empty, of another kind, or not readable as a whole.
     """
-    found = 0
-    for rows in _readers(name):
+    found, bad_before = 0, bad.count
+    for rows in _readers(name, stream):
         for placed in rows(bad):
             found += 1
             yield placed
-    if not found and not bad.count:
+    if not found and bad.count == bad_before:
         raise ValueError(f"{name}: there are no rows in it")
 
 
@@ -93,12 +94,32 @@ def digest(name: str | Path) -> str:
     return total.hexdigest()
 
 
-def _readers(name: str | Path) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
+def sizes(name: str | Path) -> dict[str, int]:
+    """Bytes of a file, or of each file in a folder; nothing for a hub id.
+
+    Raises:
+        ValueError: there is no such file, and it is no hub id either.
+    """
     path = Path(name)
+    if not path.exists():
+        _hub_id(str(name))
+        return {}
+    return {str(file): file.stat().st_size for file in (_files(path) if path.is_dir() else [path])}
+
+
+def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
+    path = Path(name)
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(
+            str(path / split) for split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+        )
+        raise ValueError(f"{path}: the folder has several sets, name one: {splits}")
     if path.is_dir() and not (path / "dataset_info.json").exists():
-        return [reader for file in _files(path) for reader in _readers(file)]
-    if path.is_dir() or not path.exists():
-        return [lambda bad: _read_dataset(str(name), _saved(path) if path.is_dir() else _hub(str(name)))]
+        return [reader for file in _files(path) for reader in _readers(file, stream)]
+    if path.is_dir():
+        return [lambda bad: _read_dataset(str(name), _saved(path))]
+    if not path.exists():
+        return [lambda bad: _read_dataset(str(name), _hub(str(name), stream))]
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: data files end in {', '.join(_READERS)}")
     return [lambda bad: _READERS[path.suffix](path, bad)]
@@ -201,24 +222,35 @@ def _saved(folder: Path) -> Any:
     return load_from_disk(str(folder))
 
 
-def _hub(name: str) -> Any:
+def _hub_id(name: str) -> tuple[str, str | None, str]:
+    """Owner and name, configuration and split of a data set of the hub.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    found = HUB_ID.fullmatch(name)
+    if not found or Path(name).suffix in _READERS:
+        raise ValueError(f"{name}: no such file or folder")
+    identity, configuration, split = found.groups()
+    return identity, configuration, split or "train"
+
+
+def _hub(name: str, stream: bool = False) -> Any:
     """A data set of the hub.
 
     Raises:
         ValueError: no such file here, and no such data set there, or no hub.
     """
-    missing = f"{name}: no such file or folder"
-    found = HUB_ID.fullmatch(name)
-    if not found or Path(name).suffix in _READERS:
-        raise ValueError(missing)
+    identity, configuration, split = _hub_id(name)
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    identity, configuration, split = found.groups()
     try:
-        return load_dataset(identity, configuration, split=split or "train")
+        return load_dataset(identity, configuration, split=split, streaming=stream)
     except (OSError, ValueError, DatasetNotFoundError) as error:
-        raise ValueError(f"{missing} in {Path.cwd()}, and the hub does not give that data set ({error})") from error
+        raise ValueError(
+            f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set ({error})"
+        ) from error
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}

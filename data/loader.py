@@ -96,6 +96,8 @@ class TrainBatches(Dataset):
                 order = group_by_length(order, self.rows.lengths, self.share.global_batch_size, rng)
             if self.config.order == "curriculum":
                 order = order[np.argsort(self.rows.column("difficulty")[order], kind="stable")]
+                # within a batch in any order: the place decides how much of a row is masked
+                order = rng.permuted(order.reshape(-1, self.share.global_batch_size), axis=1).ravel()
             self._epoch, self._order, self._repeats = epoch, order, _repeats(order)
         return self._order, self._repeats
 

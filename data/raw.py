@@ -70,6 +70,8 @@ def from_messages(row: Row) -> Row:
     if "conversations" not in row:
         return row | {"messages": row["messages"]}
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    if unknown := {turn["from"] for turn in row["conversations"]} - roles.keys():
+        raise ValueError(f"a turn is from {', '.join(map(repr, unknown))}, expected {', '.join(roles)}")
     messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
     return {name: value for name, value in row.items() if name != "conversations"} | {"messages": messages}
 

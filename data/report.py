@@ -58,7 +58,7 @@ class Report:
 
     def measure(self, rows: TokenRows) -> None:
         """Take the lengths of the rows that are kept."""
-        self.kept = len(rows)
+        self.kept, self.cut.count = len(rows), int(rows.column("cut").sum())
         if self.sources:
             counts = np.bincount(rows.column("source"), minlength=len(self.sources))
             self.sources = dict(zip(self.sources, counts.tolist(), strict=True))

@@ -52,7 +52,8 @@ class Preparation:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
         self.bad = BadRows(". data.on_bad_row=skip leaves them out")
-        self.too_long = BadRows(". Raise data.max_length, or set data.truncation=drop or right")
+        others = " or right" if config.truncation == "error" else ""
+        self.too_long = BadRows(f". Raise data.max_length, or set data.truncation=drop{others}")
         self.filter = self.duplicates = self.overlap = self.difficulty = None
         if not curated:
             return
@@ -134,28 +135,32 @@ class Preparation:
                 if isinstance(row, ValueError):
                     raise row
                 fields = {**placed.row, **_counts(row)}
-                reason = self._reason_to_drop(fields, placed.place, chat, row)
-                difficulty = None if self.difficulty is None else self._difficulty_of(fields, placed.place)
+                filtered = self.filter is not None and not self.filter(fields, placed.place)
+                difficulty = None
+                if self.difficulty is not None and not filtered:
+                    difficulty = self._difficulty_of(fields, placed.place)
             except ValueError as error:
                 self.bad.add(error)
                 continue
             self.report.read += 1
+            reason = self._reason_to_drop(filtered, placed.place, chat, row)
             if reason is not None:
                 self.report.drop(reason[0], f"{placed.place} {_excerpt(chat)}{reason[1]}")
                 continue
-            if len(row.input_ids) > self.config.max_length:
+            cut = len(row.input_ids) > self.config.max_length
+            if cut:
                 self.report.cut.add(f"{placed.place} {_excerpt(chat)}")
             kept.append(
                 row._asdict()
-                | {"input_ids": row.input_ids[: self.config.max_length], "source": source}
+                | {"input_ids": row.input_ids[: self.config.max_length], "cut": int(cut), "source": source}
                 | {"difficulty": difficulty, "place": placed.place}
             )
         return kept
 
-    def _reason_to_drop(self, fields: dict, place: str, chat: Chat, row: Encoded) -> tuple[str, str] | None:
-        """Why a row is left out, and what of this row; None keeps it."""
+    def _reason_to_drop(self, filtered: bool, place: str, chat: Chat, row: Encoded) -> tuple[str, str] | None:
+        """Why a row is left out, and what of this row; None keeps it. A duplicate is one of a row that is kept."""
         config = self.config
-        if self.filter is not None and not self.filter(fields, place):
+        if filtered:
             return f"left out by data.filter={config.filter}", ""
         if self._too_long(place, row):
             return f"longer than data.max_length={config.max_length}", f" ({len(row.input_ids)} tokens)"
@@ -225,6 +230,7 @@ def rows_of_files(
             unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=cache))
             try:
                 _build(files, config, tokenizer, name, curated, unfinished)
+                unfinished.chmod(0o755)  # for other users, as other directories are
                 os.rename(unfinished, directory)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -255,15 +261,19 @@ def _build(
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
     content = {
         "format": FORMAT,
-        "files": {file: digest(file) for file in files},
+        "files": [(file, digest(file)) for file in files],
         "decontaminate": [digest(file) for file in config.decontaminate_files],
         "settings": {name: value for name, value in asdict(config).items() if name in KEYED},
         "curated": curated,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "special": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
+        "tokenizer": tokenizer_digest(tokenizer),
     }
-    return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tells a tokenizer and its chat template from others."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def _counts(row: Encoded) -> dict[str, int]:

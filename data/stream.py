@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data.config import DataConfig
 from data.cutoff import assemble, response_widths
-from data.files import iterate
+from data.files import iterate, sizes
 from data.loader import CUT, Batch, Noise, Share, ignore_signals, to_device_ready, to_numpy, to_torch
 from data.report import Report
-from data.rows import Preparation
+from data.rows import Preparation, tokenizer_digest
 from data.tokens import SCHEMA, TokenRows
 
 _WINDOW = 5  # first word of the keys of a window's order
@@ -80,12 +79,22 @@ class StreamedBatches(IterableDataset):
             collate_fn=_arrays,
             worker_init_fn=ignore_signals,
         )
-        for _, (micro_batches, position, report) in zip(steps, loader, strict=False):
+        for _, item in zip(steps, loader, strict=False):
+            if isinstance(item, ValueError):
+                raise item
+            micro_batches, position, report = item
             self.before, self.position = self.position, Position(**position)
             self.report = Report.from_json(report)
             yield to_device_ready(micro_batches)
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], dict[str, int], dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[list[Batch], dict[str, int], dict[str, Any]] | ValueError]:
+        """Micro-batches, position and report; at last an error, which a worker would raise with all its traceback."""
+        try:
+            yield from self._steps()
+        except ValueError as error:
+            yield error
+
+    def _steps(self) -> Iterator[tuple[list[Batch], dict[str, int], dict[str, Any]]]:
         rows, step = self._rows(self.position), self.first_step
         while True:
             picked = [next(rows) for _ in range(self.share.global_batch_size)]
@@ -107,7 +116,7 @@ class StreamedBatches(IterableDataset):
         """Rows from a position on, without end: table and place in it, number, position behind it, report."""
         preparation = Preparation(self.config, self.tokenizer, "training", curated=True)
         while True:
-            sources = {file: iterate(file, preparation.bad) for file in self.files}
+            sources = {file: iterate(file, preparation.bad, stream=True) for file in self.files}
             before = position
             for batch in preparation.blocks(sources, self.config.stream_window, skip=position.first):
                 preparation.check()
@@ -127,15 +136,21 @@ class StreamedBatches(IterableDataset):
             preparation.taken = 0
 
     def identity(self) -> tuple[int, str]:
-        """No number of rows, and what tells these files from others without reading them: names and sizes."""
-        sizes = {file: Path(file).stat().st_size if Path(file).is_file() else None for file in self.files}
-        return 0, sha256(json.dumps(sizes).encode()).hexdigest()
+        """No number of rows, and what tells their source from others without reading it: names, sizes, tokenizer.
+
+        Raises:
+            ValueError: a file is missing.
+        """
+        content = [[(file, sizes(file)) for file in self.files], tokenizer_digest(self.tokenizer)]
+        return 0, sha256(json.dumps(content).encode()).hexdigest()
 
     def epoch(self, step: int) -> float:
         """Passes over the rows that are complete."""
         return float(self.position.epoch)
 
 
-def _arrays(item: tuple) -> tuple:
+def _arrays(item: tuple | ValueError) -> tuple | ValueError:
+    if isinstance(item, ValueError):
+        return item
     micro_batches, position, report = item
     return to_numpy(micro_batches), position, report

@@ -19,6 +19,7 @@ SCHEMA = pa.schema(
         "context": pa.list_(pa.int32()),
         "thinking_tokens": pa.int32(),
         "answer_tokens": pa.int32(),
+        "cut": pa.int32(),
         "source": pa.int32(),
         "difficulty": pa.float64(),
         "place": pa.string(),
@@ -99,10 +100,13 @@ class TokenRows:
         return self.lengths - self.prompt_lengths
 
     def fingerprint(self) -> str:
-        """Tells these rows, in this order, from any others."""
+        """Tells these rows, in this order, from any others, and what they are mixed and ordered by."""
         digest = sha1(self.prompt_lengths.tobytes())
+        for name in ("source", "difficulty"):
+            if self.table[name].null_count < len(self.table) and self.column(name).any():
+                digest.update(self.column(name).tobytes())
         for row in range(len(self)):
-            digest.update(self.ids(row).tobytes() + b"/")
+            digest.update(self.ids(row).tobytes() + self.context(row).tobytes() + b"/")
         return digest.hexdigest()
 
     def _list(self, name: str, row: int) -> np.ndarray:
@@ -199,11 +203,11 @@ def _join(pieces: list[list[int]], counts: tuple[int, int]) -> Encoded:
 
 def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Tokens of the thinking, and of the answer behind it."""
-    end = response.find(END_THINK)
-    if end < 0:
+    begin, end = response.find(THINK), response.find(END_THINK)
+    if not 0 <= begin < end:
         return 0, len(offsets)
     starts = [start for start, _ in offsets]
-    begin = response.find(THINK) + len(THINK)
+    begin += len(THINK)
     first, last, answer = np.searchsorted(starts, [begin, end, end + len(END_THINK)]).tolist()
     return last - first, len(starts) - answer
 

@@ -1,12 +1,13 @@
 """Whether a response has the right answer."""
 
 import re
+from decimal import Decimal
 from typing import Any
 
 from data import generated
 from data.chat import final_answer, schema_of
 
-NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?")
+NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
 
 def is_correct(row: dict[str, Any], response: str) -> bool:
@@ -32,7 +33,7 @@ def reference(row: dict[str, Any]) -> str:
             return row["answer"]
 
 
-def _normal(answer: str) -> str | float:
+def _normal(answer: str) -> str | Decimal:
     """A number as itself, whatever its separators, currency sign or final stop; other text as it is."""
     text = answer.strip().removesuffix(".")
-    return float(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text
+    return Decimal(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text

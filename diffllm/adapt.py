@@ -84,6 +84,12 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
     Raises:
         ValueError: it is one; training it as a diffusion model would silently be wrong.
     """
+    for layer in lm.get_decoder().layers:
+        parts = list(layer.modules())
+        if not any(hasattr(part, "is_causal") for part in parts) or any(
+            isinstance(part, torch.nn.Conv1d) for part in parts
+        ):
+            raise ValueError(f"{source}: {type(lm).__name__} has layers that go from left to right whatever attends")
     attention = lm.config._attn_implementation
     lm.set_attn_implementation("sdpa")
     switch_off_causality(lm)

@@ -28,8 +28,9 @@ class AttentionAnnealing:
         """
         if step >= self.steps:
             return batch
-        rng = np.random.default_rng((_ATTENTION, self.seed, step))
-        drawn = rng.random((self.size, self.size), dtype=np.float32) < step / self.steps
-        sees = torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())
         positions = batch["position_ids"]
+        longest = int(positions.max()) + 1
+        rng = np.random.default_rng((_ATTENTION, self.seed, step))
+        drawn = rng.random((longest, self.size), dtype=np.float32)[:, :longest] < step / self.steps
+        sees = torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())
         return {**batch, "visible": sees[positions[:, :, None], positions[:, None, :]]}

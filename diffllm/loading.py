@@ -195,9 +195,11 @@ def _building(source: str, attn_implementation: str) -> Iterator[None]:
     """Say what is at fault where Transformers cannot make a model of its settings."""
     try:
         yield
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
+        if "flash" not in attn_implementation:
+            raise ValueError(f"{source}: {first_line(error)}") from error
         raise ValueError(
             f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', "
             "or use sdpa"

@@ -148,6 +148,11 @@ class DiffLLM(nn.Module):
         if visible is not None:
             if self.unpad:
                 raise ValueError("diffusion.attention_annealing_steps needs model.attn_implementation=sdpa")
+            if self.windowed:
+                raise ValueError(
+                    "diffusion.attention_annealing_steps: some layers of this model attend within a window, which "
+                    "would be lifted and come back; set it to 0"
+                )
             attended = visible if attention_mask is None else visible & attention_mask.bool()[:, None]
             attention_mask = attended[:, None]  # [B, 1, L, L]
         if cache is not None:

@@ -103,7 +103,7 @@ class FSDPSFTTrainer:
                 self.checkpoints.wait()
             finally:
                 self.checkpoints.close()
-            if self.config.data.streaming:
+            if self.config.data.streaming and done < self.steps:
                 self._say(self.train_batches.report.text())
             if finished:
                 self.export(self.output_dir / "hf")

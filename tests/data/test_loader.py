@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from data import DataConfig, Share, TokenRows, TrainBatches, ValBatches
 from data.cutoff import assemble, response_widths
 from data.loader import mix
+from data.tokens import SCHEMA
 from diffllm import DiffusionConfig, ForwardProcess
 
 EOS = 0
@@ -24,6 +25,7 @@ def make_rows(prompts, responses, end=EOS):
     return TokenRows.of(ids, prompts)
 
 
+PLACE = {name: place for place, name in enumerate(SCHEMA.names)}
 ROWS = make_rows([3, 5, 2, 4, 6, 3, 2, 5, 4, 3], [4, 2, 6, 3, 5, 1, 8, 2, 7, 4])
 
 
@@ -219,7 +221,7 @@ class TestMixture:
     @pytest.fixture
     def layout(self):
         rows = make_rows([3] * 10, [4] * 10)
-        table = rows.table.set_column(5, "source", pa.array([0] * 3 + [1] * 7, pa.int32()))
+        table = rows.table.set_column(PLACE["source"], "source", pa.array([0] * 3 + [1] * 7, pa.int32()))
         config = DataConfig(num_workers=0, max_length=16, train_files=["a", "b"], mixture=[4, 1])
         return TrainBatches(TokenRows(table), config, Share(0, 1, 5, 1), EOS, no_noise, seed=1)
 
@@ -245,19 +247,29 @@ class TestMixture:
 def test_a_curriculum_goes_from_easy_to_hard():
     rows = make_rows([3] * 10, [4] * 10)
     difficulty = [3.0, 1, 2, 1, 3, 2, 1, 2, 3, 1]
-    rows = TokenRows(rows.table.set_column(6, "difficulty", pa.array(difficulty)))
+    rows = TokenRows(rows.table.set_column(PLACE["difficulty"], "difficulty", pa.array(difficulty)))
     [train] = batches(micro=4, rows=rows, order="curriculum")
     orders = [train.order(epoch)[0].tolist() for epoch in range(4)]
     for order in orders:
-        assert [difficulty[sample] for sample in order] == sorted(difficulty[sample] for sample in order)
+        easy, hard = ([difficulty[sample] for sample in order[start : start + 4]] for start in (0, 4))
         assert len(order) == 8
+        assert max(easy) <= min(hard)
     assert len(set(map(tuple, orders))) > 1  # ties in another order
     assert {sample for order in orders for sample in order} == set(range(10))  # none always waits
 
 
+def test_the_place_in_a_batch_of_a_curriculum_is_drawn():
+    """It decides how much of a row is masked: the easiest row must not always have the same share."""
+    rows = make_rows([3] * 8, [4] * 8)
+    rows = TokenRows(rows.table.set_column(PLACE["difficulty"], "difficulty", pa.array([float(i) for i in range(8)])))
+    [train] = batches(micro=4, rows=rows, order="curriculum")
+    places = {train.order(epoch)[0].tolist().index(0) for epoch in range(40)}
+    assert places == {0, 1, 2, 3}  # four draws in forty miss one in 25,000 runs
+
+
 def test_context_in_a_response_is_not_trained_on():
     rows = make_rows([3, 2], [6, 4])
-    table = rows.table.set_column(2, "context", pa.array([[5, 7], None], pa.list_(pa.int32())))
+    table = rows.table.set_column(PLACE["context"], "context", pa.array([[5, 7], None], pa.list_(pa.int32())))
     batch = assemble(TokenRows(table), np.array([0, 1]), np.array([6, 7]), EOS)
     assert batch["maskable"].astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
 

@@ -67,7 +67,11 @@ def test_an_input_follows_its_instruction():
         ("gsm8k", {"question": "", "answer": "a #### 4"}, "raw:1: field 'question' is empty"),
         ("gsm8k", {"question": "2+2?", "answer": 4}, "raw:1: "),
         ("s1k", {"question": "2+2?", "thinking_trajectories": [], "attempt": "4"}, "raw:1: "),
-        ("messages", {"conversations": [{"from": "robot", "value": "4"}]}, "raw:1: field 'robot'"),
+        (
+            "messages",
+            {"conversations": [{"from": "robot", "value": "4"}]},
+            "raw:1: a turn is from 'robot', expected human, gpt",
+        ),
         ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
     ],
 )
@@ -156,6 +160,9 @@ def test_another_solution_is_right_too():
         ("Paris", "paris", False),
         ("72", "72 apples", False),
         ("72", "", False),
+        ("3,5", "35", False),
+        ("1,23", "12,3", False),
+        ("9007199254740993", "9007199254740992", False),
     ],
 )
 def test_answers_are_compared_as_numbers_or_as_text(expected, given, right):

@@ -36,7 +36,7 @@ def questions(tokens, tokenizer):
 class TestCuration:
     ROWS = (
         row("two plus two", source="math", difficulty=1),
-        row("Two  plus two?", source="math", difficulty=2),
+        row("Two  plus TWO", source="math", difficulty=2),
         row("name a river", thinking="long " * 30, source="quiz", difficulty=3),
         row("name a hill", source="quiz", difficulty=4),
     )
@@ -80,12 +80,39 @@ class TestCuration:
         tokens, report = prepared(tokenizer, self.ROWS, drop_duplicates="exact")
         assert questions(tokens, tokenizer) == ["two plus two", "name a river", "name a hill"]
         assert report.dropped["duplicates, data.drop_duplicates=exact"].examples == [
-            "rows:2 'Two plus two?' (as rows:1)"
+            "rows:2 'Two plus TWO' (as rows:1)"
         ]
 
     def test_a_duplicate_of_a_row_that_was_left_out_is_none(self, tokenizer):
         tokens, _ = prepared(tokenizer, self.ROWS, drop_duplicates="exact", filter="difficulty > 1")
-        assert questions(tokens, tokenizer)[0] == "Two  plus two?"
+        assert questions(tokens, tokenizer)[0] == "Two  plus TWO"
+
+    def test_signs_and_marks_make_rows_different(self, tokenizer):
+        rows = [row("Solve x+5=0"), row("Solve x-5=0"), row("क कि"), row("क कु")]
+        assert len(prepared(tokenizer, rows, drop_duplicates="exact")[0]) == 4
+
+    def test_a_filtered_row_needs_no_difficulty_and_a_bad_row_has_no_duplicate(self, tokenizer):
+        rows = [row("a", source="k", difficulty=1), row("b", source="x"), row("c", source="k"), row("c", difficulty=2)]
+        tokens, _ = prepared(tokenizer, rows[:2], filter="source == 'k'", order="curriculum")
+        assert len(tokens) == 1
+        tokens, _ = prepared(tokenizer, rows, on_bad_row="skip", order="curriculum", drop_duplicates="exact")
+        assert questions(tokens, tokenizer) == ["a", "c"]
+
+    def test_what_an_evaluation_set_shares_with_everyone_is_no_overlap(self, tokenizer, tmp_path):
+        system = {"role": "system", "content": "You are a helpful assistant who thinks before it answers."}
+        held_out = write(
+            tmp_path / "a.jsonl", *[{"prompt": [system, {"role": "user", "content": q}]} for q in ("???", "x")]
+        )
+        rows = [{"prompt": [system, {"role": "user", "content": "Name a tree"}], "response": "oak"}]
+        tokens, _ = prepared(tokenizer, rows, decontaminate_files=[held_out])
+        assert len(tokens) == 1
+
+    def test_similar_ones_below_the_bound_stay(self, tokenizer):
+        words = [f"w{i}" for i in range(200)]
+        changed = [*words[:150], *(f"v{i}" for i in range(50))]  # similarity about 0.58
+        rows = [row(" ".join(words)), row(" ".join(changed))]
+        assert len(prepared(tokenizer, rows, drop_duplicates="near", near_duplicate=0.75)[0]) == 2
+        assert len(prepared(tokenizer, rows, drop_duplicates="near", near_duplicate=0.4)[0]) == 1
 
     def test_near_duplicates(self, tokenizer):
         text = " ".join(f"word{i}" for i in range(60))
@@ -241,7 +268,7 @@ class TestCache:
         expected, _ = prepared(tokenizer, rows)
         for _ in range(2):
             tokens, report = load()
-            assert tokens.fingerprint() == expected.fingerprint()
+            assert [tokens.ids(i).tolist() for i in range(3)] == [expected.ids(i).tolist() for i in range(3)]
             assert tokens.column("source").tolist() == [0, 0, 1]
             assert [tokens.place(i) for i in range(3)] == [f"{files[0]}:1", f"{files[0]}:2", f"{files[1]}:1"]
             assert (report.read, report.kept, list(report.sources.values())) == (3, 3, [2, 1])
@@ -264,6 +291,20 @@ class TestCache:
         monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
         load()
         assert len(self.entries(tmp_path)) == 6
+
+    def test_the_order_of_the_files_is_part_of_the_rows(self, load, files, tmp_path, tokenizer):
+        assert load()[0].column("source").tolist() == [0, 0, 1]
+        files.reverse()
+        assert load()[0].column("source").tolist() == [0, 1, 1]
+
+    def test_a_file_is_given_once(self, load, files):
+        with pytest.raises(ValueError, match=r"data\.train_files: .*a\.jsonl given twice"):
+            DataConfig(train_files=[files[0], files[0]])
+
+    def test_other_users_can_read_it(self, load, tmp_path):
+        load()
+        [entry] = self.entries(tmp_path)
+        assert (tmp_path / "cache" / entry).stat().st_mode & 0o777 == 0o755
 
     def test_nothing_half_built_is_ever_used(self, load, files, tmp_path, tokenizer, monkeypatch):
         def interrupted(*args):

@@ -88,16 +88,31 @@ def test_ranks_and_micro_batches_share_the_same_batch(stream):
     assert by_slot([stream(Share(rank, 2, 1, 2)) for rank in range(2)]) == alone
 
 
-def test_rows_that_cannot_be_used_are_named_where_they_come(stream):
-    batches = stream(on_bad_row="error").loader(range(9))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_cannot_be_used_are_named_where_they_come(stream, workers):
+    batches = stream(on_bad_row="error", workers=workers).loader(range(9))
     assert len(list(islice(batches, 3))) == 3
-    with pytest.raises(ValueError, match=r"b\.jsonl:4: not JSON.*data\.on_bad_row=skip"):
+    with pytest.raises(ValueError, match=r"^\S*b\.jsonl:4: not JSON.*data\.on_bad_row=skip"):
         list(batches)
 
 
 def test_nothing_left_is_an_error_and_no_endless_search(stream):
     with pytest.raises(ValueError, match=r"(?s)no row is left.*left out by data\.filter=difficulty > 9"):
         next(stream(filter="difficulty > 9").loader(range(1)))
+
+
+def test_other_files_or_another_template_are_another_stream(stream, files, tokenizer, monkeypatch):
+    before = stream().identity()
+    assert stream().identity() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", tokenizer.chat_template + " ")
+        assert stream().identity() != before
+    with open(files[0], "a") as file:
+        file.write("\n")
+    assert stream().identity() != before
+    files.append("nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file or folder"):
+        stream().identity()
 
 
 @pytest.mark.parametrize(

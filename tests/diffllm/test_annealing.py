@@ -67,6 +67,13 @@ def test_a_run_anneals_the_same_in_any_layout_and_then_sees_all(small_run):
     assert losses(train(small_run("plain")))[0] != one[0]
 
 
+def test_a_window_cannot_be_annealed(small_model):
+    small_model.windowed = True
+    ids = torch.arange(6)[None]
+    with pytest.raises(ValueError, match="attend within a window"):
+        small_model.hidden(ids, None, None, *ids.nonzero(as_tuple=True), visible=torch.ones(1, 6, 6).bool())
+
+
 def test_it_needs_an_attention_that_can_hide_positions(small_model):
     small_model.unpad = True
     ids = torch.arange(6)[None]
