@@ -39,6 +39,7 @@ DECODERS = {
         },
     },
 }
+HYBRIDS = {"lfm2": {"layer_types": ["conv", "full_attention"]}}  # which cannot be adapted
 
 
 def write_decoder(
@@ -46,7 +47,7 @@ def write_decoder(
 ) -> Path:
     """An autoregressive checkpoint with the tokenizer beside it, which need not name a mask."""
     ids = {"eos_token_id": [tokenizer.eos_token_id, 7], "vocab_size": len(tokenizer)}
-    config = CONFIG_MAPPING[model_type](**SIZES | DECODERS[model_type] | ids | changes)
+    config = CONFIG_MAPPING[model_type](**SIZES | (DECODERS | HYBRIDS)[model_type] | ids | changes)
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

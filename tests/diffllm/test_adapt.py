@@ -205,10 +205,13 @@ class TestWhatCannotBeAdapted:
         [
             ("qwen2", {}, None),
             ("gemma3_text", {"final_logit_softcapping": 30.0}, "scales, caps or shifts its logits"),
+            ("lfm2", {}, "has layers that go from left to right"),
         ],
-        ids=["plain", "capped"],
+        ids=["plain", "capped", "convolutions"],
     )
-    def test_logits_that_are_more_than_a_product(self, model_type, changes, message, tmp_path, plain_tokenizer):
+    def test_decoders_that_do_more_than_attend_and_project(
+        self, model_type, changes, message, tmp_path, plain_tokenizer
+    ):
         source = str(write_decoder(model_type, tmp_path / "source", plain_tokenizer, **changes))
         if message is None:
             adapt(source)
