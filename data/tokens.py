@@ -216,7 +216,7 @@ def _render(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, generation: bool = True
 ) -> str:
     if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: set tokenizer.chat_template")
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
     except TemplateError as error:
