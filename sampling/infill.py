@@ -20,6 +20,7 @@ from sampling.reverse import fill
 
 _SLOT = re.compile(r"<\|mask\b([^|]*)\|>")
 _LENGTHS = re.compile(r":([0-9]+)(?:-([0-9]+))?")
+MOST_LENGTHS = 256  # that a slot of a text may have: each is filled in
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Template:
                 raise ValueError(
                     f"slot {slot[0]}: write <|mask:12|> for 12 tokens, or <|mask:4-16|> for 4 to 16; at least 1"
                 )
+            if last - first >= MOST_LENGTHS:
+                raise ValueError(f"slot {slot[0]}: {last - first + 1:,} lengths to try, at most {MOST_LENGTHS} can be")
             slots.append(tuple(range(first, last + 1)))
         return cls(tuple(pieces), tuple(slots))
 

@@ -202,3 +202,9 @@ def test_templates_that_cannot_be_filled_in(tokenizer, special):
             infill(Known(0), tokenizer, "a", "b", length, SamplingConfig(), special)
     with pytest.raises(ValueError, match=r"the mask token '<\|mask\|>' is in the text 'b<\|mask\|>'"):
         infill(Known(0), tokenizer, "a", "b<|mask|>", 1, SamplingConfig(), special)
+
+
+def test_a_slot_of_too_many_lengths():
+    with pytest.raises(ValueError, match=r"slot <\|mask:4-100000000\|>: 99,999,997 lengths to try, at most 256"):
+        Template.parse("a <|mask:4-100000000|>")
+    assert len(Template.parse("a <|mask:1-256|>").slots[0]) == 256
