@@ -3,9 +3,9 @@
 Answers the held-out questions of the built-in task with a model trained on it (`make quickstart`) in every way of
 `STRATEGIES`, and by the published procedure, of which the fastest of three runs counts. First come those of `CACHED`,
 five times in turn with the published procedure: medians. Then all, as a table that is also written to DIRECTORY
-(outputs/strategies) as strategies.json and strategies.png: accuracy against tokens a second and against forwards. Tokens
-are counted up to the end-of-sequence token, which counts. A last table shows what the ranking of positions does at low
-temperatures: by the model's own distribution, and, as published, by the one after temperature.
+(outputs/strategies) as strategies.json and strategies.png: accuracy against tokens a second and against forwards.
+Tokens are counted up to the end-of-sequence token, which counts. A last table shows what the ranking of positions does
+at low temperatures: by the model's own distribution, and, as published, by the one after temperature.
 """
 
 import json
