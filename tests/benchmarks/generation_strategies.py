@@ -50,14 +50,14 @@ STRATEGIES = {
     **{f"factor {f}": SURE | {"transfer": "factor", "factor": f} for f in (0.5, 1.0, 2.0)},
     **{f"entropy bound {bound}": {"transfer": "entropy_bound", "entropy_bound": bound} for bound in (0.05, 0.2, 0.5)},
     **{f"threshold 0.9, {cache}": SURE | {"cache": cache} for cache in ("prefix", "dual", "delayed")},
-    "threshold 0.99, dual": SURE | {"threshold": 0.99, "cache": "dual"},
+    "threshold 0.9, dual, refresh 2": SURE | {"cache": "dual", "cache_refresh": 2},
     **{
         f"threshold 0.9, blocks of {length}, {cache}": SURE | {"block_length": length, "cache": cache}
         for length in (6, 9)
         for cache in ("none", "prefix", "dual", "delayed")
     },
 }
-CACHED = ("threshold 0.9, dual", "threshold 0.9, blocks of 9, dual", "threshold 0.99, dual")
+CACHED = ("threshold 0.9, dual", "threshold 0.9, blocks of 9, dual", "threshold 0.9, dual, refresh 2")
 TEMPERATURES = (1e-3, 0.01, 0.05, 0.1, 0.2)
 
 
