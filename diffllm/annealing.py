@@ -20,17 +20,22 @@ class AttentionAnnealing:
     def __init__(self, steps: int, size: int, seed: int):
         self.steps, self.size, self.seed = steps, size, seed
 
-    def __call__(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def __call__(self, micro_batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
         """Add visible [B, L, L], whether the first position sees the second, while there is anything to hide.
 
         Args:
-            batch: attention_mask [B, L], position_ids [B, L] that count the attended tokens.
+            micro_batches: each with position_ids [B, L] that count the attended tokens.
         """
         if step >= self.steps:
-            return batch
-        positions = batch["position_ids"]
-        longest = int(positions.max()) + 1
+            return micro_batches
+        positions = [batch["position_ids"] for batch in micro_batches]
+        sees = self._draw(step, 1 + max(int(ids.max()) for ids in positions))
+        return [
+            {**batch, "visible": sees[ids[:, :, None], ids[:, None, :]]}
+            for batch, ids in zip(micro_batches, positions, strict=True)
+        ]
+
+    def _draw(self, step: int, longest: int) -> Tensor:
         rng = np.random.default_rng((_ATTENTION, self.seed, step))
         drawn = rng.random((longest, self.size), dtype=np.float32)[:, :longest] < step / self.steps
-        sees = torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())
-        return {**batch, "visible": sees[positions[:, :, None], positions[:, None, :]]}
+        return torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())

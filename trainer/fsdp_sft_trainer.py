@@ -154,7 +154,7 @@ class FSDPSFTTrainer:
         set_lr(self.optimizer, lr)
         tally, losses, grad_norm = Tally(self.world), [], 0.0
         norm = counts["norm"]
-        micro_batches = [self.annealing(batch, step) for batch in micro_batches]
+        micro_batches = self.annealing(micro_batches, step)
         if counts["masked"]:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]

@@ -22,21 +22,24 @@ def test_a_position_sees_more_of_what_follows_with_every_step():
     after = torch.ones(200, 200).triu(1).bool()
     shares = []
     for step in range(1, 4):
-        visible = annealing(batch_of([200]), step)["visible"][0]
+        visible = annealing([batch_of([200])], step)[0]["visible"][0]
         assert visible[~after].all()
         shares.append(float(visible[after].float().mean()))
     # 19,900 draws: four standard deviations are 0.014; a false alarm in 16,000
     assert shares == pytest.approx([0.25, 0.5, 0.75], abs=0.014)
-    assert "visible" not in annealing(batch_of([200]), 4)
-    assert "visible" not in AttentionAnnealing(steps=0, size=9, seed=0)(batch_of([9]), 1)
+    assert "visible" not in annealing([batch_of([200])], 4)[0]
+    assert "visible" not in AttentionAnnealing(steps=0, size=9, seed=0)([batch_of([9])], 1)[0]
 
 
 def test_what_is_visible_does_not_depend_on_the_layout():
     annealing = AttentionAnnealing(steps=9, size=30, seed=5)
-    alone = annealing(batch_of([7]), 3)["visible"][0]
-    beside = annealing(batch_of([7, 12], left_padding=3), 3)["visible"][0]
-    assert torch.equal(alone, beside[-7:, -7:])
-    assert not torch.equal(alone, annealing(batch_of([7]), 4)["visible"][0] & alone)
+    [alone] = annealing([batch_of([7])], 3)
+    visible = alone["visible"][0]
+    short, padded = annealing([batch_of([7]), batch_of([7, 12], left_padding=3)], 3)
+    assert torch.equal(visible, short["visible"][0])
+    assert torch.equal(visible, padded["visible"][0, -7:, -7:])
+    [later] = annealing([batch_of([7])], 4)
+    assert not torch.equal(visible, later["visible"][0] & visible)
 
 
 @torch.no_grad()
