@@ -11,6 +11,7 @@ import numpy as np
 from data.files import BadRows
 from data.tokens import TokenRows
 
+FILE = "data_report.json"
 EXAMPLES = 3  # of each reason
 PERCENTILES = (5, 50, 95, 99, 100)
 PARTS = {"prompt": "prompt_lengths", "response": "response_lengths"}
@@ -112,12 +113,24 @@ def lengths_of(rows: TokenRows) -> dict[str, np.ndarray]:
 def save(prepared: dict[str, Prepared], directory: Path) -> list[Path]:
     """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "data_report.json"
-    path.write_text(json.dumps({name: report.to_json() for name, (_, report) in prepared.items()}, indent=2) + "\n")
+    path = directory / FILE
+    _write({name: report.to_json() for name, (_, report) in prepared.items()}, path)
     return [path, *_draw(prepared, path.with_suffix(".png"))]
 
 
+def extend(name: str, report: Report, directory: Path) -> None:
+    """Put one more report into the data_report.json that is there."""
+    path = directory / FILE
+    _write(json.loads(path.read_text()) | {name: report.to_json()}, path)
+
+
+def _write(reports: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(reports, indent=2) + "\n")
+
+
 def _draw(prepared: dict[str, Prepared], path: Path) -> list[Path]:
+    if not prepared:
+        return []
     try:
         from matplotlib.figure import Figure
     except ImportError:

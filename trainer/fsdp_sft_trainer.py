@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from data.loader import Batch
-from data.report import save
+from data.report import extend, save
 from data.stream import Position
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
@@ -93,7 +93,7 @@ class FSDPSFTTrainer:
         with locked(self.output_dir, self.world), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.world)
             done = self._resume(state)
-            if self.rows and not done and self.world.is_main:
+            if not done and self.world.is_main:
                 save(self.rows, self.output_dir)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
@@ -103,8 +103,8 @@ class FSDPSFTTrainer:
                 self.checkpoints.wait()
             finally:
                 self.checkpoints.close()
-            if self.config.data.streaming and done < self.steps:
-                self._say(self.train_batches.report.text())
+                if self.config.data.streaming:
+                    self._account(done)
             if finished:
                 self.export(self.output_dir / "hf")
                 self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
@@ -291,6 +291,13 @@ class FSDPSFTTrainer:
         if self.world.is_main:
             with checkpoint.replacing(directory) as unfinished:
                 self.model.save_pretrained(unfinished, merge_lora(full, self.config.model), self.tokenizer)
+
+    def _account(self, done: int) -> None:
+        """What became of the rows that a stream read after step `done`: known only now."""
+        report = self.train_batches.report
+        self._say(report.text())
+        if self.world.is_main:
+            extend(f"training after step {done}", report, self.output_dir)
 
     def _say(self, *lines: str) -> None:
         if self.world.is_main:
