@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from data.files import PlacedRow
+from data.files import PlacedRow, listed
 
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.
@@ -80,7 +80,7 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
         raise ValueError(
             f"{place}: field '{field}' is missing; a row has question and answer, prompt and response, or messages. "
-            f"Its fields are: {', '.join(row)}"
+            f"Its fields are: {listed(list(row))}"
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
@@ -109,7 +109,9 @@ def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]
                 f"{place}: message {number} of '{field}' has role {role!r}, expected {expected!r}: a system message "
                 "may come first, then user and assistant in turn, each an object with role and content"
             )
-        _text(message, "content", place)
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")
+        _text(message, "content", f"{place}: message {number} of '{field}'")
     if _role(messages[-1]) != last:
         raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
     return [Message(role=message["role"], content=message["content"]) for message in messages]

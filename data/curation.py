@@ -10,6 +10,7 @@ import numpy as np
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
 from data.chat import Chat, Message
+from data.files import listed
 
 SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash
@@ -42,7 +43,7 @@ class Expression:
         try:
             return self._evaluator.eval(self.text, previously_parsed=self._parsed)
         except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            known = ", ".join(name for name in row if name.isidentifier())
+            known = listed([name for name in row if name.isidentifier()])
             raise ValueError(f"{place}: {self.setting}={self.text!r}: {error} Fields of the row: {known}") from error
 
 
@@ -70,7 +71,8 @@ class Duplicates:
 
     def find(self, chat: Chat, place: str) -> str | None:
         """The place of an earlier text like this one; if there is none, this one is remembered."""
-        text = _text(chat)
+        text = "\n".join(f"{message['role']} {message['content']}" for message in chat["prompt"])
+        text = f"{text}\nassistant {chat['response']}"
         digest = sha256(" ".join(text.lower().split()).encode()).digest()
         if earlier := self.seen.get(digest):
             return earlier
@@ -87,32 +89,34 @@ class Duplicates:
 
 
 class Overlap:
-    """Finds texts that share a sequence of n words with a question of an evaluation set; shorter ones count whole."""
+    """Finds chats that share a sequence of n words with a question of an evaluation set, or all of a shorter message.
+
+    What system messages say is not looked at: it may be everyone's.
+    """
 
     def __init__(self, questions: Iterable[tuple[list[Message], str]], n: int):
-        self.places: dict[int, str] = {}
-        lengths = set()
+        self.n, self.places = n, {}
         for messages, place in questions:
-            for gram in n_grams(words_of(_said(messages)), n):
-                lengths.add(len(gram))
-                self.places.setdefault(hash(gram), place)
-        self.lengths = sorted(lengths - {0})
+            for message in messages:
+                if message["role"] != "system":
+                    for gram in n_grams(words_of(message["content"]), n):
+                        self.places.setdefault(hash(gram), place)
 
     def find(self, chat: Chat) -> str | None:
-        """The place of an evaluation question that a text overlaps with."""
-        words = words_of(_text(chat))
-        grams = (gram for n in self.lengths if n <= len(words) for gram in n_grams(words, n))
+        """The place of an evaluation question that a chat overlaps with."""
+        said = [message["content"] for message in chat["prompt"] if message["role"] != "system"]
+        grams = (gram for text in [*said, chat["response"]] for gram in n_grams(words_of(text), self.n))
         return next((self.places[key] for gram in grams if (key := hash(gram)) in self.places), None)
 
 
 def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    """All sequences of n words; of fewer words the whole."""
-    return (tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
+    """All sequences of n words; of fewer words the whole, and of none nothing."""
+    return (tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)) if words)
 
 
 def words_of(text: str) -> list[str]:
-    """Words and numbers in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Words, numbers and signs of arithmetic in lower case, without punctuation."""
+    return re.findall(r"\w+|[-+*/=<>^%]", text.lower())
 
 
 def subset(rows: int, size: float, seed: int) -> np.ndarray:
@@ -128,12 +132,3 @@ def subset(rows: int, size: float, seed: int) -> np.ndarray:
     if not 0 < count <= rows:
         raise ValueError(f"data.subset={size:g}: that is {count} of {rows} rows; give a share, or 1 to {rows}")
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])
-
-
-def _text(chat: Chat) -> str:
-    return "\n".join([_said(chat["prompt"]), chat["response"]])
-
-
-def _said(messages: list[Message]) -> str:
-    """What user and assistant said; a system message may be everyone's."""
-    return "\n".join(message["content"] for message in messages if message["role"] != "system")

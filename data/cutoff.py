@@ -70,9 +70,8 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
     attended = columns >= first
     maskable = columns >= first + rows.prompt_lengths[samples][:, None]
     for row, sample in enumerate(samples):
-        ids = rows.ids(sample)
-        if ids[-1] != eos_token_id:  # cut: where it ends is not known, so ending is not taught
-            maskable[row, first[row, 0] + len(ids) :] = False
+        if rows.cut[sample]:  # where it ends is not known, so ending is not taught
+            maskable[row, first[row, 0] + rows.lengths[sample] :] = False
         for start, end in rows.context(sample) + first[row]:
             maskable[row, start:end] = False
     return {

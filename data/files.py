@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -13,6 +14,8 @@ from pyarrow import ArrowException, RecordBatch
 MAX_LINE = 2**24  # bytes of a row in a .jsonl file: what is longer has lost its line ends
 ROWS_AT_ONCE = 1000  # of a parquet file
 NAMED = 10
+ENDS = 2**20  # bytes at both ends of a file
+SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])")  # in the name of a file
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")  # owner/name, configuration, split
 
 
@@ -34,6 +37,10 @@ class BadRows:
         self.count += 1
         if self.count <= NAMED:
             self.named.append(str(problem))
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.count, self.named = 0, []
 
     def refuse(self) -> None:
         """Raises:
@@ -94,8 +101,10 @@ def digest(name: str | Path) -> str:
     return total.hexdigest()
 
 
-def sizes(name: str | Path) -> dict[str, int]:
-    """Bytes of a file, or of each file in a folder; nothing for a hub id.
+def outline(name: str | Path) -> list[tuple[str, int, str]]:
+    """Of each file its name, bytes, and a digest of how it begins and ends: read at once, however large it is.
+
+    Nothing for a hub id, behind which the rows may change.
 
     Raises:
         ValueError: there is no such file, and it is no hub id either.
@@ -103,8 +112,16 @@ def sizes(name: str | Path) -> dict[str, int]:
     path = Path(name)
     if not path.exists():
         _hub_id(str(name))
-        return {}
-    return {str(file): file.stat().st_size for file in (_files(path) if path.is_dir() else [path])}
+        return []
+    traits = []
+    for file in _files(path) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            ends = sha256(content.read(ENDS))
+            content.seek(max(0, size - ENDS))
+            ends.update(content.read(ENDS))
+        traits.append((str(file), size, ends.hexdigest()))
+    return traits
 
 
 def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
@@ -130,6 +147,12 @@ def _files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix in kinds)
     if not files:
         raise ValueError(f"{folder}: the folder has no {', '.join(kinds)} files")
+    found = [SPLIT.search(str(file.relative_to(folder)).lower()) for file in files]
+    splits = {match[1] for match in found if match}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{folder}: the folder has files of several splits ({', '.join(sorted(splits))}), name those of one"
+        )
     return files
 
 
@@ -166,32 +189,60 @@ def _parse(line: bytes, place: str, bad: BadRows) -> Iterator[PlacedRow]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twice)} given twice")
+        raise ValueError(_twice(name for name, _ in pairs))
     return row
 
 
+def _twice(names: Iterable[str]) -> str:
+    return f"{listed([name for name, count in Counter(names).items() if count > 1])} given twice"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
+
+
 def _read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    content, number = file.read_bytes(), 0
     try:
-        rows = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        text = content.decode(json.detect_encoding(content), errors="surrogateescape")
+        for element in _elements(text):
+            number += 1
+            yield from _parse(element.encode(errors="surrogateescape"), f"{file}:{number}", bad)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: a .json file is a list of rows, this is {type(rows).__name__}; is it .jsonl?")
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield PlacedRow(row, f"{file}:{number}")
-        else:
-            bad.add(f"{file}:{number}: a row is a JSON object, this is {type(row).__name__}")
+        raise ValueError(f"{file}: not a list of rows in JSON, from row {number + 1} on ({error})") from error
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The elements of a JSON list, as they are written.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    at = space.match(text).end()
+    if text[at : at + 1] != "[":
+        raise ValueError("it does not begin with [; is it .jsonl?")
+    at = space.match(text, at + 1).end()
+    while text[at : at + 1] != "]":
+        _, end = decode(text, at)
+        yield text[at:end]
+        at = space.match(text, end).end()
+        if text[at : at + 1] == ",":
+            at = space.match(text, at + 1).end()
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"expected , or ] at character {at}")
+    if text[at + 1 :].strip():
+        raise ValueError(f"something follows the list, at character {at + 1}")
 
 
 def _read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         names = parquet.schema_arrow.names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{file}: {', '.join(twice)} given twice")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{file}: {_twice(names)}")
         number = 0
         for batch in parquet.iter_batches(ROWS_AT_ONCE):
             yield from _of_batch(batch, str(file), number, bad)
@@ -205,15 +256,26 @@ def _of_batch(batch: RecordBatch, name: str, before: int, bad: BadRows) -> Itera
         place = f"{name}:{before + i + 1}"
         try:
             [row] = batch.slice(i, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            bad.add(f"{place}: not UTF-8 ({error})")
+        except (ValueError, OverflowError, ArrowException) as error:  # such as text that is not UTF-8
+            bad.add(f"{place}: cannot be read ({error})")
         else:
             yield PlacedRow(row, place)
 
 
 def _read_dataset(name: str, dataset: Any) -> Iterator[PlacedRow]:
-    for number, row in enumerate(dataset, start=1):
-        yield PlacedRow(row, f"{name}:{number}")
+    number = 0
+    try:
+        for row in dataset:
+            number += 1
+            yield PlacedRow(row, f"{name}:{number}")
+    except _dataset_errors() as error:
+        raise ValueError(f"{name}: the data set cannot be read beyond row {number} ({error})") from error
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, ArrowException, DatasetsError)
 
 
 def _saved(folder: Path) -> Any:
@@ -243,11 +305,10 @@ def _hub(name: str, stream: bool = False) -> Any:
     """
     identity, configuration, split = _hub_id(name)
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     try:
         return load_dataset(identity, configuration, split=split, streaming=stream)
-    except (OSError, ValueError, DatasetNotFoundError) as error:
+    except _dataset_errors() as error:
         raise ValueError(
             f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set ({error})"
         ) from error

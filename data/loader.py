@@ -101,6 +101,10 @@ class TrainBatches(Dataset):
             self._epoch, self._order, self._repeats = epoch, order, _repeats(order)
         return self._order, self._repeats
 
+    def first_epoch(self, sources: int) -> np.ndarray:
+        """[sources] how many rows of each the first epoch has; a row may come several times."""
+        return np.bincount(self.rows.column("source")[self.order(0)[0]], minlength=sources)
+
     def padding_share(self, steps: int = 50) -> float:
         """Positions that are not a row's own tokens, among all that the first steps forward on all ranks."""
         own = positions = 0
@@ -160,7 +164,7 @@ def mix(source: np.ndarray, weights: list[float], rng: np.random.Generator) -> n
         source: [rows] which source a row is from.
 
     Raises:
-        ValueError: a source without rows.
+        ValueError: a source without rows, or with a weight that gives it none.
     """
     shares = np.array(weights) / sum(weights)
     bounds = np.round(np.cumsum([0, *shares]) * len(source)).astype(int)
@@ -169,6 +173,10 @@ def mix(source: np.ndarray, weights: list[float], rng: np.random.Generator) -> n
         rows = np.flatnonzero(source == number)
         if not len(rows):
             raise ValueError(f"data.mixture={weights}: no row of file {number + 1} is left")
+        if not count:
+            raise ValueError(
+                f"data.mixture={weights}: no row of file {number + 1} is among the {len(source)} of an epoch"
+            )
         turns = -(-count // len(rows))
         picked.append(np.concatenate([rng.permutation(rows) for _ in range(turns)] or [rows[:0]])[:count])
     return rng.permutation(np.concatenate(picked))

@@ -11,10 +11,12 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.files import BadRows, iterate
+from data.files import BadRows, PlacedRow, iterate
 from data.generated import DIFFICULTY, generate
 from data.raw import RAW_SETS, convert
 from data.report import Report
+
+ROWS = 1000
 
 
 def main(arguments: list[str]) -> None:
@@ -43,8 +45,8 @@ def prepare(options: Namespace) -> Report:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:
         with unfinished.open("w") as lines:
-            for row in _rows(options, bad):
-                lines.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            for line in _lines(options, bad):
+                lines.write(line)
                 report.kept += 1
         if options.on_bad_row == "error":
             bad.refuse()
@@ -58,10 +60,14 @@ def prepare(options: Namespace) -> Report:
     return report
 
 
-def _rows(options: Namespace, bad: BadRows) -> Iterator[dict]:
+def _lines(options: Namespace, bad: BadRows) -> Iterator[str]:
     if options.name in DIFFICULTY:
-        yield from (placed.row for placed in generate(options.name, options.rows, options.seed))
+        if options.sources:
+            raise ValueError(f"{options.name} is generated: there is nothing to read, leave {options.sources[0]} out")
+        yield from map(_line, generate(options.name, options.rows or ROWS, options.seed or 0))
         return
+    if given := [name for name in ("rows", "seed") if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0]} is of a generated task ({', '.join(DIFFICULTY)}), {options.name} is read")
     raw_set = RAW_SETS[options.name]
     sources = options.sources or [raw_set.hub_id]
     if sources == [None]:
@@ -69,9 +75,18 @@ def _rows(options: Namespace, bad: BadRows) -> Iterator[dict]:
     for source in sources:
         for placed in iterate(source, bad):
             try:
-                yield convert(placed, raw_set)
+                yield _line(PlacedRow(convert(placed, raw_set), placed.place))
             except ValueError as error:
                 bad.add(error)
+
+
+def _line(placed: PlacedRow) -> str:
+    line = json.dumps(placed.row, ensure_ascii=False, default=str) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{placed.place}: not valid Unicode ({error.reason})") from error
+    return line
 
 
 def _parser() -> ArgumentParser:
@@ -84,8 +99,8 @@ def _parser() -> ArgumentParser:
         "sources", nargs="*", help=".jsonl, .json or .parquet files, folders or hub ids; default: the hub's"
     )
     parser.add_argument("--on-bad-row", choices=["error", "skip"], default="error")
-    parser.add_argument("--rows", type=int, default=1000, help="of a generated task")
-    parser.add_argument("--seed", type=int, default=0, help="of a generated task")
+    parser.add_argument("--rows", type=int, help=f"of a generated task, by default {ROWS:,}")
+    parser.add_argument("--seed", type=int, help="of a generated task")
     return parser
 
 

@@ -62,7 +62,8 @@ def from_gsm8k(row: Row) -> Row:
 def from_alpaca(row: Row) -> Row:
     """An instruction, with an input behind it if there is one, and an output."""
     prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    return {"prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
+    others = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "messages")}
+    return {**others, "prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
 
 
 def from_messages(row: Row) -> Row:
@@ -78,7 +79,8 @@ def from_messages(row: Row) -> Row:
 
 def from_prompt_response(row: Row) -> Row:
     """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
-    return {name: row[name] for name in ("prompt", "response")} | row
+    kept = {name: value for name, value in row.items() if name != "messages"}  # another form, which would be taken
+    return {**kept, "prompt": row["prompt"], "response": row["response"]}
 
 
 RAW_SETS = {

@@ -41,6 +41,7 @@ class Report:
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason
     cut: Noted = field(default_factory=Noted)  # rows whose response lost its end
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
+    epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # percentiles of each part's length
     padding_share: float | None = None  # of the positions that will be forwarded
 
@@ -59,7 +60,7 @@ class Report:
 
     def measure(self, rows: TokenRows) -> None:
         """Take the lengths of the rows that are kept."""
-        self.kept, self.cut.count = len(rows), int(rows.column("cut").sum())
+        self.kept, self.cut.count = len(rows), int(rows.cut.sum())
         if self.sources:
             counts = np.bincount(rows.column("source"), minlength=len(self.sources))
             self.sources = dict(zip(self.sources, counts.tolist(), strict=True))
@@ -70,8 +71,10 @@ class Report:
     def text(self) -> str:
         """For the terminal."""
         lines = [f"{self.name} rows: {self.kept:,} of {self.read:,}"]
-        if len(self.sources) > 1:
-            lines += [f"  {count:,} from {name}" for name, count in self.sources.items()]
+        for name, count in self.sources.items():
+            of_epoch = self.epoch.get(name, count)
+            if len(self.sources) > 1 or of_epoch != count:
+                lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
         for reason, noted in [*self.dropped.items(), ("response cut", self.cut)]:
             if noted.count:
                 share = f"{noted.count / self.read:.1%}"
@@ -119,13 +122,16 @@ def save(prepared: dict[str, Prepared], directory: Path) -> list[Path]:
 
 
 def extend(name: str, report: Report, directory: Path) -> None:
-    """Put one more report into the data_report.json that is there."""
+    """Put one more report into data_report.json, beside those that are there."""
     path = directory / FILE
-    _write(json.loads(path.read_text()) | {name: report.to_json()}, path)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    _write(before | {name: report.to_json()}, path)
 
 
 def _write(reports: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(reports, indent=2) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(reports, indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def _draw(prepared: dict[str, Prepared], path: Path) -> list[Path]:
@@ -152,7 +158,8 @@ def _draw_rows(axes: Any, rows: TokenRows, report: Report) -> None:
     axes[0].set(title=f"{report.name} rows", xlabel="tokens", ylabel="rows")
     axes[0].legend()
     counts = {"kept": report.kept, "of them cut": report.cut.count}
-    counts |= {fill(reason, 40): noted.count for reason, noted in report.dropped.items()}
+    # a dollar sign would begin a formula
+    counts |= {fill(reason, 40).replace("$", r"\$"): noted.count for reason, noted in report.dropped.items()}
     bars = axes[1].barh(list(counts), list(counts.values()))
     axes[1].bar_label(bars, fmt="{:,.0f}", padding=3)
     axes[1].set(title=f"of {report.read:,} read", xlabel="rows")

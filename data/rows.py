@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -13,14 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
+from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Chat, schema_of, to_chat, to_prompt
+from data.chat import Chat, Message, schema_of, to_chat, to_prompt
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
 from data.files import BadRows, PlacedRow, digest, iterate
 from data.report import Prepared, Report
-from data.tokens import SCHEMA, Encoded, TokenRows, encode
+from data.tokens import SCHEMA, Encoded, TokenRows, check_tokenizer, encode
 
 FORMAT = 1  # of the files; others are not read
 ROWS_AT_ONCE = 1000
@@ -52,6 +52,7 @@ class Preparation:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
         self.bad = BadRows(". data.on_bad_row=skip leaves them out")
+        check_tokenizer(tokenizer, config.loss_on)
         others = " or right" if config.truncation == "error" else ""
         self.too_long = BadRows(f". Raise data.max_length, or set data.truncation=drop{others}")
         self.filter = self.duplicates = self.overlap = self.difficulty = None
@@ -64,10 +65,7 @@ class Preparation:
         if config.drop_duplicates != "none":
             self.duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
         if config.decontaminate_files:
-            strict = BadRows()
-            placed = [row for file in config.decontaminate_files for row in iterate(file, strict)]
-            strict.refuse()
-            self.overlap = Overlap(((to_prompt(row), row.place) for row in placed), config.decontaminate_words)
+            self.overlap = Overlap(_questions(config.decontaminate_files), config.decontaminate_words)
 
     def batches(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[pa.RecordBatch]:
         """Tokens of all sources, in order, as SCHEMA says.
@@ -82,17 +80,23 @@ class Preparation:
             raise ValueError(f"no row is left.\n{self.report.text()}")
 
     def blocks(self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
-        """The same without a check at the end, `size` chats at a time, after the first `skip`; `taken` counts them."""
-        self.taken = skip
-        for number, (name, rows) in enumerate(sources.items()):
+        """The same without a check at the end, `size` chats at a time, after the first `skip`; `taken` counts them.
+
+        What is skipped is in no account.
+        """
+        names = list(sources)
+        for name in names:
             self.report.sources.setdefault(name, 0)
-            chats = self._chats(rows)
-            skip -= sum(1 for _ in islice(chats, skip))
-            while block := list(islice(chats, size)):
-                kept = self._block(block, number)
-                self.report.sources[name] += len(kept)
-                self.taken += len(block)
-                yield pa.RecordBatch.from_pylist(kept, SCHEMA)
+        chats = self._chats(sources)
+        self.taken = sum(1 for _ in islice(chats, skip))
+        if skip:
+            self.bad.forget()
+        while block := list(islice(chats, size)):
+            kept = self._block(block)
+            for row in kept:
+                self.report.sources[names[row["source"]]] += 1
+            self.taken += len(block)
+            yield pa.RecordBatch.from_pylist(kept, SCHEMA)
 
     def check(self) -> None:
         """Refuse what came so far and cannot be used, unless the settings say what to do.
@@ -111,26 +115,27 @@ class Preparation:
         report.add_bad(self.bad)
         return report
 
-    def _chats(self, rows: Iterable[PlacedRow]) -> Iterator[tuple[PlacedRow, Chat]]:
-        """Rows of one schema as chats."""
-        schema = None
-        for placed in rows:
-            found = schema_of(placed.row)
-            schema = schema or found
-            try:
-                if found != schema:
-                    raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
-                chat = to_chat(placed)
-            except ValueError as error:
-                self.bad.add(error)
-            else:
-                yield placed, chat
+    def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[tuple[int, PlacedRow, Chat]]:
+        """Rows as chats, each with the number of its source, whose rows are of one schema."""
+        for number, rows in enumerate(sources.values()):
+            schema = None
+            for placed in rows:
+                found = schema_of(placed.row)
+                schema = schema or found
+                try:
+                    if found != schema:
+                        raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
+                    chat = to_chat(placed)
+                except ValueError as error:
+                    self.bad.add(error)
+                else:
+                    yield number, placed, chat
 
-    def _block(self, block: list[tuple[PlacedRow, Chat]], source: int) -> list[dict]:
-        rows, chats = zip(*block, strict=True)
+    def _block(self, block: list[tuple[int, PlacedRow, Chat]]) -> list[dict]:
+        sources, rows, chats = zip(*block, strict=True)
         encoded = encode(chats, [placed.place for placed in rows], self.tokenizer, self.config.loss_on)
         kept = []
-        for placed, chat, row in zip(rows, chats, encoded, strict=True):
+        for source, placed, chat, row in zip(sources, rows, chats, encoded, strict=True):
             try:
                 if isinstance(row, ValueError):
                     raise row
@@ -225,18 +230,23 @@ def rows_of_files(
     cache = Path(config.cache_dir or Path(HF_HOME) / "diffllm")
     cache.mkdir(parents=True, exist_ok=True)
     directory = cache / _key(files, config, tokenizer, curated)
-    with FileLock(f"{directory}.lock"):
-        if not directory.exists():
-            unfinished = Path(tempfile.mkdtemp(prefix="unfinished_", dir=cache))
-            try:
-                _build(files, config, tokenizer, name, curated, unfinished)
-                unfinished.chmod(0o755)  # for other users, as other directories are
-                os.rename(unfinished, directory)
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-    rows = TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
-    report = json.loads((directory / "report.json").read_text())
+    if not directory.exists():
+        with FileLock(f"{directory}.lock", mode=0o666):  # also other users' processes wait
+            if not directory.exists():
+                unfinished = Path(f"{directory}.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+                unfinished.mkdir()
+                try:
+                    _build(files, config, tokenizer, name, curated, unfinished)
+                    os.rename(unfinished, directory)
+                except BaseException:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+    try:
+        rows = _mapped(directory)
+        report = json.loads((directory / "report.json").read_text())
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{directory}: these tokenized rows cannot be read ({error}); delete the directory") from error
     return Prepared(rows, Report.from_json(report | {"name": name}))
 
 
@@ -253,9 +263,12 @@ def _build(
     with pa.ipc.new_stream(str(directory / "rows.arrow"), SCHEMA) as written:
         for batch in preparation.batches(sources):
             written.write(batch)
-    rows = TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
-    preparation.report.measure(rows)
+    preparation.report.measure(_mapped(directory))
     (directory / "report.json").write_text(json.dumps(preparation.report.to_json()))
+
+
+def _mapped(directory: Path) -> TokenRows:
+    return TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
 
 
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
@@ -268,6 +281,18 @@ def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenize
         "tokenizer": tokenizer_digest(tokenizer),
     }
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _questions(files: Iterable[str]) -> Iterator[tuple[list[Message], str]]:
+    """What is asked in an evaluation set, and where."""
+    bad = BadRows()
+    for file in files:
+        for placed in iterate(file, bad):
+            try:
+                yield to_prompt(placed), placed.place
+            except ValueError as error:
+                bad.add(error)
+    bad.refuse()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.config import DataConfig
 from data.cutoff import assemble, response_widths
-from data.files import iterate, sizes
+from data.files import digest, iterate, outline
 from data.loader import CUT, Batch, Noise, Share, ignore_signals, to_device_ready, to_numpy, to_torch
 from data.report import Report
 from data.rows import Preparation, tokenizer_digest
@@ -136,12 +136,16 @@ class StreamedBatches(IterableDataset):
             preparation.taken = 0
 
     def identity(self) -> tuple[int, str]:
-        """No number of rows, and what tells their source from others without reading it: names, sizes, tokenizer.
+        """No number of rows, and what tells their source from others without reading all of it.
 
         Raises:
             ValueError: a file is missing.
         """
-        content = [[(file, sizes(file)) for file in self.files], tokenizer_digest(self.tokenizer)]
+        content = [
+            [(file, outline(file)) for file in self.files],
+            [digest(file) for file in self.config.decontaminate_files],
+            tokenizer_digest(self.tokenizer),
+        ]
         return 0, sha256(json.dumps(content).encode()).hexdigest()
 
     def epoch(self, step: int) -> float:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message
@@ -52,10 +51,11 @@ class TokenRows:
         self._chunks = {name: [_numpy(chunk) for chunk in table[name].chunks] for name in ("input_ids", "context")}
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> "TokenRows":
-        """Rows given as token arrays."""
+    def of(cls, rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cut: bool = False) -> "TokenRows":
+        """Rows given as token arrays, whole or all cut."""
         encoded = [
-            {"input_ids": ids, "prompt_length": length} for ids, length in zip(rows, prompt_lengths, strict=True)
+            {"input_ids": ids, "prompt_length": length, "cut": int(cut)}
+            for ids, length in zip(rows, prompt_lengths, strict=True)
         ]
         return cls(pa.Table.from_pylist(encoded, SCHEMA))
 
@@ -95,6 +95,11 @@ class TokenRows:
         ]
 
     @cached_property
+    def cut(self) -> np.ndarray:
+        """[rows] whether the response lost its end when it was tokenized."""
+        return self.column("cut").astype(bool)
+
+    @cached_property
     def response_lengths(self) -> np.ndarray:
         """[rows] tokens after the prompt."""
         return self.lengths - self.prompt_lengths
@@ -122,6 +127,23 @@ def _numpy(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     return chunk.offsets.to_numpy(), chunk.values.to_numpy()
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
+    """Refuse a tokenizer that can make no training rows.
+
+    Raises:
+        ValueError: it has no chat template, or it puts a space before each text: parts of a chat would not be what they
+            are in the whole.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if loss_on == "all" and tokenizer.decode(ids + ids) != "aa":
+        raise ValueError(
+            "data.loss_on=all: this tokenizer begins each text with a space, so that an answer in the middle of a chat "
+            "would be in other tokens than in sampling; set data.loss_on=last"
+        )
+
+
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str = "the prompt") -> list[int]:
     """Tokens of a prompt, up to where the assistant begins; `place` names it in errors.
 
@@ -146,7 +168,7 @@ def encode(
     parts: list[list[str] | ValueError] = []
     for chat, place in zip(chats, places, strict=True):
         try:
-            parts.append(_parts(chat["prompt"], tokenizer, loss_on, place))
+            parts.append(_parts(chat, tokenizer, loss_on, place))
         except ValueError as error:
             parts.append(error)
     texts = [text for part in parts if isinstance(part, list) for text in part]
@@ -168,13 +190,20 @@ def encode(
     return encoded
 
 
-def _parts(prompt: Sequence[Message], tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str) -> list[str]:
+def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str) -> list[str]:
     """The text before the last answer, cut where what is trained on begins or ends: context, answer, …, context.
 
     Raises:
-        ValueError: the template writes earlier answers in another way than it wrote them when they came.
+        ValueError: the template writes earlier answers in another way than it wrote them when they came, or begins the
+            thinking that the answer has.
     """
+    prompt = chat["prompt"]
     whole = _render(prompt, tokenizer, place)
+    if whole.rstrip().endswith(THINK) and chat["response"].lstrip().startswith(THINK):
+        raise ValueError(
+            f"{place}: the chat template writes {THINK} before the answer, which has its own; choose another by "
+            "model.chat_template"
+        )
     if loss_on == "last":
         return [whole]
     parts, done = [], 0
@@ -217,11 +246,18 @@ def _render(
 ) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
+    roles = ", ".join(message["role"] for message in messages)
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
+    except Exception as error:  # a template is a program: it ends in whatever fails first
         raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
+    for number, message in enumerate(messages, start=1):
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise ValueError(
+                f"{place}: of messages of {roles} the chat template leaves out or rewrites number {number}; choose "
+                "another by model.chat_template"
+            )
+    return text
 
 
 def _refuse_masks(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, place: str) -> None:

@@ -67,7 +67,9 @@ def build_batches(
     else:
         rows["training"] = _training_rows(data, tokenizer, config.seed)
         train = TrainBatches(rows["training"].rows, data, share, eos, noise, config.seed)
-        rows["training"].report.padding_share = train.padding_share()
+        report = rows["training"].report
+        report.padding_share = train.padding_share()
+        report.epoch = dict(zip(report.sources, train.first_epoch(len(report.sources)).tolist(), strict=True))
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files:

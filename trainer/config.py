@@ -169,6 +169,7 @@ def resolve(composed: DictConfig) -> Config:
             ("model", "target_modules"),
             ("data", "train_files"),
             ("data", "val_files"),
+            ("data", "decontaminate_files"),
             ("trainer", "logger"),
             ("sampling", "stop"),
             ("sampling", "forbidden"),

@@ -8,6 +8,7 @@ import pytest
 
 from data import read_rows
 from data.chat import final_answer, to_chat, to_prompt
+from tests.data.test_fuzz import no_longer_than
 
 ROW = {"question": "2+2?", "answer": "<think>\n2+2=4\n</think>\n4", "source": "made up", "difficulty": 1}
 
@@ -35,6 +36,10 @@ def test_jsonl_and_parquet_rows_come_in_order_with_their_place(tmp_path):
         ("list.jsonl", "[1]\n", r"list\.jsonl:1: a row is a JSON object, this is list"),
         ("rows.csv", "a,b\n", r"end in \.jsonl, \.json, \.parquet"),
         ("bad.parquet", "PAR1", "not a readable parquet file"),
+        ("object.json", '{"question": "a"}', "not a list of rows in JSON, .*is it .jsonl"),
+        ("cut.json", '[{"question": "a"}, {"question"', "from row 2 on"),
+        ("more.json", '[{"question": "a"}] x', "something follows the list, at character 19"),
+        ("apart.json", '[{"question": "a"} {"question": "b"}]', "expected , or ] at character 19"),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, message):
@@ -42,6 +47,32 @@ def test_unreadable_files(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_rows([tmp_path / name])
+
+
+def test_rows_of_a_json_list_are_named_one_by_one(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"question": "\xff"}, {"a": 1, "a": 2}, 3, {"question": "4"}]')
+    with pytest.raises(ValueError, match=r"3 rows .*a\.json:1: .*utf-8.*a\.json:2: .*a given twice.*a\.json:3: .*int"):
+        read_rows([tmp_path / "a.json"])
+
+
+def test_a_row_with_very_many_fields_takes_no_time(tmp_path):
+    fields = ", ".join(f'"f{i}": {i}, "f{i}": {i}' for i in range(100_000))  # a second at most; by pairs, an hour
+    with no_longer_than(20), pytest.raises(ValueError, match=r"f0, f1, .* and 99990 more given twice"):
+        read_rows([write(tmp_path / "a.jsonl", f"{{{fields}}}")])
+
+
+def test_a_parquet_value_that_cannot_be_read(tmp_path):
+    times = pa.array([0, 2**62], pa.timestamp("us"))
+    pa.parquet.write_table(pa.table({"question": ["a", "b"], "when": times}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet:2: cannot be read"):
+        read_rows([tmp_path / "a.parquet"])
+
+
+def test_a_folder_of_several_splits(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}-00000.jsonl", json.dumps(ROW))
+    with pytest.raises(ValueError, match=r"files of several splits \(test, train\)"):
+        read_rows([tmp_path])
 
 
 def test_invalid_utf8_is_named_by_line(tmp_path):
@@ -67,7 +98,11 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
             {"prompt": [{"role": "robot", "content": "a"}], "response": "b"},
             "message 1 of 'prompt' has role 'robot'",
         ),
-        ({"prompt": [{"role": "user", "content": " "}], "response": "b"}, "field 'content' is empty"),
+        (
+            {"prompt": [{"role": "user", "content": " "}], "response": "b"},
+            "message 1 of .*: field 'content' is empty",
+        ),
+        ({"prompt": [{"role": "user"}], "response": "b"}, "message 1 of 'prompt' has no text as its content"),
         ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is missing"),
     ],
 )

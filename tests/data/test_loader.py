@@ -22,7 +22,7 @@ def make_rows(prompts, responses, end=EOS):
     ids = [np.arange(1, p + r + 1, dtype=np.int32) + 100 * i for i, (p, r) in enumerate(lengths)]
     for row in ids:
         row[-1] = end
-    return TokenRows.of(ids, prompts)
+    return TokenRows.of(ids, prompts, cut=end != EOS)
 
 
 PLACE = {name: place for place, name in enumerate(SCHEMA.names)}

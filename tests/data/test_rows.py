@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, rows_of, rows_of_files
 from data.report import Report, save
@@ -97,6 +99,28 @@ class TestCuration:
         assert len(tokens) == 1
         tokens, _ = prepared(tokenizer, rows, on_bad_row="skip", order="curriculum", drop_duplicates="exact")
         assert questions(tokens, tokenizer) == ["a", "c"]
+
+    def test_near_duplicates_differ_in_more_than_a_sign(self, tokenizer):
+        rows = [row("Solve x+5=0", "0-5=-5", "-5"), row("Solve x-5=0", "0+5=5", "5")]
+        assert len(prepared(tokenizer, rows, drop_duplicates="near")[0]) == 2
+
+    def test_what_the_system_says_makes_rows_different(self, tokenizer):
+        french, german = (
+            {"prompt": [{"role": "system", "content": f"In {language}."}, {"role": "user", "content": "No?"}]}
+            for language in ("French", "German")
+        )
+        rows = [each | {"response": "Non, nein."} for each in (french, german, french)]
+        assert len(prepared(tokenizer, rows, drop_duplicates="exact")[0]) == 2
+
+    def test_a_short_question_overlaps_where_it_is_all_that_is_asked(self, tokenizer, tmp_path):
+        held_out = write(tmp_path / "a.jsonl", {"question": "Why?"})
+        tokens, _ = prepared(tokenizer, [row("Why is it so?"), row("why")], decontaminate_files=[held_out])
+        assert questions(tokens, tokenizer) == ["Why is it so?"]
+
+    def test_all_bad_rows_of_an_evaluation_set_are_named(self, tokenizer, tmp_path):
+        held_out = write(tmp_path / "a.jsonl", {"question": "a"}, {"question": 3}, {"text": "b"})
+        with pytest.raises(ValueError, match=r"2 rows cannot be used: .*a\.jsonl:2: .*a\.jsonl:3: "):
+            prepared(tokenizer, [row()], decontaminate_files=[held_out])
 
     def test_what_an_evaluation_set_shares_with_everyone_is_no_overlap(self, tokenizer, tmp_path):
         system = {"role": "system", "content": "You are a helpful assistant who thinks before it answers."}
@@ -190,12 +214,43 @@ class TestSeveralTurns:
     def test_a_template_that_rewrites_earlier_answers(self, tokenizer):
         hiding = builtin_tokenizer()
         hiding.chat_template = (
-            "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}"
+            "{% for m in messages %}{{ m['role'] }}:{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}"
             "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
         )
         with pytest.raises(ValueError, match=r"rows:1: the chat template rewrites message 3.*data\.loss_on=last"):
             self.trained(hiding, "all")
         assert any(self.trained(hiding, "last")[1])
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{{ messages[0]['content'] }}>", "leaves out or rewrites number 2"),
+            ("{{ messages[1]['content'] + 1 }}", "refuses messages of system, user"),
+            ("{{ messages | map(attribute='content') | join }}<think>\n", "writes <think> before the answer"),
+        ],
+    )
+    def test_a_template_that_loses_or_doubles_text(self, template, message):
+        tokenizer = builtin_tokenizer()
+        tokenizer.chat_template = template
+        rows = [{"messages": [*self.MESSAGES[:2], {"role": "assistant", "content": "<think>a</think>b"}]}]
+        with pytest.raises(ValueError, match=f"rows:1: .*the chat template {message}|rows:1: the chat .*{message}"):
+            prepared(tokenizer, rows)
+
+    def test_no_template(self):
+        tokenizer = builtin_tokenizer()
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match=r"^tokenizer .* has no chat template: name one by model\.chat_template$"):
+            prepared(tokenizer, [row()] * 3)
+
+    def test_a_tokenizer_that_begins_each_text_with_a_space(self):
+        metaspace = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, ":": 3, "<eos>": 4}, merges=[]))
+        metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=metaspace, eos_token="<eos>", chat_template="{{ messages[0]['content'] }}:"
+        )
+        assert len(prepared(tokenizer, [{"prompt": "a", "response": "b"}])[0]) == 1
+        with pytest.raises(ValueError, match=r"data\.loss_on=all: this tokenizer begins each text with a space"):
+            prepared(tokenizer, [{"prompt": "a", "response": "b"}], loss_on="all")
 
     @pytest.mark.parametrize(
         ("roles", "message"),
@@ -301,10 +356,27 @@ class TestCache:
         with pytest.raises(ValueError, match=r"data\.train_files: .*a\.jsonl given twice"):
             DataConfig(train_files=[files[0], files[0]])
 
-    def test_other_users_can_read_it(self, load, tmp_path):
+    def test_other_users_can_read_it_and_wait_for_it(self, load, tmp_path):
         load()
         [entry] = self.entries(tmp_path)
-        assert (tmp_path / "cache" / entry).stat().st_mode & 0o777 == 0o755
+        assert (tmp_path / "cache" / entry).stat().st_mode & 0o555 == 0o555
+        assert (tmp_path / "cache" / f"{entry}.lock").stat().st_mode & 0o666 == 0o666
+
+    def test_what_a_killed_process_left_is_cleared(self, load, tmp_path):
+        first = load()[0].fingerprint()
+        [entry] = self.entries(tmp_path)
+        (tmp_path / "cache" / entry).rename(tmp_path / "cache" / f"{entry}.unfinished")
+        (tmp_path / "cache" / f"{entry}.unfinished" / "rows.arrow").write_bytes(b"half")
+        assert load()[0].fingerprint() == first
+        assert self.entries(tmp_path) == [entry]
+
+    def test_a_broken_entry_is_named(self, load, tmp_path):
+        load()
+        [entry] = self.entries(tmp_path)
+        rows = tmp_path / "cache" / entry / "rows.arrow"
+        rows.write_bytes(rows.read_bytes()[:100])
+        with pytest.raises(ValueError, match=rf"{entry}: these tokenized rows cannot be read .*; delete the directory"):
+            load()
 
     def test_nothing_half_built_is_ever_used(self, load, files, tmp_path, tokenizer, monkeypatch):
         def interrupted(*args):
@@ -343,10 +415,11 @@ def _fingerprint(files, config, builds):
 def test_the_report_as_text_json_and_picture(tokenizer, tmp_path, monkeypatch):
     monkeypatch.undo()
     rows = [row(f"question {i}", thinking="a " * i, source=i % 3) for i in range(1, 41)]
-    tokens, report = prepared(tokenizer, rows, filter="source > 0", max_length=80, truncation="right")
+    kept = "source > 0 or '$^$' in question"  # no formula to be drawn
+    tokens, report = prepared(tokenizer, rows, filter=kept, max_length=80, truncation="right")
     text = report.text()
     assert text.startswith("training rows: 27 of 40\n")
-    assert "13 (32.5%) left out by data.filter=source > 0" in text
+    assert "13 (32.5%) left out by data.filter=source > 0 or '$^$' in question" in text
     assert f"{report.cut.count} ({report.cut.count / 40:.1%}) response cut" in text
     assert "rows:3 'question 3'" in text
     files = save({"training": (tokens, report)}, tmp_path)

@@ -142,11 +142,11 @@ def test_a_run_that_streams_and_is_interrupted_ends_with_the_same_bits(small_run
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
     assert metrics(whole)[-1]["train/epoch"] == 2.0
     accounts = json.loads((cut / "data_report.json").read_text())
-    assert list(accounts) == ["training after step 0", "training after step 7"]
+    assert list(accounts) == ["validation", "training after step 0", "training after step 7"]
     for account in accounts.values():
         left_out = {reason: noted["count"] for reason, noted in account["dropped"].items()}
         assert account["kept"] + sum(left_out.values()) == account["read"] > 0
-        assert left_out["cannot be used"]
+    assert accounts["training after step 0"]["dropped"]["cannot be used"]["count"] == 2  # once an epoch
 
 
 def test_a_stream_needs_to_know_its_length(small_run, files):
