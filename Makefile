@@ -10,7 +10,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

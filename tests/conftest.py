@@ -1,6 +1,8 @@
 """What several tests share. The environment is set before torch is imported."""
 
+import json
 import os
+from dataclasses import replace
 
 # The golden numerics were made with these kernels: with them float32 results are bitwise equal.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import report
+from data import DataConfig, report
+from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from trainer.config import Config
@@ -55,18 +58,32 @@ def small_shape(**changes) -> ModelConfig:
     return ModelConfig(**shape | {"num_key_value_heads": 1, "initializer_range": 0.06} | changes)
 
 
+@pytest.fixture(scope="session")
+def equations(tmp_path_factory) -> DataConfig:
+    """A few of the equations in files, so that they are tokenized once for all runs."""
+    directory = tmp_path_factory.mktemp("equations")
+    for name, rows in (("train", train_rows()[:320]), ("val", held_out_rows()[:40])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(placed.row) + "\n" for placed in rows))
+    return DataConfig(
+        train_files=[str(directory / "train.jsonl")],
+        val_files=[str(directory / "val.jsonl")],
+        cache_dir=str(directory / "cache"),
+    )
+
+
 @pytest.fixture
-def small_run(tmp_path):
+def small_run(tmp_path, equations):
     """The configuration of a run that takes a second: 12 steps of a small model on the equations."""
 
     def configure(name: str = "run", **changes) -> Config:
-        config = Config(model=small_shape())
+        config = Config(model=small_shape(), data=replace(equations))
         config.data.max_length = 64
         config.data.train_batch_size = 8
         config.data.num_workers = 0
         config.optim.lr = 1e-3
         config.trainer.max_steps = 12
         config.trainer.logger = []
+        config.trainer.peak_tflops = 0.1  # measuring it takes longer than the steps
         config.trainer.output_dir = str(tmp_path / name)
         for key, value in changes.items():
             group, field = key.split("__")

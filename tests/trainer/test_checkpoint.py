@@ -38,6 +38,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(small_run, tmp_path):
         "trainer.max_steps=40", "trainer.save_checkpoint_steps=5", f"trainer.output_dir={config.trainer.output_dir}",
         "data.max_length=64", "data.train_batch_size=8", "data.num_workers=0", "optim.lr=1e-3", "trainer.logger=[]",
         *(f"model.{name}={value}" for name, value in asdict(config.model).items() if value is not None),
+        *(f"data.{name}={getattr(config.data, name)}" for name in ("train_files", "val_files", "cache_dir")),
     ]  # fmt: skip
     command = [sys.executable, ROOT / "train.py", *overrides]
     process = subprocess.Popen(command, cwd=tmp_path)

@@ -53,5 +53,5 @@ def test_bf16_trains_like_float32(small_run):
 def test_without_validation_rows_there_is_none(small_run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "2+2?", "answer": "<think>\\n2+2=4\\n</think>\\n4"}\n' * 8)
-    run = train(small_run(data__train_files=[str(rows)]))
+    run = train(small_run(data__train_files=[str(rows)], data__val_files=[]))
     assert not any("val/elbo" in line for line in metrics(run))
