@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import split_gguf
+from diffllm.sources import first_line, new_directory, split_gguf
 from diffllm.tokenizer import check_tokenizer, load_tokenizer, name_mask
 
 MASK_TOKEN = "<|mask|>"
@@ -28,7 +28,10 @@ def needs_adapting(source: str) -> bool:
 
 
 def adapt(
-    source: str, mask_token: str = MASK_TOKEN, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    source: str,
+    mask_token: str = MASK_TOKEN,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str = "sdpa",
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
     """Make an autoregressive checkpoint a diffusion language model, ready to be trained as one (arXiv 2410.17891).
 
@@ -38,6 +41,7 @@ def adapt(
 
     Args:
         source: a local directory, a hub id, or a GGUF file.
+        dtype: `auto` is the checkpoint's own.
 
     Raises:
         ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, or a mask token
@@ -79,28 +83,36 @@ def add_row(lm: PreTrainedModel, token: int) -> None:
 
 @torch.no_grad()
 def check_decoder(lm: PreTrainedModel, source: str) -> None:
-    """Refuse a decoder that stays causal, or whose logits are more than one matrix times its states.
+    """Refuse a decoder that stays causal, takes no mask of its own, or whose logits are more than a matrix's product.
 
     Raises:
-        ValueError: it is one; training it as a diffusion model would silently be wrong.
+        ValueError: it is one; training it as a diffusion model would fail, or silently be wrong.
     """
-    for layer in lm.get_decoder().layers:
+    name = f"{source}: {type(lm).__name__}"
+    decoder, head = lm.get_decoder(), getattr(lm, "lm_head", None)
+    if not hasattr(decoder, "layers") or head is None:
+        raise ValueError(f"{name} is laid out in another way than is known here, without `layers` or `lm_head`")
+    for layer in decoder.layers:
         parts = list(layer.modules())
         if not any(hasattr(part, "is_causal") for part in parts) or any(
             isinstance(part, torch.nn.Conv1d) for part in parts
         ):
-            raise ValueError(f"{source}: {type(lm).__name__} has layers that go from left to right whatever attends")
+            raise ValueError(f"{name} has layers that go from left to right whatever attends")
     attention = lm.config._attn_implementation
-    lm.set_attn_implementation("sdpa")
-    switch_off_causality(lm)
-    decoder, head = lm.get_decoder(), lm.get_output_embeddings()
     ids = torch.arange(8)[None]
-    states = decoder(input_ids=ids).last_hidden_state
-    changed = decoder(input_ids=ids.masked_fill(ids == 7, 8)).last_hidden_state
+    try:
+        lm.set_attn_implementation("sdpa")
+        switch_off_causality(lm)
+        states = decoder(input_ids=ids).last_hidden_state
+        changed = decoder(input_ids=ids.masked_fill(ids == 7, 8)).last_hidden_state
+        decoder(input_ids=ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+        logits = lm(input_ids=ids).logits
+    except Exception as error:  # of many kinds of decoders, each fails in its own way
+        raise ValueError(f"{name} does not attend in the way that is needed here ({first_line(error)})") from error
     if torch.equal(states[0, 0], changed[0, 0]):
-        raise ValueError(f"{source}: {type(lm).__name__} attends to the left only, whatever its config says")
-    if not torch.equal(lm(input_ids=ids).logits, F.linear(states, head.weight)):
-        raise ValueError(f"{source}: {type(lm).__name__} scales, caps or shifts its logits, which is not supported")
+        raise ValueError(f"{name} attends to the left only, whatever its config says")
+    if not torch.equal(logits, F.linear(states, head.weight)):
+        raise ValueError(f"{name} scales, caps or shifts its logits, which is not supported")
     lm.set_attn_implementation(attention)
 
 
@@ -109,8 +121,9 @@ def main() -> None:
         sys.exit("usage: python -m diffllm.adapt SOURCE DIR [MASK_TOKEN]")
     source, directory, *mask_token = sys.argv[1:]
     try:
-        model, tokenizer = adapt(source, *mask_token)
-        model.save_pretrained(directory, tokenizer=tokenizer)
+        with new_directory(directory) as unfinished:
+            model, tokenizer = adapt(source, *mask_token, dtype="auto")
+            model.save_pretrained(unfinished, tokenizer=tokenizer)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

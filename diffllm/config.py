@@ -8,6 +8,7 @@ TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -30,7 +31,8 @@ class ModelConfig:
 
     path: str | None = None  # a local directory, hub id or GGUF file; null makes a model from scratch
     mask_token: str = "<|mask|>"  # of an autoregressive checkpoint: a token that nothing uses, or one that is added
-    chat_template: str | None = None  # chatml | llama3 | llada | the path of a .jinja file; null takes the tokenizer's
+    # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
+    chat_template: str | None = None
     family: str = "dream"  # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -57,7 +59,11 @@ class ModelConfig:
         for name in SIZE_FIELDS:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name, allowed in (("loss_kernel", LOSS_KERNELS), ("recompute", RECOMPUTED)):
+        for name, allowed in (
+            ("loss_kernel", LOSS_KERNELS),
+            ("recompute", RECOMPUTED),
+            ("attn_implementation", ATTENTIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         if self.lora_rank < 0:

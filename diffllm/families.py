@@ -130,8 +130,7 @@ class Family:
         Raises:
             ValueError: the config asks for a variant that the Transformers decoder does not have.
         """
-        known = {key: value for key, value in published.items() if value is not None}
-        return self.config_class.from_dict({**known, "use_cache": False})
+        return self.config_class.from_dict({**published, "use_cache": False})
 
     def published_config(self, shape: dict[str, Any]) -> dict[str, Any]:
         """The config.json of a model made from scratch, from Transformers' names for its shape."""

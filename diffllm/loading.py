@@ -44,12 +44,18 @@ def empty_model(
     source = str(path_or_name)
     published, family = read_config(source)
     check_ids(published, source)
-    with _building(source, attn_implementation), torch.device("meta"):
-        lm = family.model_class._from_config(
-            family.config(published), dtype=dtype, attn_implementation=attn_implementation
-        )
+    lm = _on_meta(source, published, family, dtype, attn_implementation)
     fill_buffers(lm)
     return DiffLLM(lm, family, published, source)
+
+
+def _on_meta(
+    source: str, published: dict[str, Any], family: Family, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    with _building(source, attn_implementation), torch.device("meta"):
+        return family.model_class._from_config(
+            family.config(published), dtype=dtype, attn_implementation=attn_implementation
+        )
 
 
 @torch.no_grad()
@@ -74,7 +80,8 @@ def load_decoder(
     """
     directory, file = split_gguf(source)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
-    with readable(source, "the weights"), _building(source, attn_implementation):
+    _on_meta(source, published, family, torch.float32, attn_implementation)  # what fails now is not the weights' fault
+    with readable(source, "the weights", Exception):
         lm, report = family.model_class.from_pretrained(
             directory,
             config=family.config(published),

@@ -19,7 +19,19 @@ _HEADERS = (
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-CHAT_TEMPLATES = {"chatml": CHATML, "llama3": "<|begin_of_text|>" + _HEADERS, "llada": "<|startoftext|>" + _HEADERS}
+GEMMA = (
+    "<bos>{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% endif %}"  # it has no such role: the system's words begin the first turn
+    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
+    "{{ system if loop.first else '' }}{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+CHAT_TEMPLATES = {
+    "chatml": CHATML,
+    "llama3": "<|begin_of_text|>" + _HEADERS,
+    "llada": "<|startoftext|>" + _HEADERS,
+    "gemma": GEMMA,
+}
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
@@ -100,7 +112,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         tokenizer.chat_template = Path(template).read_text()
         return
     text = CHAT_TEMPLATES[template]
-    if missing := set(re.findall(r"<\|\w+\|>", text)) - tokenizer.get_vocab().keys():
+    if missing := set(re.findall(r"<\|?\w+\|?>", text)) - tokenizer.get_vocab().keys():
         raise ValueError(
             f"model.chat_template={template}: the tokenizer has no {', '.join(sorted(missing))}; choose another "
             "template, or null for the tokenizer's own"

@@ -7,6 +7,7 @@ holds the step, the resolved configuration, the versions and the size of every f
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -292,7 +293,7 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
         ValueError: it belongs to a model of another shape, or its files are corrupt.
     """
     values = state.state_dict()
-    try:
+    with _refusing_corrupt(checkpoint):
         saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         check_shapes(checkpoint, saved, values["model"])
         # A rank or a kind of device that the run did not have keeps its own random state.
@@ -300,11 +301,28 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
         own = values["rng"][rank]
         values["rng"] = {rank: {kind: value for kind, value in own.items() if f"rng.{rank}.{kind}" in saved}}
         dcp.load(values, checkpoint_id=checkpoint)
-    except (CheckpointException, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{checkpoint}: its files are corrupt ({_reason(error)}); delete it") from error
     values["rng"][rank] = own | values["rng"].get(rank, {})
     state.load_state_dict(values)
     return read_manifest(checkpoint)
+
+
+def load_weights(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Read some of a whole checkpoint's weights into tensors by their names, in one process without ranks.
+
+    Raises:
+        ValueError: its files are corrupt.
+    """
+    with _refusing_corrupt(checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
+
+
+@contextmanager
+def _refusing_corrupt(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{checkpoint}: its files are corrupt ({_reason(error)}); delete it") from error
 
 
 def check_shapes(checkpoint: Path, saved: dict[str, Any], model: dict[str, torch.Tensor]) -> None:

@@ -1,16 +1,15 @@
 """A checkpoint's model in the published format: `python -m trainer.export CHECKPOINT DIR [bf16|f32]`."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
+from diffllm.sources import new_directory
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.config import Config, resolve
@@ -24,9 +23,7 @@ def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedToken
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
     trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-        dcp.load({"model": trained}, checkpoint_id=source, no_dist=True)
+    checkpoint.load_weights(source, trained)
     return model, tokenizer
 
 
@@ -37,16 +34,19 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
         dtype: what the weights are rounded to, of DTYPES.
 
     Raises:
-        ValueError: `source` is not a whole checkpoint, or an unknown `dtype`.
+        ValueError: `source` is not a whole checkpoint, `directory` exists, or an unknown `dtype`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"{dtype}: weights are written as one of {', '.join(DTYPES)}")
     if defect := checkpoint.find_defect(source):
         raise ValueError(f"{source}: {defect}")
     config = resolve(OmegaConf.create(checkpoint.read_manifest(source)["config"]))
-    model, tokenizer = load_trained(source, config)
-    merged = merge_lora(model.state_dict(), config.model)
-    model.save_pretrained(directory, {name: tensor.to(DTYPES[dtype]) for name, tensor in merged.items()}, tokenizer)
+    config.model.attn_implementation = "sdpa"  # nothing is forwarded
+    with new_directory(directory) as unfinished:
+        model, tokenizer = load_trained(source, config)
+        merged = merge_lora(model.state_dict(), config.model)
+        weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in merged.items()}
+        model.save_pretrained(unfinished, weights, tokenizer)
 
 
 def main() -> None:

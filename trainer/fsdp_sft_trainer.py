@@ -75,6 +75,11 @@ class FSDPSFTTrainer:
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
         self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
+        if annealing_steps > self.steps:
+            raise ValueError(
+                f"diffusion.attention_annealing_steps={annealing_steps}: more than the {self.steps} steps of the run, "
+                "so that none would see what sampling does; set fewer"
+            )
         self.speed = Speed(self.model, world, compute_dtype(config, world.device), config.trainer.peak_tflops)
         shard(self.model, world, config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
