@@ -208,7 +208,7 @@ def family_of(published: dict[str, Any], source: str) -> Family:
     """The family that a config.json belongs to, by its `model_type`.
 
     Raises:
-        ValueError: it is neither Dream's nor LLaDA's, nor that of a decoder in Transformers.
+        ValueError: it is neither Dream's nor LLaDA's, nor that of a decoder in Transformers that takes any mask.
     """
     model_type = published.get("model_type")
     for family in FAMILIES.values():
@@ -225,6 +225,11 @@ def family_of(published: dict[str, Any], source: str) -> Family:
             f"{source}: config.json has model_type={model_type!r}, which is no diffusion family ({names}) and no "
             "causal decoder of Transformers, such as qwen2, qwen3, llama, mistral or gemma3_text; encoder-decoders "
             "and multimodal models cannot be adapted"
+        )
+    if not family.model_class._supports_sdpa:
+        raise ValueError(
+            f"{source}: {family.architecture} of Transformers has no sdpa attention, which takes any mask; it cannot "
+            "be adapted"
         )
     return family
 

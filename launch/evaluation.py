@@ -3,16 +3,19 @@
 import json
 import time
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from data import prompt_ids, read_rows
-from data.chat import to_chat
+from data import DataConfig, prompt_ids
+from data.chat import Message, to_chat
 from data.equations import held_out_rows
+from data.files import BadRows, iterate
 from data.verify import is_correct, reference
 from launch.generate import Response, generate, load_for_sampling
 from trainer.config import Config, to_dict
@@ -25,11 +28,12 @@ def evaluate(config: Config) -> None:
 
     The questions are those of `data.val_files`, or the held-out equations where none is given. A task's own verifier
     judges, or else whether the final answers are the same number or text.
+
+    Raises:
+        ValueError: questions that cannot be used, unless `data.on_bad_row=skip`, or none is left.
     """
     model, tokenizer = load_for_sampling(config)
-    placed_rows = read_rows(config.data.val_files) if config.data.val_files else held_out_rows()
-    rows = [placed.row for placed in placed_rows]
-    prompts = [prompt_ids(to_chat(placed)["prompt"], tokenizer) for placed in placed_rows]
+    rows, messages, prompts = _questions(config.data, tokenizer)
     started = time.perf_counter()
     done = tqdm(generate(model, tokenizer, prompts, config.sampling), total=len(rows), desc="evaluate", unit="question")
     responses = sorted(done, key=lambda response: response.name)
@@ -43,7 +47,7 @@ def evaluate(config: Config) -> None:
         "tokens_per_forward": mean(response.tokens_per_forward for response in responses),
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
-    _print([to_chat(placed)["prompt"][-1]["content"] for placed in placed_rows], responses, right, scores)
+    _print([prompt[-1]["content"] for prompt in messages], responses, right, scores)
 
     path = Path(config.trainer.output_dir) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,17 +57,36 @@ def evaluate(config: Config) -> None:
         "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
         "answers": [
             {
-                "prompt": to_chat(placed)["prompt"],
-                "expected": reference(placed.row),
+                "prompt": prompt,
+                "expected": reference(row),
                 "response": response.text,
                 "right": ok,
                 "nfe": response.nfe,
             }
-            for placed, response, ok in zip(placed_rows, responses, right, strict=True)
+            for row, prompt, response, ok in zip(rows, messages, responses, right, strict=True)
         ],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"every setting, version and answer: {path}")
+
+
+def _questions(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict], list[list[Message]], list[list[int]]]:
+    """Rows, and their prompts as messages and as tokens."""
+    bad, questions = BadRows(". data.on_bad_row=skip leaves them out"), []
+    files = [iterate(file, bad) for file in config.val_files] or [held_out_rows()]
+    for placed in chain.from_iterable(files):
+        try:
+            messages = to_chat(placed)["prompt"]
+            questions.append((placed.row, messages, prompt_ids(messages, tokenizer, placed.place)))
+        except ValueError as error:
+            bad.add(error)
+    if config.on_bad_row == "error" or not questions:
+        bad.refuse()
+    if bad.count:
+        print(f"{bad.count} rows cannot be used: {'; '.join(bad.named)}")
+    return tuple(map(list, zip(*questions, strict=True)))
 
 
 def _print(questions: list[str], responses: list[Response], right: list[bool], scores: dict[str, float]) -> None:

@@ -149,6 +149,16 @@ def test_a_run_that_streams_and_is_interrupted_ends_with_the_same_bits(small_run
     assert accounts["training after step 0"]["dropped"]["cannot be used"]["count"] == 2  # once an epoch
 
 
+def test_a_stream_goes_on_in_another_directory(small_run, files):
+    data = {f"data__{key}": value for key, value in settings(train_files=files).items()}
+    data |= {"optim__lr_schedule": "constant", "optim__warmup_steps_ratio": 0.0}
+    first = train(small_run("first", trainer__max_steps=7, **data))
+    resume = str(first / "checkpoints" / "step_00000007")
+    second = train(small_run("second", trainer__max_steps=9, trainer__resume=resume, **data))
+    assert list(json.loads((second / "data_report.json").read_text())) == ["training after step 7"]
+    assert (second / "hf").exists()
+
+
 def test_a_stream_needs_to_know_its_length(small_run, files):
     config = small_run(trainer__max_steps=None)
     streamed = replace(config.data, train_files=files, streaming=True)

@@ -39,7 +39,13 @@ DECODERS = {
         },
     },
 }
-HYBRIDS = {"lfm2": {"layer_types": ["conv", "full_attention"]}}  # which cannot be adapted
+OTHERS = {  # which cannot be adapted
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon": {},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
+}
 
 
 def write_decoder(
@@ -47,7 +53,7 @@ def write_decoder(
 ) -> Path:
     """An autoregressive checkpoint with the tokenizer beside it, which need not name a mask."""
     ids = {"eos_token_id": [tokenizer.eos_token_id, 7], "vocab_size": len(tokenizer)}
-    config = CONFIG_MAPPING[model_type](**SIZES | (DECODERS | HYBRIDS)[model_type] | ids | changes)
+    config = CONFIG_MAPPING[model_type](**SIZES | (DECODERS | OTHERS)[model_type] | ids | changes)
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffllm import ModelConfig, load_model
-from diffllm.adapt import adapt, needs_adapting
+from diffllm.adapt import adapt, main, needs_adapting
 from diffllm.loading import empty_model
 from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
 from tests.conftest import GOLDEN, ROOT
@@ -69,6 +69,14 @@ def test_a_token_sees_both_sides_in_every_layer(model_type, tmp_path, plain_toke
     for layer, distance in enumerate(reach, start=1):
         changed = (one[layer][0] != other[layer][0]).any(-1)
         assert torch.equal(changed, (ids[0] - place).abs() <= distance)
+
+
+def test_a_window_that_the_config_denies_is_none(tmp_path, plain_tokenizer):
+    source = write_decoder("mistral", tmp_path, plain_tokenizer, sliding_window=None)
+    assert json.loads((source / "config.json").read_text())["sliding_window"] is None
+    model, _ = adapt(str(source))
+    assert model.lm.config.sliding_window is None
+    assert not model.windowed
 
 
 def test_keys_and_values_are_not_kept_for_layers_with_a_window(tmp_path, plain_tokenizer):
@@ -194,6 +202,28 @@ class TestWhatCannotBeAdapted:
     def config(self, tmp_path, **config):
         (tmp_path / "config.json").write_text(json.dumps(config))
         return str(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("model_type", "reason"),
+        [
+            ("falcon", "is laid out in another way"),
+            ("gptj", "of Transformers has no sdpa attention"),
+            ("opt", "is laid out in another way|does not attend in the way"),
+            ("gpt_oss", "of Transformers has no sdpa attention"),
+        ],
+    )
+    def test_a_decoder_of_another_make(self, model_type, reason, tmp_path, plain_tokenizer):
+        write_decoder(model_type, tmp_path, plain_tokenizer)
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*ForCausalLM {reason}"):
+            adapt(str(tmp_path))
+
+    def test_a_directory_that_is_there(self, tmp_path, plain_tokenizer, monkeypatch):
+        source = write_decoder("qwen2", tmp_path / "source", plain_tokenizer)
+        monkeypatch.setattr(sys, "argv", ["adapt", str(source), str(source)])
+        before = sorted(file.stat().st_mtime_ns for file in source.iterdir())
+        with pytest.raises(SystemExit, match="source exists: delete it, or name another directory"):
+            main()
+        assert sorted(file.stat().st_mtime_ns for file in source.iterdir()) == before
 
     @pytest.mark.parametrize("model_type", ["t5", "bart", "gemma3", "bert", "nonsense", None])
     def test_other_models(self, model_type, tmp_path):

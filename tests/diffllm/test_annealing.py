@@ -70,6 +70,11 @@ def test_a_run_anneals_the_same_in_any_layout_and_then_sees_all(small_run):
     assert losses(train(small_run("plain")))[0] != one[0]
 
 
+def test_a_run_ends_with_full_attention(small_run):
+    with pytest.raises(ValueError, match=r"attention_annealing_steps=13: more than the 12 steps of the run"):
+        train(small_run(diffusion__attention_annealing_steps=13))
+
+
 def test_a_window_cannot_be_annealed(small_model):
     small_model.windowed = True
     ids = torch.arange(6)[None]

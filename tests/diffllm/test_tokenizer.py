@@ -68,6 +68,21 @@ def write_dream_tokenizer(directory):
     return directory
 
 
+def test_gemmas_template_has_the_system_in_the_first_turn():
+    tokenizer = builtin_tokenizer()
+    with pytest.raises(ValueError, match=r"model\.chat_template=gemma: the tokenizer has no <bos>, <end_of"):
+        set_chat_template(tokenizer, "gemma")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<bos>", "<start_of_turn>", "<end_of_turn>"]})
+    set_chat_template(tokenizer, "gemma")
+    roles = zip(("system", "user", "assistant", "user"), ("Be brief.", "2+2?", "4", "3+3?"), strict=True)
+    messages = [{"role": role, "content": content} for role, content in roles]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == (
+        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n<start_of_turn>model\n4<end_of_turn>\n"
+        "<start_of_turn>user\n3+3?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert "system" not in tokenizer.apply_chat_template(messages[1:], tokenize=False)
+
+
 def test_dreams_tokenizer_loads_as_it_is_published(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
     tokenizer = load_tokenizer(write_dream_tokenizer(tmp_path))

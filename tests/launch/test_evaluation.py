@@ -3,8 +3,26 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from launch import evaluation
 from trainer.config import Config
+
+
+def test_questions_that_cannot_be_used_are_named(small_model, tokenizer, tmp_path, monkeypatch, capsys):
+    lines = ["{", '{"question": "1+1?", "answer": "<think></think>2"}', '{"question": "2"}']
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    config = Config()
+    config.data.val_files, config.trainer.output_dir = [str(tmp_path / "test.jsonl")], str(tmp_path)
+    config.sampling.max_new_tokens, config.sampling.steps = 2, 1
+    monkeypatch.setattr(evaluation, "load_for_sampling", lambda config: (small_model, tokenizer))
+    with pytest.raises(ValueError, match=r"2 rows cannot be used: .*jsonl:1: .*jsonl:3: "):
+        evaluation.evaluate(config)
+    config.data.on_bad_row = "skip"
+    evaluation.evaluate(config)
+    said = capsys.readouterr().out
+    assert "2 rows cannot be used: " in said
+    assert "(0 of 1 questions)" in said
 
 
 def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokenizer, tmp_path, monkeypatch, capsys):

@@ -316,10 +316,21 @@ def test_wandb_goes_on_with_the_same_run(small_run):
     assert all(name.endswith(first) for name in runs)
 
 
+def test_a_corrupt_checkpoint_is_not_exported(small_run, tmp_path):
+    step = train(small_run()) / "checkpoints" / "step_00000012"
+    for shard in step.glob("*.distcp"):
+        shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(ValueError, match="its files are corrupt"):
+        export(step, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_export_of_a_checkpoint_is_the_model_of_the_run(small_run, tmp_path):
     run = train(small_run())
     export(run / "checkpoints" / "step_00000012", tmp_path / "exported")
     for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         assert (tmp_path / "exported" / file).read_bytes() == (run / "hf" / file).read_bytes()
     with pytest.raises(ValueError, match="nowhere: no such checkpoint directory"):
-        export(tmp_path / "nowhere", tmp_path / "exported")
+        export(tmp_path / "nowhere", tmp_path / "other")
+    with pytest.raises(ValueError, match="exported exists: delete it, or name another directory"):
+        export(run / "checkpoints" / "step_00000012", tmp_path / "exported")

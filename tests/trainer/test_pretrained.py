@@ -38,6 +38,7 @@ def test_a_pretrained_model_learns_to_restore_is_saved_and_samples(small_run, tm
         data__val_files=[str(tmp_path / "val.jsonl")],
         data__cache_dir=str(tmp_path / "cache"),
         data__max_length=192,
+        data__truncation="right",
         data__train_batch_size=4,
         diffusion__attention_annealing_steps=10,
         optim__lr=1e-3 if lora_rank else 1e-4,
