@@ -1,8 +1,9 @@
 """Files to padded batches, and the generated tasks with their verifiers."""
 
 from data.config import DataConfig
-from data.files import PlacedRow, read_rows
+from data.files import read_rows
 from data.loader import Share, TrainBatches, ValBatches
+from data.readers import PlacedRow
 from data.report import Prepared, Report
 from data.rows import rows_of, rows_of_files
 from data.stream import StreamedBatches

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from data.files import PlacedRow, listed
+from data.readers import PlacedRow, listed
 
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.

@@ -10,7 +10,7 @@ import numpy as np
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
 from data.chat import Chat, Message
-from data.files import listed
+from data.readers import listed
 
 SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.chat import END_THINK, THINK
-from data.files import PlacedRow
+from data.readers import PlacedRow
 
 HELD_OUT_SHARE = 6  # one problem in six
 _ORDER_SEED = 0

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.chat import final_answer
-from data.files import PlacedRow
 from data.raw import with_thinking
+from data.readers import PlacedRow
 
 PREFIX = "reasoning_gym/"  # of the field `source`
 # Where each task says how hard a problem is.

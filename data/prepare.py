@@ -11,9 +11,10 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.files import BadRows, PlacedRow, iterate
+from data.files import iterate
 from data.generated import DIFFICULTY, generate
 from data.raw import RAW_SETS, convert
+from data.readers import BadRows, PlacedRow
 from data.report import Report
 
 ROWS = 1000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.chat import END_THINK, THINK, to_chat
-from data.files import PlacedRow
+from data.readers import PlacedRow
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.files import BadRows
+from data.readers import BadRows
 from data.tokens import TokenRows
 
 FILE = "data_report.json"

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from data.chat import Chat, Message, schema_of, to_chat, to_prompt
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
-from data.files import BadRows, PlacedRow, digest, iterate
+from data.files import digest, iterate
+from data.readers import BadRows, PlacedRow
 from data.report import Prepared, Report
 from data.tokens import SCHEMA, Encoded, TokenRows, check_tokenizer, encode
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from data import DataConfig, prompt_ids
 from data.chat import Message, to_chat
 from data.equations import held_out_rows
-from data.files import BadRows, iterate
+from data.files import iterate
+from data.readers import BadRows
 from data.verify import is_correct, reference
 from launch.generate import Response, generate, load_for_sampling
 from trainer.config import Config, to_dict

@@ -1,0 +1,159 @@
+"""The rows of a file, each with the place it came from, and an account of those that cannot be used."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow.parquet
+from pyarrow import ArrowException, RecordBatch
+
+MAX_LINE = 2**24  # bytes of a row in a .jsonl file: what is longer has lost its line ends
+ROWS_AT_ONCE = 1000  # of a parquet file
+NAMED = 10
+
+
+class PlacedRow(NamedTuple):
+    """A row and where it stands, as `file:line`, for the messages about it."""
+
+    row: dict[str, Any]
+    place: str
+
+
+class BadRows:
+    """Rows that cannot be used: the first NAMED with their place and what is wrong, the others counted."""
+
+    def __init__(self, advice: str = ""):
+        self.advice, self.count, self.named = advice, 0, []
+
+    def add(self, problem: str | ValueError) -> None:
+        """Note a problem, which begins with the row's place."""
+        self.count += 1
+        if self.count <= NAMED:
+            self.named.append(str(problem))
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.count, self.named = 0, []
+
+    def refuse(self) -> None:
+        """Raises:
+        ValueError: there are any.
+        """
+        if not self.count:
+            return
+        head = f"{self.count} rows cannot be used: " if self.count > 1 else ""
+        more = f"; and {self.count - NAMED} more" if self.count > NAMED else ""
+        raise ValueError(f"{head}{'; '.join(self.named)}{more}{self.advice}")
+
+
+def _read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    with file.open("rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE):
+            number += 1
+            place = f"{file}:{number}"
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                bad.add(f"{place}: the line is longer than {MAX_LINE:,} bytes")
+                _skip_line(lines)
+            elif line.strip():
+                yield from _parse(line, place, bad)
+
+
+def _skip_line(lines: BinaryIO) -> None:
+    while (rest := lines.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _parse(line: bytes, place: str, bad: BadRows) -> Iterator[PlacedRow]:
+    try:
+        row = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        bad.add(f"{place}: not JSON ({error})")
+        return
+    if isinstance(row, dict):
+        yield PlacedRow(row, place)
+    else:
+        bad.add(f"{place}: a row is a JSON object, this is {type(row).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(_twice(name for name, _ in pairs))
+    return row
+
+
+def _twice(names: Iterable[str]) -> str:
+    return f"{listed([name for name, count in Counter(names).items() if count > 1])} given twice"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
+
+
+def _read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    content, number = file.read_bytes(), 0
+    try:
+        text = content.decode(json.detect_encoding(content), errors="surrogateescape")
+        for element in _elements(text):
+            number += 1
+            yield from _parse(element.encode(errors="surrogateescape"), f"{file}:{number}", bad)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a list of rows in JSON, from row {number + 1} on ({error})") from error
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The elements of a JSON list, as they are written.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    at = space.match(text).end()
+    if text[at : at + 1] != "[":
+        raise ValueError("it does not begin with [; is it .jsonl?")
+    at = space.match(text, at + 1).end()
+    while text[at : at + 1] != "]":
+        _, end = decode(text, at)
+        yield text[at:end]
+        at = space.match(text, end).end()
+        if text[at : at + 1] == ",":
+            at = space.match(text, at + 1).end()
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"expected , or ] at character {at}")
+    if text[at + 1 :].strip():
+        raise ValueError(f"something follows the list, at character {at + 1}")
+
+
+def _read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"{file}: {_twice(names)}")
+        number = 0
+        for batch in parquet.iter_batches(ROWS_AT_ONCE):
+            yield from _of_batch(batch, str(file), number, bad)
+            number += len(batch)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a readable parquet file ({error})") from error
+
+
+def _of_batch(batch: RecordBatch, name: str, before: int, bad: BadRows) -> Iterator[PlacedRow]:
+    for i in range(len(batch)):
+        place = f"{name}:{before + i + 1}"
+        try:
+            [row] = batch.slice(i, 1).to_pylist()
+        except (ValueError, OverflowError, ArrowException) as error:  # such as text that is not UTF-8
+            bad.add(f"{place}: cannot be read ({error})")
+        else:
+            yield PlacedRow(row, place)
+
+
+# By the end of a file's name; each gives the readable rows, the others go to `bad`.
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
