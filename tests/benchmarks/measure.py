@@ -4,7 +4,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 
 def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float]:
@@ -32,6 +34,26 @@ def peak_of(work: Callable[[], object]) -> int:
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
+
+
+def own_peak_of(work: Callable[[], object], every: float = 0.02) -> int:
+    """The same of what the system cannot take back: pages of mapped files are not counted. Looked at now and then."""
+    gc.collect()
+    done, before = Event(), _status("RssAnon")
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(_watch, done, every)
+        try:
+            work()
+        finally:
+            done.set()
+        return watched.result() - before
+
+
+def _watch(done: Event, every: float) -> int:
+    peak = 0
+    while not done.wait(every):
+        peak = max(peak, _status("RssAnon"))
+    return max(peak, _status("RssAnon"))
 
 
 def _status(name: str) -> int:

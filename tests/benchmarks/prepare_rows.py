@@ -2,7 +2,7 @@
 
 Short rows in a .jsonl file, tokenized with the chat template and kept on disk: by `rows_of_files`, with its checks and
 its report, and by `load_dataset` and `map` with the least that does the same. Then both are opened again. Prints rows a
-second and the peak of memory above what the process held before, for each number of rows.
+second and the peak of the process's own memory above what it held before, for each number of rows.
 """
 
 import json
@@ -16,7 +16,7 @@ from datasets import disable_progress_bars, load_dataset, load_from_disk
 
 from data import DataConfig, rows_of_files
 from diffllm.tokenizer import builtin_tokenizer
-from tests.benchmarks.measure import peak_of
+from tests.benchmarks.measure import own_peak_of
 
 TOKENIZER = builtin_tokenizer()
 
@@ -58,7 +58,7 @@ def measure(work: Callable[[Path, Path], int], path: Path, cache: Path) -> tuple
     """Seconds, peak bytes and result."""
     result = []
     started = time.perf_counter()
-    peak = peak_of(lambda: result.append(work(path, cache)))
+    peak = own_peak_of(lambda: result.append(work(path, cache)))
     return time.perf_counter() - started, peak, result[0]
 
 
