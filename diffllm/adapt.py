@@ -124,6 +124,7 @@ def main() -> None:
         with new_directory(directory) as unfinished:
             model, tokenizer = adapt(source, *mask_token, dtype="auto")
             model.save_pretrained(unfinished, tokenizer=tokenizer)
+        print(f"model: {directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

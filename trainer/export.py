@@ -54,6 +54,7 @@ def main() -> None:
         sys.exit("usage: python -m trainer.export CHECKPOINT DIR [bf16|f32]")
     try:
         export(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+        print(f"model: {sys.argv[2]}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
