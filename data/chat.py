@@ -84,11 +84,15 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
-    if not row[field].strip():
-        raise ValueError(f"{place}: field '{field}' is empty")
-    if not row[field].isascii() and any("\ud800" <= character <= "\udfff" for character in row[field]):
-        raise ValueError(f"{place}: field '{field}' is not valid Unicode, it has a lone surrogate")
-    return row[field]
+    return _well_formed(row[field], f"{place}: field '{field}'")
+
+
+def _well_formed(text: str, what: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{what} is empty")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{what} is not valid Unicode, it has a lone surrogate")
+    return text
 
 
 def _role(message: Any) -> Any:
@@ -111,7 +115,7 @@ def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]
             )
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")
-        _text(message, "content", f"{place}: message {number} of '{field}'")
+        _well_formed(message["content"], f"{place}: message {number} of '{field}'")
     if _role(messages[-1]) != last:
         raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
     return [Message(role=message["role"], content=message["content"]) for message in messages]

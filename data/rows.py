@@ -21,7 +21,7 @@ from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
 from data.readers import BadRows, PlacedRow
 from data.report import Prepared, Report
-from data.tokens import SCHEMA, Encoded, TokenRows, check_tokenizer, encode
+from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
 FORMAT = 1  # of the files; others are not read
 ROWS_AT_ONCE = 1000
@@ -53,7 +53,7 @@ class Preparation:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
         self.bad = BadRows(". data.on_bad_row=skip leaves them out")
-        check_tokenizer(tokenizer, config.loss_on)
+        check_for_chats(tokenizer, config.loss_on)
         others = " or right" if config.truncation == "error" else ""
         self.too_long = BadRows(f". Raise data.max_length, or set data.truncation=drop{others}")
         self.filter = self.duplicates = self.overlap = self.difficulty = None

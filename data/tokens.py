@@ -127,8 +127,8 @@ def _numpy(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
     return chunk.offsets.to_numpy(), chunk.values.to_numpy()
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
-    """Refuse a tokenizer that can make no training rows.
+def check_for_chats(tokenizer: PreTrainedTokenizerBase, loss_on: str = "last") -> None:
+    """Refuse a tokenizer that cannot take chats.
 
     Raises:
         ValueError: it has no chat template, or it puts a space before each text: parts of a chat would not be what they
@@ -136,8 +136,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, loss_on: str) -> None:
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
+    if loss_on == "last":
+        return
     ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if loss_on == "all" and tokenizer.decode(ids + ids) != "aa":
+    if tokenizer.decode(ids + ids) != "aa":
         raise ValueError(
             "data.loss_on=all: this tokenizer begins each text with a space, so that an answer in the middle of a chat "
             "would be in other tokens than in sampling; set data.loss_on=last"
@@ -150,6 +152,7 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ValueError: the tokenizer has no chat template, it refuses the messages, or their text has a mask token.
     """
+    check_for_chats(tokenizer)
     ids = tokenizer(_render(messages, tokenizer, place), add_special_tokens=False)["input_ids"]
     _refuse_masks(ids, tokenizer, place)
     return ids
@@ -244,8 +247,6 @@ def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]
 def _render(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, generation: bool = True
 ) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
     roles = ", ".join(message["role"] for message in messages)
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)

@@ -8,7 +8,7 @@ TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",

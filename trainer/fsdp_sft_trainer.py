@@ -300,6 +300,8 @@ class FSDPSFTTrainer:
     def _account(self, done: int) -> None:
         """What became of the rows that a stream read after step `done`: known only now."""
         report = self.train_batches.report
+        if not report.read:
+            return
         self._say(report.text())
         if self.world.is_main:
             extend(f"training after step {done}", report, self.output_dir)

@@ -126,4 +126,4 @@ def test_broken_files(kind, tokenizer, tmp_path):
         outcomes["error" if len(errors) == 2 else "some" if errors else "kept"] += 1
     assert outcomes["error"] >= 20, outcomes
     assert outcomes["kept"] >= 20, outcomes
-    assert outcomes["some"] >= (0 if kind == "parquet" else 10), outcomes
+    assert kind == "parquet" or outcomes["some"] >= 10, outcomes  # a parquet file breaks as a whole
