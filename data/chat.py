@@ -8,6 +8,7 @@ from data.readers import PlacedRow, listed
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.
 SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
+CONVERTED = {"instruction": "alpaca", "conversations": "messages"}  # by data.prepare, rows with such a field
 
 
 class Message(TypedDict):
@@ -38,7 +39,10 @@ def to_chat(placed: PlacedRow) -> Chat:
         return Chat(prompt=prompt, response=last["content"])
     prompt, response = to_prompt(placed), _text(row, SCHEMAS[schema], place)
     if schema == "question" and not 0 <= response.find(THINK) < response.find(END_THINK):
-        raise ValueError(f"{place}: field 'answer' has no {THINK}…{END_THINK}")
+        raise ValueError(
+            f"{place}: field 'answer' has no {THINK}…{END_THINK}; name the fields of answers without thinking prompt "
+            "and response"
+        )
     return Chat(prompt=prompt, response=response)
 
 
@@ -78,9 +82,11 @@ def final_answer(response: str) -> str:
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
+        kinds = [CONVERTED[name] for name in row if name in CONVERTED]
+        advice = f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
         raise ValueError(
             f"{place}: field '{field}' is missing; a row has question and answer, prompt and response, or messages. "
-            f"Its fields are: {listed(list(row))}"
+            f"Its fields are: {listed(list(row))}{advice}"
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
@@ -111,7 +117,8 @@ def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]
         elif role != "system" or number > 1:
             raise ValueError(
                 f"{place}: message {number} of '{field}' has role {role!r}, expected {expected!r}: a system message "
-                "may come first, then user and assistant in turn, each an object with role and content"
+                "may come first, then user and assistant in turn, each an object with role and content "
+                "(`python -m data.prepare messages` converts ShareGPT's)"
             )
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")

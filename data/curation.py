@@ -1,19 +1,23 @@
 """Which rows are trained on: filters, duplicates, overlap with an evaluation set, subsets."""
 
 import ast
+import difflib
 import re
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from simpleeval import EvalWithCompoundTypes, InvalidExpression
+from simpleeval import EvalWithCompoundTypes, InvalidExpression, NameNotDefined
 
 from data.chat import Chat, Message
 from data.readers import listed
 
 SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash
+FUNCTIONS = {"len": len}
+BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift)
+VALUES = {bool: "true or false", float: "a number"}
 
 
 class Expression:
@@ -21,30 +25,65 @@ class Expression:
 
     Comparisons, arithmetic, `and`, `or`, `not`, `in`, lists and `len`; nothing of it can reach beyond the row.
 
+    Args:
+        setting: what it was given as.
+        kind: of its value, bool or float.
+
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has other functions or operators.
     """
 
-    def __init__(self, text: str, setting: str):
-        self.text, self.setting = text, setting
+    def __init__(self, text: str, setting: str, kind: type):
+        self.kind, self.said = kind, f"{setting}={text!r}"
         try:
             self._parsed = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{setting}={text!r} cannot be read: {error}") from error
-        self._evaluator = EvalWithCompoundTypes(functions={"len": len})
+            raise ValueError(f"{self.said} cannot be read: {error}") from error
+        nodes = list(ast.walk(self._parsed))
+        called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        if unknown := sorted(called - FUNCTIONS.keys()):
+            raise ValueError(f"{self.said}: no function {listed(unknown)}, there is {listed(list(FUNCTIONS))}")
+        if any(isinstance(node, BITWISE) for node in nodes):
+            raise ValueError(f"{self.said}: has & | ^ ~ << or >>, of bits; write and, or, not, < or >")
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # of comprehensions
+        self._names = {node.id for node in names} - own - called
+        self._known, self._failure, self._worked = set(), None, False
+        self._evaluator = EvalWithCompoundTypes(functions=dict(FUNCTIONS))
 
-    def __call__(self, row: dict[str, Any], place: str) -> Any:
+    def __call__(self, row: dict[str, Any], place: str) -> bool | float:
         """Its value for a row.
 
         Raises:
             ValueError: it names a field that the row does not have, or cannot be computed there.
         """
         self._evaluator.names = row
+        self._known.update(row)
         try:
-            return self._evaluator.eval(self.text, previously_parsed=self._parsed)
+            value = self._evaluator.eval("", previously_parsed=self._parsed)
+            if not isinstance(value, int | float) or isinstance(value, bool) != (self.kind is bool):
+                raise TypeError(f"must be {VALUES[self.kind]}, it is {value!r}")
         except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            known = listed([name for name in row if name.isidentifier()])
-            raise ValueError(f"{place}: {self.setting}={self.text!r}: {error} Fields of the row: {known}") from error
+            reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else str(error).rstrip(".")
+            fields = listed([name for name in row if name.isidentifier()])
+            failure = ValueError(f"{place}: {self.said}: {reason}. Fields of the row: {fields}")
+            self._failure = self._failure or failure
+            raise failure from error
+        self._worked = True
+        return value
+
+    def check(self) -> None:
+        """Refuse what is wrong with the formula, and not with the rows.
+
+        Raises:
+            ValueError: of the rows so far none has a field that it names, or it has a value for none.
+        """
+        for name in sorted(self._names - self._known if self._known else ()):
+            close = difflib.get_close_matches(name, self._known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {listed(sorted(self._known))}"
+            raise ValueError(f"{self.said}: no row has a field {name}; {hint}")
+        if self._failure and not self._worked:
+            raise self._failure
 
 
 class Duplicates:

@@ -32,8 +32,9 @@ def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[Pl
     """The readable rows of a file, of the files in a folder, or of a data set of the hub; the others go to `bad`.
 
     Args:
-        name: a .jsonl, .json or .parquet file, a folder of such files or one that `datasets` saved, or a hub id, with a
-            configuration and a split other than `train` as in `openai/gsm8k/main:test`.
+        name: a .jsonl, .json or .parquet file, a folder of such files or one that `datasets` saved, of several splits
+            with one of them as in `folder:test`, or a hub id, with a configuration and a split other than `train` as in
+            `openai/gsm8k/main:test`.
         stream: read a data set of the hub from there, without a copy here.
 
     Raises:
@@ -54,11 +55,11 @@ def digest(name: str | Path) -> str:
     Raises:
         ValueError: as `iterate`.
     """
-    path = Path(name)
+    path, split = _place(name)
     if not path.exists():
         return _hub(str(name))._fingerprint
     total = sha256()
-    for file in _files(path) if path.is_dir() else [path]:
+    for file in _files(path, split) if path.is_dir() else [path]:
         with file.open("rb") as content:
             total.update(file_digest(content, "sha256").digest())
     return total.hexdigest()
@@ -72,12 +73,12 @@ def outline(name: str | Path) -> list[tuple[str, int, str]]:
     Raises:
         ValueError: there is no such file, and it is no hub id either.
     """
-    path = Path(name)
+    path, split = _place(name)
     if not path.exists():
         _hub_id(str(name))
         return []
     traits = []
-    for file in _files(path) if path.is_dir() else [path]:
+    for file in _files(path, split) if path.is_dir() else [path]:
         size = file.stat().st_size
         with file.open("rb") as content:
             ends = sha256(content.read(ENDS))
@@ -87,15 +88,24 @@ def outline(name: str | Path) -> list[tuple[str, int, str]]:
     return traits
 
 
-def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
+def _place(name: str | Path) -> tuple[Path, str | None]:
+    """Where a name is to be found here, and the split that it asks for of a folder."""
     path = Path(name)
+    folder, colon, split = str(name).rpartition(":")
+    if path.exists() or not colon or not Path(folder).is_dir():
+        return path, None
+    if (Path(folder) / "dataset_dict.json").exists():
+        return Path(folder) / split, None
+    return Path(folder), split
+
+
+def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
+    path, split = _place(name)
     if (path / "dataset_dict.json").exists():
-        splits = ", ".join(
-            str(path / split) for split in json.loads((path / "dataset_dict.json").read_text())["splits"]
-        )
-        raise ValueError(f"{path}: the folder has several sets, name one: {splits}")
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        raise ValueError(f"{path}: {_several(path, splits)}")
     if path.is_dir() and not (path / "dataset_info.json").exists():
-        return [reader for file in _files(path) for reader in _readers(file, stream)]
+        return [reader for file in _files(path, split) for reader in _readers(file, stream)]
     if path.is_dir():
         return [lambda bad: _read_dataset(str(name), _saved(path))]
     if not path.exists():
@@ -105,18 +115,23 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
     return [lambda bad: READERS[path.suffix](path, bad)]
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, split: str | None = None) -> list[Path]:
     kinds = (".arrow",) if (folder / "dataset_info.json").exists() else tuple(READERS)
     files = sorted(file for file in folder.rglob("*") if file.suffix in kinds)
     if not files:
         raise ValueError(f"{folder}: the folder has no {', '.join(kinds)} files")
     found = [SPLIT.search(str(file.relative_to(folder)).lower()) for file in files]
-    splits = {match[1] for match in found if match}
-    if len(splits) > 1:
-        raise ValueError(
-            f"{folder}: the folder has files of several splits ({', '.join(sorted(splits))}), name those of one"
-        )
-    return files
+    splits = sorted({match[1] for match in found if match})
+    if split is None and len(splits) > 1:
+        raise ValueError(f"{folder}: {_several(folder, splits)}")
+    if split is not None and split not in splits:
+        raise ValueError(f"{folder}: no file of the folder is of a split {split}; {_several(folder, splits)}")
+    return [file for file, match in zip(files, found, strict=True) if split is None or (match and match[1] == split)]
+
+
+def _several(folder: Path, splits: list[str]) -> str:
+    names = " or ".join(f"{folder}:{split}" for split in splits)
+    return f"name one of its splits: {names}" if names else "no name of a file in it has a split"
 
 
 def _read_dataset(name: str, dataset: Any) -> Iterator[PlacedRow]:

@@ -90,7 +90,8 @@ class TrainBatches(Dataset):
             rng = np.random.default_rng((_ORDER, self.seed, epoch))
             order = rng.permutation(len(self.rows))
             if self.config.mixture:
-                order = mix(self.rows.column("source"), self.config.mixture, rng)
+                weights = dict(zip(self.config.train_files, self.config.mixture, strict=True))
+                order = mix(self.rows.column("source"), weights, rng)
             order = order[: self.steps_per_epoch * self.share.global_batch_size]
             if self.config.group_by_length:
                 order = group_by_length(order, self.rows.lengths, self.share.global_batch_size, rng)
@@ -157,26 +158,26 @@ def group_by_length(
     return rng.permuted(batches, axis=1).ravel()
 
 
-def mix(source: np.ndarray, weights: list[float], rng: np.random.Generator) -> np.ndarray:
+def mix(source: np.ndarray, weights: dict[str, float], rng: np.random.Generator) -> np.ndarray:
     """As many sample indices as there are rows, from each source by its weight: all its rows in turn, in random order.
 
     Args:
         source: [rows] which source a row is from.
+        weights: of the sources, by their names.
 
     Raises:
         ValueError: a source without rows, or with a weight that gives it none.
     """
-    shares = np.array(weights) / sum(weights)
+    said = f"data.mixture={list(weights.values())}"
+    shares = np.array(list(weights.values())) / sum(weights.values())
     bounds = np.round(np.cumsum([0, *shares]) * len(source)).astype(int)
     picked = []
-    for number, count in enumerate(np.diff(bounds)):
+    for number, (name, count) in enumerate(zip(weights, np.diff(bounds), strict=True)):
         rows = np.flatnonzero(source == number)
         if not len(rows):
-            raise ValueError(f"data.mixture={weights}: no row of file {number + 1} is left")
+            raise ValueError(f"{said}: no row of {name} is left")
         if not count:
-            raise ValueError(
-                f"data.mixture={weights}: no row of file {number + 1} is among the {len(source)} of an epoch"
-            )
+            raise ValueError(f"{said}: no row of {name} is among the {len(source)} of an epoch")
         turns = -(-count // len(rows))
         picked.append(np.concatenate([rng.permutation(rows) for _ in range(turns)] or [rows[:0]])[:count])
     return rng.permutation(np.concatenate(picked))

@@ -6,6 +6,7 @@ response, or messages, and says what became of every row.
 
 import json
 import os
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ def main(arguments: list[str]) -> None:
         print(f"rows: {options.output}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped by SIGINT, nothing is written", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def prepare(options: Namespace) -> Report:
@@ -40,7 +44,7 @@ def prepare(options: Namespace) -> Report:
         raise ValueError(f"{output} exists: delete it, or name another output")
     if output.suffix != ".jsonl":
         raise ValueError(f"{output}: the output is a .jsonl file")
-    bad = BadRows(". --on-bad-row skip leaves them out")
+    bad = BadRows("--on-bad-row skip leaves such rows out")
     report = Report(options.name)
     unfinished = output.with_suffix(".unfinished")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,7 @@ def prepare(options: Namespace) -> Report:
         if options.on_bad_row == "error":
             bad.refuse()
         if not report.kept:
-            raise ValueError(f"{options.name}: no row is left; {bad.count} cannot be used: {'; '.join(bad.named)}")
+            raise ValueError(f"{options.name}: no row is left.\n{bad.text()}")
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.chat import END_THINK, THINK, to_chat
-from data.readers import PlacedRow
+from data.readers import PlacedRow, listed
 
 Row = dict[str, Any]
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,13 @@ class RawSet:
 
 
 def with_thinking(thinking: str, answer: str) -> str:
-    """An answer behind the thinking that led to it, as S1K writes them."""
+    """An answer behind the thinking that led to it, as S1K writes them.
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    if not answer.strip():
+        raise ValueError("there is no answer behind the thinking")
     return "\n".join(filter(None, [THINK, thinking.strip(), END_THINK, answer.strip()]))
 
 
@@ -61,6 +69,8 @@ def from_gsm8k(row: Row) -> Row:
 
 def from_alpaca(row: Row) -> Row:
     """An instruction, with an input behind it if there is one, and an output."""
+    if not row["output"].strip():
+        raise ValueError("field 'output' is empty")
     prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
     others = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "messages")}
     return {**others, "prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
@@ -68,12 +78,12 @@ def from_alpaca(row: Row) -> Row:
 
 def from_messages(row: Row) -> Row:
     """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated."""
-    if "conversations" not in row:
-        return row | {"messages": row["messages"]}
-    roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    if unknown := {turn["from"] for turn in row["conversations"]} - roles.keys():
-        raise ValueError(f"a turn is from {', '.join(map(repr, unknown))}, expected {', '.join(roles)}")
-    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    turns = row["conversations"] if "conversations" in row else row["messages"]
+    if not any("from" in turn for turn in turns):
+        return {name: value for name, value in row.items() if name != "conversations"} | {"messages": turns}
+    if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):
+        raise ValueError(f"a turn is from {', '.join(unknown)}, expected {', '.join(SHAREGPT_ROLES)}")
+    messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
     return {name: value for name, value in row.items() if name != "conversations"} | {"messages": messages}
 
 
@@ -88,6 +98,7 @@ RAW_SETS = {
     "gsm8k": RawSet(from_gsm8k, "openai/gsm8k/main"),
     "alpaca": RawSet(from_alpaca),
     "messages": RawSet(from_messages),
+    "sharegpt": RawSet(from_messages),
     "prompt_response": RawSet(from_prompt_response),
 }
 
@@ -102,7 +113,7 @@ def convert(placed: PlacedRow, raw_set: RawSet) -> Row:
     try:
         made = raw_set.convert(row)
     except KeyError as error:
-        raise ValueError(f"{place}: field {error} is missing; its fields are: {', '.join(row)}") from error
+        raise ValueError(f"{place}: field {error} is missing; its fields are: {listed(list(row))}") from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from error
     to_chat(PlacedRow(made, place))

@@ -23,7 +23,11 @@ class PlacedRow(NamedTuple):
 
 
 class BadRows:
-    """Rows that cannot be used: the first NAMED with their place and what is wrong, the others counted."""
+    """Rows that cannot be used: the first NAMED with their place and what is wrong, the others counted.
+
+    Args:
+        advice: what can be done about them.
+    """
 
     def __init__(self, advice: str = ""):
         self.advice, self.count, self.named = advice, 0, []
@@ -42,11 +46,16 @@ class BadRows:
         """Raises:
         ValueError: there are any.
         """
-        if not self.count:
-            return
-        head = f"{self.count} rows cannot be used: " if self.count > 1 else ""
-        more = f"; and {self.count - NAMED} more" if self.count > NAMED else ""
-        raise ValueError(f"{head}{'; '.join(self.named)}{more}{self.advice}")
+        if self.count:
+            end = "\n" if self.count > 1 else ". "
+            raise ValueError(f"{self.text()}{self.advice and end + self.advice}")
+
+    def text(self) -> str:
+        """All that are named, each on its line."""
+        if self.count == 1:
+            return self.named[0]
+        more = [f"and {self.count - NAMED} more"] if self.count > NAMED else []
+        return "\n".join([f"{self.count} rows cannot be used:", *self.named, *more])
 
 
 def _read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
@@ -70,6 +79,9 @@ def _skip_line(lines: BinaryIO) -> None:
 def _parse(line: bytes, place: str, bad: BadRows) -> Iterator[PlacedRow]:
     try:
         row = json.loads(line, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        bad.add(f"{place}: not JSON ({error.msg}, column {error.colno})")
+        return
     except (ValueError, RecursionError) as error:
         bad.add(f"{place}: not JSON ({error})")
         return

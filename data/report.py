@@ -1,6 +1,7 @@
 """What became of the rows: read, kept, dropped and why, how long; as text, JSON and picture."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import fill
@@ -14,8 +15,7 @@ from data.tokens import TokenRows
 FILE = "data_report.json"
 EXAMPLES = 3  # of each reason
 PERCENTILES = (5, 50, 95, 99, 100)
-PARTS = {"prompt": "prompt_lengths", "response": "response_lengths"}
-COUNTED = {"thinking": "thinking_tokens", "answer": "answer_tokens"}
+PARTS = ("prompt", "response", "thinking", "answer")
 
 
 @dataclass
@@ -27,22 +27,28 @@ class Noted:
 
     def add(self, example: str) -> None:
         self.count += 1
+        self.show(example)
+
+    def show(self, example: str) -> None:
         if len(self.examples) < EXAMPLES:
             self.examples.append(example)
 
 
 @dataclass
 class Report:
-    """An account of one set of rows."""
+    """An account of one set of rows, which takes no more memory if they are more."""
 
     name: str
     read: int = 0
     kept: int = 0
-    dropped: dict[str, Noted] = field(default_factory=dict)  # by reason
+    trained: int | None = None  # of a stream, which reads ahead
+    dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
     cut: Noted = field(default_factory=Noted)  # rows whose response lost its end
+    answerless: int = 0  # of them, rows with nothing left of the last answer
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
     epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
-    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # percentiles of each part's length
+    # rows by their number of tokens in each part; thinking and answer are those of the last answer
+    lengths: dict[str, Counter[int]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
     padding_share: float | None = None  # of the positions that will be forwarded
 
     def drop(self, reason: str, example: str) -> None:
@@ -54,34 +60,49 @@ class Report:
         if bad.count:
             self.dropped["cannot be used"] = Noted(bad.count, bad.named)
 
-    def leave(self, count: int, reason: str) -> None:
-        """Note that so many rows are left out that are as good as the others."""
-        self.dropped[reason] = Noted(count)
+    def keep(self, rows: TokenRows) -> None:
+        """Count rows that are kept."""
+        answers = rows.column("answer_tokens")
+        self.kept += len(rows)
+        self.cut.count += int(rows.cut.sum())
+        self.answerless += int((rows.cut & (answers == 0)).sum())
+        counts = np.bincount(rows.column("source"), minlength=len(self.sources)).tolist()
+        self.sources = {name: before + new for (name, before), new in zip(self.sources.items(), counts, strict=True)}
+        columns = (rows.prompt_lengths, rows.response_lengths, rows.column("thinking_tokens"), answers)
+        for part, values in zip(PARTS, columns, strict=True):
+            self.lengths[part].update(values.tolist())
 
-    def measure(self, rows: TokenRows) -> None:
-        """Take the lengths of the rows that are kept."""
-        self.kept, self.cut.count = len(rows), int(rows.cut.sum())
-        if self.sources:
-            counts = np.bincount(rows.column("source"), minlength=len(self.sources))
-            self.sources = dict(zip(self.sources, counts.tolist(), strict=True))
-        for part, lengths in lengths_of(rows).items():
-            values = np.percentile(lengths, PERCENTILES, method="higher")
-            self.tokens[part] = {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
+    def keep_only(self, rows: TokenRows, reason: str) -> None:
+        """Of the rows that were kept keep a part; the others are as good."""
+        self.dropped[reason] = Noted(self.kept - len(rows))
+        self.kept = self.cut.count = self.answerless = 0
+        self.sources = dict.fromkeys(self.sources, 0)
+        self.lengths = {part: Counter() for part in PARTS}
+        self.keep(rows)
+
+    def tokens(self) -> dict[str, dict[str, int]]:
+        """Percentiles of the length of each part; of thinking and answer where there is thinking."""
+        return {
+            part: {f"p{p}": value for p, value in zip(PERCENTILES, percentiles(self.lengths[part]), strict=True)}
+            for part in (PARTS if any(self.lengths["thinking"]) else PARTS[:2])
+            if self.lengths[part]
+        }
 
     def text(self) -> str:
         """For the terminal."""
-        lines = [f"{self.name} rows: {self.kept:,} of {self.read:,}"]
+        trained = "" if self.trained is None else f" read, {self.trained:,} trained on"
+        lines = [f"{self.name}: {self.kept:,} of {self.read:,} rows{trained}"]
         for name, count in self.sources.items():
             of_epoch = self.epoch.get(name, count)
             if len(self.sources) > 1 or of_epoch != count:
                 lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
-        for reason, noted in [*self.dropped.items(), ("response cut", self.cut)]:
-            if noted.count:
-                share = f"{noted.count / self.read:.1%}"
-                lines += [f"  {noted.count:,} ({share}) {reason}", *(f"    {example}" for example in noted.examples)]
-        if self.tokens:
+        cut = {f"response cut, of {self.answerless:,} before the answer": self.cut} if self.cut.count else {}
+        for reason, noted in {**self.dropped, **cut}.items():
+            share = f" ({noted.count / self.read:.1%})" if noted.count else ""
+            lines += [f"  {noted.count:,}{share} {reason}", *(f"    {example}" for example in noted.examples)]
+        if tokens := self.tokens():
             lines.append("  " + " " * 10 + "".join(f"{f'{p} %':>8}" for p in PERCENTILES[:-1]) + f"{'longest':>9}")
-            for part, found in self.tokens.items():
+            for part, found in tokens.items():
                 *most, longest = found.values()
                 lines.append(f"  {part:10}" + "".join(f"{value:8,}" for value in most) + f"{longest:9,} tokens")
         if self.padding_share is not None:
@@ -90,13 +111,17 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return asdict(self) | {"lengths": {part: dict(found) for part, found in self.lengths.items()}}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Report":
         """Back from `to_json`."""
         dropped = {reason: Noted(**noted) for reason, noted in saved["dropped"].items()}
-        return cls(**saved | {"dropped": dropped, "cut": Noted(**saved["cut"])})
+        lengths = {
+            part: Counter({int(length): rows for length, rows in found.items()})
+            for part, found in saved["lengths"].items()
+        }
+        return cls(**saved | {"dropped": dropped, "cut": Noted(**saved["cut"]), "lengths": lengths})
 
 
 class Prepared(NamedTuple):
@@ -106,56 +131,54 @@ class Prepared(NamedTuple):
     report: Report
 
 
-def lengths_of(rows: TokenRows) -> dict[str, np.ndarray]:
-    """Tokens of each part of each row; thinking and answer of the last answer, where there is thinking."""
-    lengths = {part: getattr(rows, name) for part, name in PARTS.items()}
-    counts = {part: rows.column(name) for part, name in COUNTED.items()}
-    return lengths | (counts if counts["thinking"].any() else {})
+def percentiles(lengths: Counter[int]) -> list[int]:
+    """The PERCENTILES of what is counted, each a length that occurs: of two neighbours the larger."""
+    values = sorted(lengths)
+    through = np.cumsum([lengths[value] for value in values])
+    ranks = np.ceil(np.array(PERCENTILES) / 100 * (through[-1] - 1))
+    return [values[place] for place in np.searchsorted(through, ranks, side="right")]
 
 
-def save(prepared: dict[str, Prepared], directory: Path) -> list[Path]:
-    """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; returns the files."""
+def save(reports: list[Report], directory: Path, extend: bool = False) -> list[Path]:
+    """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; returns the files.
+
+    Args:
+        extend: the JSON file by these reports, instead of writing a new one.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
-    _write({name: report.to_json() for name, (_, report) in prepared.items()}, path)
-    return [path, *_draw(prepared, path.with_suffix(".png"))]
-
-
-def extend(name: str, report: Report, directory: Path) -> None:
-    """Put one more report into data_report.json, beside those that are there."""
-    path = directory / FILE
-    before = json.loads(path.read_text()) if path.exists() else {}
-    _write(before | {name: report.to_json()}, path)
-
-
-def _write(reports: dict[str, Any], path: Path) -> None:
+    contents = json.loads(path.read_text()) if extend and path.exists() else {}
+    for report in reports:
+        contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
+        del contents[report.name]["lengths"]  # said by `tokens`, in a line each
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(reports, indent=2) + "\n")
+    unfinished.write_text(json.dumps(contents, indent=2) + "\n")
     unfinished.replace(path)
+    return [path, *_draw(reports, path.with_suffix(".png"))]
 
 
-def _draw(prepared: dict[str, Prepared], path: Path) -> list[Path]:
-    if not prepared:
+def _draw(reports: list[Report], path: Path) -> list[Path]:
+    if not reports:
         return []
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    figure = Figure(figsize=(12, 4 * len(prepared)))
-    every = figure.subplots(len(prepared), 2, squeeze=False, gridspec_kw={"wspace": 0.6, "hspace": 0.4})
-    for axes, (rows, report) in zip(every, prepared.values(), strict=True):
-        _draw_rows(axes, rows, report)
-    figure.savefig(path, bbox_inches="tight")
+    figure = Figure(figsize=(12, 4 * len(reports)), layout="constrained")
+    for axes, report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
+        _draw_rows(axes, report)
+    figure.savefig(path)
     return [path]
 
 
-def _draw_rows(axes: Any, rows: TokenRows, report: Report) -> None:
+def _draw_rows(axes: Any, report: Report) -> None:
     """Lengths on the left, what became of the rows on the right."""
-    lengths = lengths_of(rows)
-    bins = np.linspace(0, max(part.max() for part in lengths.values()), 50)
-    for part, values in lengths.items():
-        axes[0].stairs(*np.histogram(values, bins), label=part)
-    axes[0].set(title=f"{report.name} rows", xlabel="tokens", ylabel="rows")
+    tokens = report.tokens()
+    bins = np.linspace(0, max((found["p100"] for found in tokens.values()), default=1), 50)
+    for part in tokens:
+        lengths = report.lengths[part]
+        axes[0].stairs(*np.histogram(list(lengths), bins, weights=list(lengths.values())), label=part)
+    axes[0].set(title=report.name, xlabel="tokens", ylabel="rows")
     axes[0].legend()
     counts = {"kept": report.kept, "of them cut": report.cut.count}
     # a dollar sign would begin a formula

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from copy import deepcopy
+from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -20,10 +21,10 @@ from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
 from data.readers import BadRows, PlacedRow
-from data.report import Prepared, Report
+from data.report import Noted, Prepared, Report
 from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
-FORMAT = 1  # of the files; others are not read
+FORMAT = 2  # of the files; others are not read
 ROWS_AT_ONCE = 1000
 KEYED = (
     "on_bad_row",
@@ -52,21 +53,25 @@ class Preparation:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
-        self.bad = BadRows(". data.on_bad_row=skip leaves them out")
+        self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
         check_for_chats(tokenizer, config.loss_on)
         others = " or right" if config.truncation == "error" else ""
-        self.too_long = BadRows(f". Raise data.max_length, or set data.truncation=drop{others}")
+        self.too_long = BadRows(f"Raise data.max_length, or set data.truncation=drop{others}")
         self.filter = self.duplicates = self.overlap = self.difficulty = None
-        if not curated:
-            return
-        if config.filter is not None:
-            self.filter = Expression(config.filter, "data.filter")
-        if config.order == "curriculum":
-            self.difficulty = Expression(config.difficulty, "data.difficulty")
-        if config.drop_duplicates != "none":
-            self.duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
-        if config.decontaminate_files:
+        if curated and config.filter is not None:
+            self.filter = Expression(config.filter, "data.filter", bool)
+            self.filtered = self._reason(f"left out by data.filter={config.filter}")
+        if config.truncation == "drop":
+            self.longer = self._reason(f"longer than data.max_length={config.max_length}")
+        if curated and config.decontaminate_files:
             self.overlap = Overlap(_questions(config.decontaminate_files), config.decontaminate_words)
+            words = f"{config.decontaminate_words} words"
+            self.overlapping = self._reason(f"overlap in {words} with data.decontaminate_files")
+        if curated and config.drop_duplicates != "none":
+            self.duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
+            self.duplicated = self._reason(f"duplicates, data.drop_duplicates={config.drop_duplicates}")
+        if curated and config.order == "curriculum":
+            self.difficulty = Expression(config.difficulty, "data.difficulty", float)
 
     def batches(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[pa.RecordBatch]:
         """Tokens of all sources, in order, as SCHEMA says.
@@ -77,7 +82,7 @@ class Preparation:
         yield from self.blocks(sources, ROWS_AT_ONCE)
         self.check()
         self.report = self.summary()
-        if not any(self.report.sources.values()):
+        if not self.report.kept:
             raise ValueError(f"no row is left.\n{self.report.text()}")
 
     def blocks(self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
@@ -85,34 +90,34 @@ class Preparation:
 
         What is skipped is in no account.
         """
-        names = list(sources)
-        for name in names:
+        for name in sources:
             self.report.sources.setdefault(name, 0)
         chats = self._chats(sources)
         self.taken = sum(1 for _ in islice(chats, skip))
         if skip:
             self.bad.forget()
         while block := list(islice(chats, size)):
-            kept = self._block(block)
-            for row in kept:
-                self.report.sources[names[row["source"]]] += 1
+            kept = pa.RecordBatch.from_pylist(list(self._kept(block)), SCHEMA)
+            self.report.keep(TokenRows(pa.Table.from_batches([kept])))
             self.taken += len(block)
-            yield pa.RecordBatch.from_pylist(kept, SCHEMA)
+            yield kept
 
     def check(self) -> None:
         """Refuse what came so far and cannot be used, unless the settings say what to do.
 
         Raises:
-            ValueError: naming the first rows of that kind.
+            ValueError: naming the first rows of that kind, or a formula that can be of no row.
         """
+        for formula in filter(None, (self.filter, self.difficulty)):
+            formula.check()
         if self.config.on_bad_row == "error":
             self.bad.refuse()
         self.too_long.refuse()
 
     def summary(self) -> Report:
         """What became of the rows so far."""
-        report = replace(self.report, read=self.report.read + self.bad.count, dropped=dict(self.report.dropped))
-        report.kept = sum(report.sources.values())
+        report = deepcopy(self.report)
+        report.read += self.bad.count
         report.add_bad(self.bad)
         return report
 
@@ -132,68 +137,56 @@ class Preparation:
                 else:
                     yield number, placed, chat
 
-    def _block(self, block: list[tuple[int, PlacedRow, Chat]]) -> list[dict]:
+    def _kept(self, block: list[tuple[int, PlacedRow, Chat]]) -> Iterator[dict]:
+        """Rows in tokens that are not left out, as SCHEMA says."""
         sources, rows, chats = zip(*block, strict=True)
+        limit = self.config.max_length
         encoded = encode(chats, [placed.place for placed in rows], self.tokenizer, self.config.loss_on)
-        kept = []
-        for source, placed, chat, row in zip(sources, rows, chats, encoded, strict=True):
+        for source, (fields, place), chat, row in zip(sources, rows, chats, encoded, strict=True):
             try:
                 if isinstance(row, ValueError):
                     raise row
-                fields = {**placed.row, **_counts(row)}
-                filtered = self.filter is not None and not self.filter(fields, placed.place)
-                difficulty = None
-                if self.difficulty is not None and not filtered:
-                    difficulty = self._difficulty_of(fields, placed.place)
+                fields = {**fields, **_counts(row)}
+                filtered = self.filter is not None and not self.filter(fields, place)
+                ranked = self.difficulty is not None and not filtered
+                difficulty = float(self.difficulty(fields, place)) if ranked else None
             except ValueError as error:
                 self.bad.add(error)
                 continue
             self.report.read += 1
-            reason = self._reason_to_drop(filtered, placed.place, chat, row)
-            if reason is not None:
-                self.report.drop(reason[0], f"{placed.place} {_excerpt(chat)}{reason[1]}")
+            fits = len(row.input_ids) <= limit
+            fits_cut = self.config.truncation == "right" and row.prompt_length < limit
+            if dropped := self._dropped(filtered, fits or fits_cut, place, chat, row):
+                reason, note = dropped
+                self.report.drop(reason, f"{place} {_excerpt(chat)}{note}")
                 continue
-            cut = len(row.input_ids) > self.config.max_length
-            if cut:
-                self.report.cut.add(f"{placed.place} {_excerpt(chat)}")
-            kept.append(
-                row._asdict()
-                | {"input_ids": row.input_ids[: self.config.max_length], "cut": int(cut), "source": source}
-                | {"difficulty": difficulty, "place": placed.place}
-            )
-        return kept
+            if not (fits or fits_cut):
+                self.too_long.add(
+                    f"{place}: {row.prompt_length} prompt and {len(row.input_ids) - row.prompt_length} response tokens "
+                    f"do not fit data.max_length={limit}"
+                )
+                continue
+            if not fits:
+                self.report.cut.show(f"{place} {_excerpt(chat)}")
+            placed = {"cut": int(not fits), "source": source, "difficulty": difficulty, "place": place}
+            yield row.until(limit)._asdict() | placed
 
-    def _reason_to_drop(self, filtered: bool, place: str, chat: Chat, row: Encoded) -> tuple[str, str] | None:
+    def _reason(self, text: str) -> str:
+        """A reason to drop rows, which the report has whether or not it drops any."""
+        self.report.dropped[text] = Noted()
+        return text
+
+    def _dropped(self, filtered: bool, fits: bool, place: str, chat: Chat, row: Encoded) -> tuple[str, str] | None:
         """Why a row is left out, and what of this row; None keeps it. A duplicate is one of a row that is kept."""
-        config = self.config
         if filtered:
-            return f"left out by data.filter={config.filter}", ""
-        if self._too_long(place, row):
-            return f"longer than data.max_length={config.max_length}", f" ({len(row.input_ids)} tokens)"
+            return self.filtered, ""
+        if not fits:
+            return (self.longer, f" ({len(row.input_ids)} tokens)") if self.config.truncation == "drop" else None
         if self.overlap is not None and (question := self.overlap.find(chat)):
-            return f"overlap in {config.decontaminate_words} words with data.decontaminate_files", f" ({question})"
+            return self.overlapping, f" ({question})"
         if self.duplicates is not None and (earlier := self.duplicates.find(chat, place)):
-            return f"duplicates, data.drop_duplicates={config.drop_duplicates}", f" (as {earlier})"
+            return self.duplicated, f" (as {earlier})"
         return None
-
-    def _too_long(self, place: str, row: Encoded) -> bool:
-        """Whether a row is to be dropped as too long; where that is an error it is noted."""
-        limit, truncation = self.config.max_length, self.config.truncation
-        room = row.prompt_length < limit
-        if room and (len(row.input_ids) <= limit or truncation == "right"):
-            return False
-        if truncation != "drop":
-            response = len(row.input_ids) - row.prompt_length
-            self.too_long.add(
-                f"{place}: {row.prompt_length} prompt and {response} response tokens do not fit data.max_length={limit}"
-            )
-        return True
-
-    def _difficulty_of(self, fields: dict, place: str) -> float:
-        value = self.difficulty(fields, place)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{place}: data.difficulty={self.config.difficulty} must be a number, it is {value!r}")
-        return float(value)
 
 
 def rows_of(
@@ -213,7 +206,6 @@ def rows_of(
     """
     preparation = Preparation(config, tokenizer, name, curated)
     rows = TokenRows(pa.Table.from_batches(preparation.batches(sources), SCHEMA))
-    preparation.report.measure(rows)
     return Prepared(rows, preparation.report)
 
 
@@ -264,7 +256,6 @@ def _build(
     with pa.ipc.new_stream(str(directory / "rows.arrow"), SCHEMA) as written:
         for batch in preparation.batches(sources):
             written.write(batch)
-    preparation.report.measure(_mapped(directory))
     (directory / "report.json").write_text(json.dumps(preparation.report.to_json()))
 
 
@@ -312,5 +303,6 @@ def _counts(row: Encoded) -> dict[str, int]:
 
 
 def _excerpt(chat: Chat, size: int = 60) -> str:
-    text = " ".join(chat["prompt"][-1]["content"].split())
+    asked = next(message["content"] for message in chat["prompt"] if message["role"] == "user")
+    text = " ".join(asked.split())
     return repr(text if len(text) <= size else text[: size - 1] + "…")

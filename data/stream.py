@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +68,9 @@ class StreamedBatches(IterableDataset):
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
         """Iterate over steps, made ahead of time in a worker process; in pinned memory if there is a GPU."""
-        self.first_step = steps.start
+        self.first_step, trained = steps.start, 0
+        if steps.start:
+            self.report.name = f"training after step {steps.start}"
         workers = min(self.config.num_workers, 1)  # one stream
         loader = DataLoader(
             self,
@@ -83,18 +84,19 @@ class StreamedBatches(IterableDataset):
             if isinstance(item, ValueError):
                 raise item
             micro_batches, position, report = item
-            self.before, self.position = self.position, Position(**position)
-            self.report = Report.from_json(report)
+            self.before, self.position = self.position, position
+            trained += self.share.global_batch_size
+            self.report = replace(report, trained=trained)
             yield to_device_ready(micro_batches)
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], dict[str, int], dict[str, Any]] | ValueError]:
+    def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | ValueError]:
         """Micro-batches, position and report; at last an error, which a worker would raise with all its traceback."""
         try:
             yield from self._steps()
         except ValueError as error:
             yield error
 
-    def _steps(self) -> Iterator[tuple[list[Batch], dict[str, int], dict[str, Any]]]:
+    def _steps(self) -> Iterator[tuple[list[Batch], Position, Report]]:
         rows, step = self._rows(self.position), self.first_step
         while True:
             picked = [next(rows) for _ in range(self.share.global_batch_size)]
@@ -109,12 +111,12 @@ class StreamedBatches(IterableDataset):
                 batch["sample_index"] = samples[slots]
                 batches.append(self.noise(to_torch(batch, slots), 0, self.share.global_batch_size))
             *_, position, report = picked[-1]
-            yield batches, position.to_dict(), report
+            yield batches, position, report
             step += 1
 
-    def _rows(self, position: Position) -> Iterator[tuple[TokenRows, int, int, Position, dict[str, Any]]]:
+    def _rows(self, position: Position) -> Iterator[tuple[TokenRows, int, int, Position, Report]]:
         """Rows from a position on, without end: table and place in it, number, position behind it, report."""
-        preparation = Preparation(self.config, self.tokenizer, "training", curated=True)
+        preparation = Preparation(self.config, self.tokenizer, self.report.name, curated=True)
         while True:
             sources = {file: iterate(file, preparation.bad, stream=True) for file in self.files}
             before = position
@@ -124,7 +126,7 @@ class StreamedBatches(IterableDataset):
                 order = np.random.default_rng((_WINDOW, self.seed, position.epoch, position.first)).permutation(
                     len(rows)
                 )
-                report = preparation.summary().to_json()
+                report = preparation.summary()
                 for offset in range(position.offset, len(order)):
                     place = int(order[offset])
                     yield rows, place, position.seen + place, replace(position, offset=offset + 1), report

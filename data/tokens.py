@@ -34,6 +34,16 @@ class Encoded(NamedTuple):
     context: list[int]  # start, end, start, end, … of what in the response is not trained on: later questions
     thinking_tokens: int  # of the last answer, without its tags; 0 where there are none
     answer_tokens: int  # of the last answer, after its thinking, without the end-of-sequence token
+    thinking_end: int  # where the thinking ends
+
+    def until(self, length: int) -> "Encoded":
+        """What its first `length` tokens hold."""
+        thinking_lost, answer_lost = (max(0, end - length) for end in (self.thinking_end, len(self.input_ids) - 1))
+        return self._replace(
+            input_ids=self.input_ids[:length],
+            thinking_tokens=max(0, self.thinking_tokens - thinking_lost),
+            answer_tokens=max(0, self.answer_tokens - answer_lost),
+        )
 
 
 class TokenRows:
@@ -46,7 +56,7 @@ class TokenRows:
 
     def __init__(self, table: pa.Table, chosen: np.ndarray | None = None):
         self.table = table
-        self.chosen = np.arange(len(table)) if chosen is None else chosen
+        self.chosen = range(len(table)) if chosen is None else chosen  # an array of all would grow with them
         self._starts = np.cumsum([0, *map(len, table["input_ids"].chunks)])
         self._chunks = {name: [_numpy(chunk) for chunk in table[name].chunks] for name in ("input_ids", "context")}
 
@@ -64,7 +74,7 @@ class TokenRows:
 
     def select(self, rows: np.ndarray) -> "TokenRows":
         """Some of the rows, in the order given."""
-        return TokenRows(self.table, self.chosen[rows])
+        return TokenRows(self.table, self._of_chosen(np.arange(len(self.table)))[rows])
 
     def ids(self, row: int) -> np.ndarray:
         """[prompt + response] int32 tokens of a row."""
@@ -80,7 +90,7 @@ class TokenRows:
 
     def column(self, name: str) -> np.ndarray:
         """[rows] of a column of numbers."""
-        return self.table[name].to_numpy()[self.chosen]
+        return self._of_chosen(self.table[name].to_numpy())
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray:
@@ -90,9 +100,8 @@ class TokenRows:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[rows] tokens of prompt and response."""
-        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks["input_ids"]]).astype(np.int64)[
-            self.chosen
-        ]
+        lengths = [np.diff(offsets) for offsets, _ in self._chunks["input_ids"]]
+        return self._of_chosen(np.concatenate(lengths).astype(np.int64))
 
     @cached_property
     def cut(self) -> np.ndarray:
@@ -113,6 +122,9 @@ class TokenRows:
         for row in range(len(self)):
             digest.update(self.ids(row).tobytes() + self.context(row).tobytes() + b"/")
         return digest.hexdigest()
+
+    def _of_chosen(self, values: np.ndarray) -> np.ndarray:
+        return values if isinstance(self.chosen, range) else values[self.chosen]
 
     def _list(self, name: str, row: int) -> np.ndarray:
         place = self.chosen[row]
@@ -184,7 +196,7 @@ def encode(
             continue
         pieces = [next(before) for _ in part]
         counts = _count(chats[i]["response"], answers["offset_mapping"][i])
-        row = _join([*pieces, [*answers["input_ids"][i], tokenizer.eos_token_id]], counts)
+        row = _join([*pieces, [*answers["input_ids"][i], tokenizer.eos_token_id]], *counts)
         try:
             _refuse_masks(row.input_ids, tokenizer, place)
             encoded.append(row)
@@ -226,22 +238,23 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
     return [*parts, whole[done:]]
 
 
-def _join(pieces: list[list[int]], counts: tuple[int, int]) -> Encoded:
-    """Context and answers by turns, context first, into one row."""
+def _join(pieces: list[list[int]], thinking_tokens: int, answer_tokens: int, thinking_end: int) -> Encoded:
+    """Context and answers by turns, context first, into one row; `thinking_end` counts from the last answer."""
     bounds = np.cumsum([0, *map(len, pieces)]).tolist()
     context = [bound for start in range(2, len(pieces), 2) for bound in bounds[start : start + 2]]
-    return Encoded([token for piece in pieces for token in piece], bounds[1], context, *counts)
+    ids = [token for piece in pieces for token in piece]
+    return Encoded(ids, bounds[1], context, thinking_tokens, answer_tokens, bounds[-2] + thinking_end)
 
 
-def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Tokens of the thinking, and of the answer behind it."""
+def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+    """Tokens of the thinking, of the answer behind it, and up to where the thinking ends."""
     begin, end = response.find(THINK), response.find(END_THINK)
     if not 0 <= begin < end:
-        return 0, len(offsets)
+        return 0, len(offsets), 0
     starts = [start for start, _ in offsets]
     begin += len(THINK)
     first, last, answer = np.searchsorted(starts, [begin, end, end + len(END_THINK)]).tolist()
-    return last - first, len(starts) - answer
+    return last - first, len(starts) - answer, last
 
 
 def _render(

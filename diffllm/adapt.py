@@ -1,6 +1,12 @@
-"""Autoregressive checkpoints made into diffusion ones: `python -m diffllm.adapt SOURCE DIR [MASK_TOKEN]`."""
+"""Autoregressive checkpoints made into diffusion ones: `python -m diffllm.adapt Qwen/Qwen2.5-7B qwen_adapted`.
 
+Training and sampling adapt a checkpoint when they load it; for a large one it is better done once, since every rank
+loads all of it.
+"""
+
+import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +50,11 @@ def adapt(
         dtype: `auto` is the checkpoint's own.
 
     Raises:
-        ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, or a mask token
-            that texts hold.
+        ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, a mask token that
+            texts or the chat template hold, or a diffusion model already.
     """
+    if not needs_adapting(source):
+        raise ValueError(f"{source}: this is a diffusion model already, it can be model.path as it is")
     published, family = read_config(source)
     tokenizer = load_tokenizer(source)
     added = name_mask(tokenizer, mask_token)
@@ -116,18 +124,25 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
     lm.set_attn_implementation(attention)
 
 
-def main() -> None:
-    if len(sys.argv) not in (3, 4):
-        sys.exit("usage: python -m diffllm.adapt SOURCE DIR [MASK_TOKEN]")
-    source, directory, *mask_token = sys.argv[1:]
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser("python -m diffllm.adapt", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a local directory, a hub id or a .gguf file")
+    parser.add_argument("directory", help="to write, in the dtype of the source")
+    parser.add_argument(
+        "mask_token", nargs="?", default=MASK_TOKEN, help=f"one that nothing uses, or a new one; default: {MASK_TOKEN}"
+    )
+    options = parser.parse_args(arguments)
     try:
-        with new_directory(directory) as unfinished:
-            model, tokenizer = adapt(source, *mask_token, dtype="auto")
+        with new_directory(options.directory) as unfinished:
+            model, tokenizer = adapt(options.source, options.mask_token, dtype="auto")
             model.save_pretrained(unfinished, tokenizer=tokenizer)
-        print(f"model: {directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")
+        print(f"model: {options.directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("stopped by SIGINT, nothing is written", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -30,7 +30,8 @@ class ModelConfig:
     """
 
     path: str | None = None  # a local directory, hub id or GGUF file; null makes a model from scratch
-    mask_token: str = "<|mask|>"  # of an autoregressive checkpoint: a token that nothing uses, or one that is added
+    # of an autoregressive checkpoint: a token that nothing uses, or one that is added; null is <|mask|>
+    mask_token: str | None = None
     # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
     chat_template: str | None = None
     family: str = "dream"  # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)

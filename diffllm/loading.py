@@ -125,6 +125,8 @@ def read_config(source: str) -> tuple[dict[str, Any], Family]:
     directory, file = split_gguf(source)
     with readable(source, "config.json"):
         published, _ = PreTrainedConfig.get_config_dict(directory, gguf_file=file)
+        if not published:
+            raise OSError("it is empty, or there is none")
     if not isinstance(published, dict):
         raise ValueError(f"{source}: config.json is not a JSON object")
     family = family_of(published, source)

@@ -28,19 +28,24 @@ def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]
     Args:
         errors: further ones that mean that it cannot be read.
     """
-    gguf = Path(source).suffix == ".gguf"
-    if gguf:
+    path = Path(source)
+    if gguf := path.suffix == ".gguf":
         _check_gguf(source)
+    elif path.is_file():
+        raise ValueError(f"model.path={source}: a model is a directory, a hub id or a .gguf file")
     try:
         yield
     except Exception as error:
         # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
         if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
             raise
-        path = Path(source)
         if not path.exists() and not HUB_ID.fullmatch(source):
             raise ValueError(f"model.path={source}: no such directory, and no hub id either") from error
         problem = f"{what} cannot be read ({first_line(error)})"
+        if path.is_dir() and not (path / "config.json").exists():
+            below = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
+            hint = f"did you mean {' or '.join(below)}?" if below else "give one that holds a model"
+            raise ValueError(f"model.path={source}: there is no config.json in it; {hint}") from error
         if path.exists():
             raise ValueError(f"model.path={source}: {problem}") from error
         raise ValueError(

@@ -85,13 +85,15 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
     """Make `mask_token` the tokenizer's mask. Returns whether it had to be added to the vocabulary.
 
     Raises:
-        ValueError: it is an ordinary token of the vocabulary, which texts may hold.
+        ValueError: it is an ordinary token of the vocabulary, which texts may hold, or one of the chat template.
     """
-    known = mask_token in tokenizer.get_vocab()
-    if known and mask_token not in tokenizer.get_added_vocab():
+    known, special = mask_token in tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    template = str(tokenizer.chat_template).replace("bos_token", str(tokenizer.bos_token))
+    if (known and mask_token not in special) or mask_token in template:
+        unused = {token for token in special if token not in template} - set(tokenizer.special_tokens_map.values())
         raise ValueError(
-            f"model.mask_token={mask_token}: texts hold this token; name a special one that no text uses "
-            f"({', '.join(sorted(tokenizer.get_added_vocab()))}), or one that is to be added"
+            f"model.mask_token={mask_token}: {'the chat template' if mask_token in template else 'a text'} may hold "
+            f"it; name a special token that nothing uses ({', '.join(sorted(unused)) or 'there is none'}), or a new one"
         )
     tokenizer.add_special_tokens({"mask_token": mask_token})
     return not known

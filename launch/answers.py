@@ -67,6 +67,8 @@ def answer_prompt(config: Config) -> None:
     prompt = prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
     [response] = generate(model, tokenizer, [prompt], config.sampling)
     print(response.text)
+    if not response.text:
+        print("the response is empty: the model ended it at once", file=sys.stderr)
 
 
 def fill_template(config: Config) -> None:

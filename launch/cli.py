@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ def run_name(overrides: str) -> str:
 def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     """Make a root script's main function out of one that takes the resolved configuration.
 
-    What the user got wrong ends the process with one line and exit code 1. A sweep of train.py starts processes for
+    What the user got wrong ends the process with a message and exit code 1. A sweep of train.py starts processes for
     each job; one of another script has all its jobs in this process.
     """
 
@@ -75,19 +76,26 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """End the process with one line and exit code 1 on an error that explains itself.
+    """End the process with a message and exit code 1 on an error that explains itself, with 130 on Ctrl-C.
 
     Ranks mostly fail alike: the first one of a machine speaks at once, and torchrun then ends the others. One that
     fails alone is still there to speak a little later. In debug mode the whole traceback is shown.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        said = str(error).strip() if type(error) is ValueError else " ".join(str(error).split())
+        print("error:", said.replace("\n", "\n  "), file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -75,8 +75,11 @@ def _questions(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict], list[list[Message]], list[list[int]]]:
     """Rows, and their prompts as messages and as tokens."""
-    bad, questions = BadRows(". data.on_bad_row=skip leaves them out"), []
-    files = [iterate(file, bad) for file in config.val_files] or [held_out_rows()]
+    bad, questions = BadRows("data.on_bad_row=skip leaves such rows out"), []
+    files = [iterate(file, bad) for file in config.val_files]
+    if not files:
+        files = [held_out_rows()]
+        print("data.val_files is not given: the questions are the held-out equations")
     for placed in chain.from_iterable(files):
         try:
             messages = to_chat(placed)["prompt"]
@@ -86,7 +89,7 @@ def _questions(
     if config.on_bad_row == "error" or not questions:
         bad.refuse()
     if bad.count:
-        print(f"{bad.count} rows cannot be used: {'; '.join(bad.named)}")
+        print(bad.text())
     return tuple(map(list, zip(*questions, strict=True)))
 
 

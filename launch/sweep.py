@@ -58,8 +58,11 @@ def train_job(debug: bool) -> float | None:
             sys.stderr.flush()
     job |= {"exit_code": process.returncode, "seconds": round(time.perf_counter() - start), "error": None}
     if process.returncode:
-        said = re.search(r"\w*error: .+", log.read_text(errors="replace"), re.IGNORECASE)  # the first is the cause
-        job["error"] = said[0].removeprefix("error: ") if said else f"exit code {process.returncode}, see {log}"
+        # the first is the cause; what it says on further lines is indented
+        said = re.search(r"\w*error: .+(\n  .+)*", log.read_text(errors="replace"), re.IGNORECASE)
+        job["error"] = (
+            " ".join(said[0].removeprefix("error: ").split()) if said else f"exit code {process.returncode}, see {log}"
+        )
     record.write_text(json.dumps(job))
     metrics = last_metrics(directory)
     return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
-from diffllm.adapt import adapt, needs_adapting
+from diffllm.adapt import MASK_TOKEN, adapt, needs_adapting
 from diffllm.loading import empty_model
 from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
@@ -38,13 +38,15 @@ def build_model(
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
     elif needs_adapting(config.path):
-        model, tokenizer = adapt(config.path, config.mask_token, dtype, config.attn_implementation)
+        model, tokenizer = adapt(config.path, config.mask_token or MASK_TOKEN, dtype, config.attn_implementation)
     else:
         load = empty_model if empty else load_model
         model = load(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
         if tokenizer.mask_token is None:  # so that texts with the mask in them are refused
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
+    if config.mask_token not in (None, tokenizer.mask_token):
+        raise ValueError(f"model.mask_token={config.mask_token}: the model has {tokenizer.mask_token}; leave it out")
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
@@ -65,11 +67,16 @@ def build_batches(
     if data.streaming:
         train = StreamedBatches(data.train_files, data, tokenizer, share, noise, config.seed)
     else:
-        rows["training"] = _training_rows(data, tokenizer, config.seed)
-        train = TrainBatches(rows["training"].rows, data, share, eos, noise, config.seed)
-        report = rows["training"].report
-        report.padding_share = train.padding_share()
-        report.epoch = dict(zip(report.sources, train.first_epoch(len(report.sources)).tolist(), strict=True))
+        rows["training"] = prepared = _training_rows(data, tokenizer)
+        report = prepared.report
+        try:
+            if data.subset is not None:
+                rows["training"] = prepared = _subset(prepared, data.subset, config.seed)
+            train = TrainBatches(prepared.rows, data, share, eos, noise, config.seed)
+            report.padding_share = train.padding_share()
+            report.epoch = dict(zip(report.sources, train.first_epoch(len(report.sources)).tolist(), strict=True))
+        except ValueError as error:
+            raise ValueError(f"{error}.\n{report.text()}") from error
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files:
@@ -81,18 +88,17 @@ def build_batches(
     return train, val, rows
 
 
-def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prepared:
+def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Those of the files, or the generated equations where none is given."""
     if config.train_files:
-        rows, report = rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
-    else:
-        rows, report = rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
-    if config.subset is not None:
-        chosen = subset(len(rows), config.subset, seed)
-        report.leave(len(rows) - len(chosen), f"not in data.subset={config.subset:g}")
-        rows = rows.select(chosen)
-        report.measure(rows)
-    return Prepared(rows, report)
+        return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
+    return rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
+
+
+def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:
+    rows = prepared.rows.select(subset(len(prepared.rows), size, seed))
+    prepared.report.keep_only(rows, f"not in data.subset={size:g}")
+    return Prepared(rows, prepared.report)
 
 
 def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from data.loader import Batch
-from data.report import extend, save
+from data.report import save
 from data.stream import Position
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
@@ -99,7 +99,7 @@ class FSDPSFTTrainer:
             state = TrainingState(self.model, self.optimizer, self.world)
             done = self._resume(state)
             if not done and self.world.is_main:
-                save(self.rows, self.output_dir)
+                save([report for _, report in self.rows.values()], self.output_dir)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
             try:
@@ -304,7 +304,7 @@ class FSDPSFTTrainer:
             return
         self._say(report.text())
         if self.world.is_main:
-            extend(f"training after step {done}", report, self.output_dir)
+            save([report, *(report for _, report in self.rows.values())], self.output_dir, extend=done > 0)
 
     def _say(self, *lines: str) -> None:
         if self.world.is_main:

@@ -8,6 +8,7 @@ import pytest
 
 from data import read_rows
 from data.chat import final_answer, to_chat, to_prompt
+from data.files import digest, outline
 from tests.data.test_fuzz import no_longer_than
 
 ROW = {"question": "2+2?", "answer": "<think>\n2+2=4\n</think>\n4", "source": "made up", "difficulty": 1}
@@ -51,7 +52,9 @@ def test_unreadable_files(tmp_path, name, content, message):
 
 def test_rows_of_a_json_list_are_named_one_by_one(tmp_path):
     (tmp_path / "a.json").write_bytes(b'[{"question": "\xff"}, {"a": 1, "a": 2}, 3, {"question": "4"}]')
-    with pytest.raises(ValueError, match=r"3 rows .*a\.json:1: .*utf-8.*a\.json:2: .*a given twice.*a\.json:3: .*int"):
+    with pytest.raises(
+        ValueError, match=r"3 rows .*\n.*a\.json:1: .*utf-8.*\n.*a\.json:2: .*a given twice.*\n.*a\.json:3: .*int"
+    ):
         read_rows([tmp_path / "a.json"])
 
 
@@ -70,9 +73,15 @@ def test_a_parquet_value_that_cannot_be_read(tmp_path):
 
 def test_a_folder_of_several_splits(tmp_path):
     for split in ("train", "test"):
-        write(tmp_path / f"{split}-00000.jsonl", json.dumps(ROW))
-    with pytest.raises(ValueError, match=r"files of several splits \(test, train\)"):
+        write(tmp_path / f"{split}-00000.jsonl", json.dumps(ROW | {"source": split}))
+    with pytest.raises(ValueError, match=rf"name one of its splits: {tmp_path}:test or {tmp_path}:train$"):
         read_rows([tmp_path])
+    with pytest.raises(ValueError, match=rf"no file of the folder is of a split dev; name one .*{tmp_path}:test"):
+        read_rows([f"{tmp_path}:dev"])
+    [placed] = read_rows([f"{tmp_path}:test"])
+    assert placed.row["source"] == "test"
+    assert digest(f"{tmp_path}:test") == digest(str(tmp_path / "test-00000.jsonl")) != digest(f"{tmp_path}:train")
+    assert [name for name, *_ in outline(f"{tmp_path}:test")] == [str(tmp_path / "test-00000.jsonl")]
 
 
 def test_invalid_utf8_is_named_by_line(tmp_path):
@@ -89,9 +98,14 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a", "answer": ""}, "field 'answer' is empty"),
         ({"question": "a", "answer": 4}, "field 'answer' must be text, this is int"),
         ({"question": "a\ud800", "answer": "<think>b</think>4"}, "lone surrogate"),
-        ({"question": "a", "answer": "4"}, "has no <think>…</think>"),
+        (
+            {"question": "a", "answer": "4"},
+            "has no <think>…</think>; name the fields of answers without",
+        ),
         ({"question": "a", "answer": "</think><think>4"}, "has no <think>…</think>"),
-        ({"text": "a"}, "field 'question' is missing.*Its fields are: text"),
+        ({"text": "a"}, "field 'question' is missing.*Its fields are: text$"),
+        ({"instruction": "a", "output": "b"}, "field 'question' is missing.*`python -m data.prepare alpaca` converts"),
+        ({"conversations": []}, "field 'question' is missing.*`python -m data.prepare messages` converts"),
         ({"prompt": 3, "response": "b"}, "'prompt' must be a non-empty list"),
         ({"prompt": [], "response": "b"}, "'prompt' must be a non-empty list"),
         (

@@ -240,10 +240,10 @@ class TestMixture:
         assert len(set(times)) == 10
 
     def test_a_file_of_which_nothing_is_left(self, layout):
-        with pytest.raises(ValueError, match=r"data\.mixture=\[1, 1\]: no row of file 2"):
-            mix(np.zeros(4, dtype=int), [1, 1], np.random.default_rng(0))
-        with pytest.raises(ValueError, match=r"no row of file 2 is among the 4 of an epoch"):
-            mix(np.array([0, 0, 0, 1]), [1000, 1], np.random.default_rng(0))
+        with pytest.raises(ValueError, match=r"data\.mixture=\[1, 1\]: no row of b\.jsonl is left"):
+            mix(np.zeros(4, dtype=int), {"a.jsonl": 1, "b.jsonl": 1}, np.random.default_rng(0))
+        with pytest.raises(ValueError, match=r"no row of b\.jsonl is among the 4 of an epoch"):
+            mix(np.array([0, 0, 0, 1]), {"a.jsonl": 1000, "b.jsonl": 1}, np.random.default_rng(0))
 
 
 def test_a_curriculum_goes_from_easy_to_hard():

@@ -44,6 +44,8 @@ THOUGHT = "<think>\nTwo twos.\n</think>\n4"
         ("alpaca", {"instruction": "Add 2 and 2.", "input": "", "output": "4"}, "4"),
         ("messages", {"id": "a", "messages": [USER, ASSISTANT]}, "4"),
         ("messages", {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "4"),
+        ("messages", {"conversations": [USER, ASSISTANT]}, "4"),
+        ("sharegpt", {"messages": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "4"}]}, "4"),
         ("prompt_response", {"prompt": "2+2?", "response": "4"}, "4"),
         ("prompt_response", {"prompt": [USER], "response": "4", "split": "a"}, "4"),
     ],
@@ -72,6 +74,8 @@ def test_an_input_follows_its_instruction():
             {"conversations": [{"from": "robot", "value": "4"}]},
             "raw:1: a turn is from 'robot', expected human, gpt",
         ),
+        ("alpaca", {"instruction": "Add.", "output": " "}, "raw:1: field 'output' is empty"),
+        ("s1k", {"question": "?", "thinking_trajectories": ["a"], "attempt": ""}, "raw:1: there is no answer behind"),
         ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
     ],
 )
@@ -93,7 +97,7 @@ class TestCommand:
     def test_files_of_every_kind(self, raw, tmp_path, capsys):
         out = tmp_path / "out.jsonl"
         main(["gsm8k", str(out), str(raw), str(raw.with_suffix(".parquet")), str(raw.with_suffix(".json"))])
-        assert "gsm8k rows: 15 of 15" in capsys.readouterr().out
+        assert "gsm8k: 15 of 15 rows" in capsys.readouterr().out
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(rows) == 15
         assert rows[0] == rows[5] == rows[10]

@@ -5,12 +5,13 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, rows_of, rows_of_files
-from data.report import Report, save
+from data.report import PERCENTILES, Report, save
 from diffllm.tokenizer import builtin_tokenizer
 
 
@@ -64,19 +65,47 @@ class TestCuration:
         [
             ("source ==", "cannot be read: invalid syntax"),
             ("source = 'math'", "cannot be read: invalid syntax"),
-            (
-                "level > 2",
-                r"rows:1: data\.filter='level > 2': 'level' is not defined.*Fields of the row: question, ans",
-            ),
-            ("__import__('os').remove('x')", "rows:1: .*not defined"),
-            ("difficulty < 'a'", "rows:1: .*not supported"),
-            ("question.__class__", "rows:1: "),
-            ("9 ** 9 ** 9", "rows:1: "),
+            ("level > 2", r"^data\.filter='level > 2': no row has a field level; there are answer, answer_tokens, "),
+            ("response_token > 2", "^data.filter.*: no row has a field response_token; did you mean response_tokens?"),
+            ("difficulty > 9 and level > 2", "no row has a field level"),
+            ("__import__('os').remove('x')", r"no function __import__, there is len$"),
+            ("set(question)", r"no function set, there is len$"),
+            ("thinking_tokens << 1500", "has & | ^ ~ << or >>, of bits"),
+            ("source == 'math' & difficulty > 1", "has & | ^ ~ << or >>, of bits"),
+            ("difficulty", "^rows:1: data.filter='difficulty': must be true or false, it is 1. Fields of the row: que"),
+            ("difficulty < 'a'", r"^rows:1: .*not supported between .*'\. Fields of the row: .*answer_tokens$"),
+            ("question.__class__", "^rows:1: "),
+            ("9 ** 9 ** 9", "^rows:1: "),
         ],
     )
     def test_a_filter_that_cannot_be(self, tokenizer, expression, message):
-        with pytest.raises(ValueError, match=message):
-            prepared(tokenizer, self.ROWS, filter=expression)
+        """It is said once, as no row is at fault."""
+        with pytest.raises(ValueError, match=message) as error:
+            prepared(tokenizer, self.ROWS, filter=expression, on_bad_row="skip")
+        assert "\n" not in str(error.value)
+
+    def test_rows_without_a_field_that_others_have_are_bad(self, tokenizer):
+        rows = [row(), *self.ROWS]
+        with pytest.raises(ValueError, match=r"^rows:1: .*no field source\. .*data\.on_bad_row=skip leaves"):
+            prepared(tokenizer, rows, filter="source == 'math'")
+        _, report = prepared(tokenizer, rows, filter="source == 'math'", on_bad_row="skip")
+        assert (report.kept, report.dropped["cannot be used"].count) == (2, 1)
+
+    def test_every_setting_is_in_the_report_in_its_order(self, tokenizer, tmp_path):
+        held_out = write(tmp_path / "a.jsonl", {"question": "Why?"})
+        settings = {"filter": "True", "drop_duplicates": "exact", "decontaminate_files": [held_out]}
+        _, report = prepared(tokenizer, [row()], **settings, truncation="drop")
+        assert report.text().splitlines()[1:5] == [
+            "  0 left out by data.filter=True",
+            "  0 longer than data.max_length=2048",
+            "  0 overlap in 8 words with data.decontaminate_files",
+            "  0 duplicates, data.drop_duplicates=exact",
+        ]
+
+    def test_an_example_of_a_chat_is_what_was_asked_first(self, tokenizer):
+        [system, *turns] = TestSeveralTurns.MESSAGES
+        _, report = prepared(tokenizer, [{"messages": [system, *turns]}] * 2, drop_duplicates="exact")
+        assert report.dropped["duplicates, data.drop_duplicates=exact"].examples == ["rows:2 '2+2?' (as rows:1)"]
 
     def test_the_first_of_duplicates_stays(self, tokenizer):
         tokens, report = prepared(tokenizer, self.ROWS, drop_duplicates="exact")
@@ -119,7 +148,7 @@ class TestCuration:
 
     def test_all_bad_rows_of_an_evaluation_set_are_named(self, tokenizer, tmp_path):
         held_out = write(tmp_path / "a.jsonl", {"question": "a"}, {"question": 3}, {"text": "b"})
-        with pytest.raises(ValueError, match=r"2 rows cannot be used: .*a\.jsonl:2: .*a\.jsonl:3: "):
+        with pytest.raises(ValueError, match=r"2 rows cannot be used:\n.*a\.jsonl:2: .*\n.*a\.jsonl:3: "):
             prepared(tokenizer, [row()], decontaminate_files=[held_out])
 
     def test_what_an_evaluation_set_shares_with_everyone_is_no_overlap(self, tokenizer, tmp_path):
@@ -158,7 +187,7 @@ class TestCuration:
     def test_the_difficulty_of_a_curriculum_is_a_number(self, tokenizer):
         tokens, _ = prepared(tokenizer, self.ROWS, order="curriculum", difficulty="-response_tokens")
         assert tokens.column("difficulty").tolist() == [-float(length) for length in tokens.response_lengths]
-        with pytest.raises(ValueError, match=r"rows:1: data\.difficulty=source must be a number, it is 'math'"):
+        with pytest.raises(ValueError, match=r"rows:1: data\.difficulty='source': must be a number, it is 'math'"):
             prepared(tokenizer, self.ROWS, order="curriculum", difficulty="source")
 
 
@@ -272,11 +301,10 @@ class TestBadRows:
     def test_ten_are_named_and_the_others_counted(self, tokenizer, tmp_path):
         file = write(tmp_path / "a.jsonl", *[{"question": "x"}] * 13, row())
         with pytest.raises(
-            ValueError, match=r"13 rows cannot be used: .*a\.jsonl:10: field 'answer'.*and 3 more"
+            ValueError, match=r"(?s)^13 rows cannot be used:\n.*a\.jsonl:10: field 'answer'.*\nand 3 more\ndata.on_bad"
         ) as error:
             rows_of_files([file], DataConfig(cache_dir=str(tmp_path)), tokenizer, "training", True)
         assert str(error.value).count("field 'answer' is missing") == 10
-        assert "data.on_bad_row=skip" in str(error.value)
 
     def test_skipped_ones_are_in_the_report(self, tokenizer, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(
@@ -418,10 +446,22 @@ def test_the_report_as_text_json_and_picture(tokenizer, tmp_path, monkeypatch):
     kept = "source > 0 or '$^$' in question"  # no formula to be drawn
     tokens, report = prepared(tokenizer, rows, filter=kept, max_length=80, truncation="right")
     text = report.text()
-    assert text.startswith("training rows: 27 of 40\n")
+    assert text.startswith("training: 27 of 40 rows\n")
     assert "13 (32.5%) left out by data.filter=source > 0 or '$^$' in question" in text
-    assert f"{report.cut.count} ({report.cut.count / 40:.1%}) response cut" in text
+    assert f"{report.cut.count} ({report.cut.count / 40:.1%}) response cut, of {report.answerless} before" in text
+    lengths = {
+        "prompt": tokens.prompt_lengths,
+        "response": tokens.response_lengths,
+        "thinking": tokens.column("thinking_tokens"),
+        "answer": tokens.column("answer_tokens"),
+    }
+    for part, values in lengths.items():
+        expected = np.percentile(values, PERCENTILES, method="higher").tolist()
+        assert list(report.tokens()[part].values()) == expected
     assert "rows:3 'question 3'" in text
-    files = save({"training": (tokens, report)}, tmp_path)
-    assert Report.from_json(json.loads(files[0].read_text())["training"]) == report
+    files = save([report], tmp_path)
+    saved = json.loads(files[0].read_text())["training"]
+    assert saved["tokens"] == report.tokens()
+    assert (saved["kept"], saved["dropped"][f"left out by data.filter={kept}"]["count"]) == (27, 13)
     assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -142,11 +142,14 @@ def test_a_run_that_streams_and_is_interrupted_ends_with_the_same_bits(small_run
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
     assert metrics(whole)[-1]["train/epoch"] == 2.0
     accounts = json.loads((cut / "data_report.json").read_text())
-    assert list(accounts) == ["validation", "training after step 0", "training after step 7"]
+    assert list(accounts) == ["training", "validation", "training after step 7"]
     for account in accounts.values():
         left_out = {reason: noted["count"] for reason, noted in account["dropped"].items()}
         assert account["kept"] + sum(left_out.values()) == account["read"] > 0
-    assert accounts["training after step 0"]["dropped"]["cannot be used"]["count"] == 2  # once an epoch
+        assert account["tokens"]["response"]["p100"] > 0
+    assert accounts["training"]["dropped"]["cannot be used"]["count"] == 2  # once an epoch
+    trained = {name: account["trained"] for name, account in accounts.items()}
+    assert trained == {"training": 7 * 8, "validation": None, "training after step 7": 5 * 8}
 
 
 def test_a_stream_goes_on_in_another_directory(small_run, files):
@@ -155,7 +158,7 @@ def test_a_stream_goes_on_in_another_directory(small_run, files):
     first = train(small_run("first", trainer__max_steps=7, **data))
     resume = str(first / "checkpoints" / "step_00000007")
     second = train(small_run("second", trainer__max_steps=9, trainer__resume=resume, **data))
-    assert list(json.loads((second / "data_report.json").read_text())) == ["training after step 7"]
+    assert list(json.loads((second / "data_report.json").read_text())) == ["training after step 7", "validation"]
     assert (second / "hf").exists()
 
 

@@ -35,7 +35,11 @@ def test_truncation(tokenizer):
         tokenize([placed()], tokenizer, length - 1)
     cut, report = tokenize([placed()], tokenizer, length - 1, "right")
     assert cut.ids(0).tolist() == whole.ids(0)[:-1].tolist()
-    assert (report.dropped, report.cut.count) == ({}, 1)
+    assert (report.dropped, report.cut.count, report.answerless) == ({}, 1, 0)
+    for lost, left in ((2, (1, 0)), (3, (1, 0)), (4, (0, 0))):  # end, b, </think>, a
+        cut, report = tokenize([placed()], tokenizer, length - lost, "right")
+        assert (*cut.column("thinking_tokens"), *cut.column("answer_tokens")) == left
+        assert report.answerless == 1
     short = placed(answer="<think></think>b")
     kept, report = tokenize([placed(), short], tokenizer, length - 1, "drop")
     assert (len(kept), report.read, report.kept, report.cut.count) == (1, 2, 1, 0)

@@ -196,7 +196,8 @@ def test_the_command_writes_an_adapted_checkpoint(tmp_path, plain_tokenizer):
         done.stderr.strip().splitlines()[-1]
         == f"error: model.path={tmp_path}/nowhere: no such directory, and no hub id either"
     )
-    assert "usage" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    done = subprocess.run([*command, source, "x", "--bogus"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, "usage" in done.stderr) == (2, True)
 
 
 class TestWhatCannotBeAdapted:
@@ -218,12 +219,11 @@ class TestWhatCannotBeAdapted:
         with pytest.raises(ValueError, match=f"{tmp_path}: .*ForCausalLM {reason}"):
             adapt(str(tmp_path))
 
-    def test_a_directory_that_is_there(self, tmp_path, plain_tokenizer, monkeypatch):
+    def test_a_directory_that_is_there(self, tmp_path, plain_tokenizer):
         source = write_decoder("qwen2", tmp_path / "source", plain_tokenizer)
-        monkeypatch.setattr(sys, "argv", ["adapt", str(source), str(source)])
         before = sorted(file.stat().st_mtime_ns for file in source.iterdir())
         with pytest.raises(SystemExit, match="source exists: delete it, or name another directory"):
-            main()
+            main([str(source), str(source)])
         assert sorted(file.stat().st_mtime_ns for file in source.iterdir()) == before
 
     @pytest.mark.parametrize("model_type", ["t5", "bart", "gemma3", "bert", "nonsense", None])
@@ -252,10 +252,19 @@ class TestWhatCannotBeAdapted:
 
     def test_mask_tokens_that_cannot_serve(self, tmp_path, plain_tokenizer):
         source = str(write_decoder("qwen2", tmp_path / "source", plain_tokenizer))
-        with pytest.raises(ValueError, match=r"model\.mask_token=Solve: texts hold this token.*<\|im_end\|>"):
+        with pytest.raises(ValueError, match=r"mask_token=Solve: a text may hold it; .*\(</think>, .*<\|mask\|>\)"):
             adapt(source, "Solve")
+        with pytest.raises(ValueError, match=r"mask_token=<\|im_start\|>: the chat template may hold it"):
+            adapt(source, "<|im_start|>")
         with pytest.raises(ValueError, match="as mask and as padding or end"):
             adapt(source, "<|endoftext|>")
+
+    def test_a_diffusion_model(self, tmp_path, plain_tokenizer):
+        model, tokenizer = adapt(str(write_decoder("qwen2", tmp_path / "source", plain_tokenizer)))
+        model.save_pretrained(tmp_path / "adapted", tokenizer=tokenizer)
+        for source in (tmp_path / "adapted", GOLDEN / "dream_tiny"):
+            with pytest.raises(ValueError, match=f"{source}: this is a diffusion model already"):
+                adapt(str(source), "<|other|>")
 
     def test_load_model_says_how(self, tmp_path, plain_tokenizer):
         source = write_decoder("qwen2", tmp_path / "source", plain_tokenizer)

@@ -42,13 +42,14 @@ def script(monkeypatch, capsys, tmp_path):
     return run
 
 
-def assert_one_line(result, *words):
+def assert_one_error(result, *words):
     code, _, err = result
     assert code == 1
-    [line] = err.strip().splitlines()
+    [line, *more] = err.strip().splitlines()
+    assert all(each.startswith("  ") for each in more)
     assert line.startswith("error: ")
     for word in words:
-        assert word in line
+        assert word in err
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,9 @@ def assert_one_line(result, *words):
         (["sampling.alg=entropi"], ["sampling.alg=entropi", "origin, maskgit_plus, topk_margin, entropy"]),
         (["data.train_files=[nowhere.jsonl]"], ["nowhere.jsonl", "no such file or folder"]),
         (["data.train_batch_size=7", "data.micro_batch_size_per_gpu=2"], ["size=7", "gpu=2", "ranks=1"]),
-        (["data.train_batch_size=5000"], ["5000", "training rows"]),
-        (["data.max_length=10"], ["equation", "do not fit data.max_length=10"]),
+        (["data.train_batch_size=5000"], ["5000", "training rows", "\n  training: 2,750 of 2,750 rows\n"]),
+        (["data.max_length=10"], ["2750 rows cannot be used:\n  equation", "do not fit data.max_length=10"]),
+        (["model.mask_token=<|no|>"], ["model.mask_token=<|no|>: the model has <|mask|>; leave it out"]),
         (["data.max_length=4096"], ["data.max_length=4096", "context is 2048"]),
         (["model.vocab_size=50"], ["model.vocab_size=50", "1256"]),
         (["model.path=nowhere"], ["model.path=nowhere", "config.json"]),
@@ -82,14 +84,22 @@ def assert_one_line(result, *words):
     ],
     ids=str,
 )
-def test_mistakes_end_in_one_line(script, arguments, words):
-    assert_one_line(script("train.py", *arguments), *words)
+def test_mistakes_end_in_one_error(script, arguments, words):
+    assert_one_error(script("train.py", *arguments), *words)
+
+
+def test_an_interruption_is_no_error(script, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.build.rows_of", interrupted)
+    assert script("train.py", *SMALL) == (130, "", "stopped by SIGINT\n")
 
 
 def test_a_sweep_under_torchrun_is_refused(script, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_line(script("train.py", "-m", "optim.lr=1,2"), "python train.py -m")
+    assert_one_error(script("train.py", "-m", "optim.lr=1,2"), "python train.py -m")
 
 
 def test_packages_of_another_checkout_are_refused(tmp_path):
@@ -109,7 +119,7 @@ def test_a_typo_in_a_yaml_file(script, monkeypatch, tmp_path):
     (tmp_path / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  lrr: 1\n")
     arguments = [f"hydra.searchpath=[file://{tmp_path / 'more'}]", "+experiment@_global_=mine"]
     monkeypatch.setattr(cli, "check_arguments", lambda arguments: None)
-    assert_one_line(script("train.py", *arguments), "optim.lrr", "did you mean optim.lr")
+    assert_one_error(script("train.py", *arguments), "optim.lrr", "did you mean optim.lr")
 
 
 def test_help_explains_the_groups(script):
@@ -193,13 +203,13 @@ def test_train_sample_evaluate(script, tmp_path):
     ids=str,
 )
 def test_mistakes_of_sampling_end_in_one_line(script, arguments, words):
-    assert_one_line(script("sample.py", *arguments), *words)
+    assert_one_error(script("sample.py", *arguments), *words)
 
 
 def test_a_prompt_that_does_not_fit_the_context(script):
     script("train.py", "trainer.experiment_name=run", *SMALL)
     model = "model.path=outputs/run/hf"
-    assert_one_line(script("sample.py", model, "prompt=Hi", "sampling.max_new_tokens=2048"), "context of 2048")
+    assert_one_error(script("sample.py", model, "prompt=Hi", "sampling.max_new_tokens=2048"), "context of 2048")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +226,7 @@ def test_mistakes_in_a_yaml_file_end_in_one_line(script, monkeypatch, tmp_path, 
     (tmp_path / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\n" + text)
     monkeypatch.setattr(cli, "check_arguments", lambda arguments: None)
     searchpath = f"hydra.searchpath=[file://{tmp_path / 'more'}]"
-    assert_one_line(script("train.py", searchpath, "experiment=mine"), *words)
+    assert_one_error(script("train.py", searchpath, "experiment=mine"), *words)
 
 
 @pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])

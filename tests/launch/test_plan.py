@@ -178,7 +178,7 @@ def test_time_follows_mfu_and_gpus(run):
     ],
     ids=str,
 )
-def test_mistakes_end_in_one_line(run, arguments, words):
+def test_mistakes_end_in_one_error(run, arguments, words):
     code, _, err = run(*arguments)
     assert code == 1
     [line] = err.strip().splitlines()

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from launch import cli, sweep
 from tests.conftest import ROOT
-from tests.launch.test_cli import SMALL, assert_one_line, script  # noqa: F401
+from tests.launch.test_cli import SMALL, assert_one_error, script  # noqa: F401
 from tests.trainer.runs import metrics
 
 
@@ -119,12 +119,12 @@ def test_a_failed_job_does_not_stop_the_others(script, local, tmp_path):  # noqa
 
 def test_the_other_scripts_do_not_start_processes(script, local):  # noqa: F811
     local("raise AssertionError")
-    assert_one_line(script("sample.py", "-m", "seed=1,2", "prompt=Hi"), "model.path is not given")
+    assert_one_error(script("sample.py", "-m", "seed=1,2", "prompt=Hi"), "model.path is not given")
 
 
 @pytest.mark.parametrize("choice", ["hydra/launcher=joblibb", "hydra/sweeper=optun"])
 def test_what_is_not_installed_is_refused(script, choice, tmp_path):  # noqa: F811
-    assert_one_line(script("train.py", "-m", choice, "seed=1,2"), choice, "basic", "pip install 'diffllm[sweep]'")
+    assert_one_error(script("train.py", "-m", choice, "seed=1,2"), choice, "basic", "pip install 'diffllm[sweep]'")
     assert not (tmp_path / "multirun").exists()
 
 
