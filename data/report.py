@@ -26,10 +26,12 @@ class Noted:
     examples: list[str] = field(default_factory=list)
 
     def add(self, example: str) -> None:
+        """Count a row."""
         self.count += 1
         self.show(example)
 
     def show(self, example: str) -> None:
+        """Keep one of the first, which is counted elsewhere."""
         if len(self.examples) < EXAMPLES:
             self.examples.append(example)
 
@@ -58,7 +60,7 @@ class Report:
     def add_bad(self, bad: BadRows) -> None:
         """Note the rows that cannot be used."""
         if bad.count:
-            self.dropped["cannot be used"] = Noted(bad.count, bad.named)
+            self.dropped = {"cannot be used": Noted(bad.count, bad.named), **self.dropped}
 
     def keep(self, rows: TokenRows) -> None:
         """Count rows that are kept."""
@@ -96,7 +98,7 @@ class Report:
             of_epoch = self.epoch.get(name, count)
             if len(self.sources) > 1 or of_epoch != count:
                 lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
-        cut = {f"response cut, of {self.answerless:,} before the answer": self.cut} if self.cut.count else {}
+        cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut.count else {}
         for reason, noted in {**self.dropped, **cut}.items():
             share = f" ({noted.count / self.read:.1%})" if noted.count else ""
             lines += [f"  {noted.count:,}{share} {reason}", *(f"    {example}" for example in noted.examples)]

@@ -4,7 +4,6 @@ Training and sampling adapt a checkpoint when they load it; for a large one it i
 loads all of it.
 """
 
-import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
@@ -138,10 +137,7 @@ def main(arguments: list[str]) -> None:
             model.save_pretrained(unfinished, tokenizer=tokenizer)
         print(f"model: {options.directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print("stopped by SIGINT, nothing is written", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]
             raise
         if not path.exists() and not HUB_ID.fullmatch(source):
             raise ValueError(f"model.path={source}: no such directory, and no hub id either") from error
-        problem = f"{what} cannot be read ({first_line(error)})"
+        problem = f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
+        if gguf:
+            problem += "; it may be cut short"
         if path.is_dir() and not (path / "config.json").exists():
             below = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
             hint = f"did you mean {' or '.join(below)}?" if below else "give one that holds a model"

@@ -90,7 +90,8 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
     known, special = mask_token in tokenizer.get_vocab(), tokenizer.get_added_vocab()
     template = str(tokenizer.chat_template).replace("bos_token", str(tokenizer.bos_token))
     if (known and mask_token not in special) or mask_token in template:
-        unused = {token for token in special if token not in template} - set(tokenizer.special_tokens_map.values())
+        used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+        unused = {token for token in special if token not in template} - used
         raise ValueError(
             f"model.mask_token={mask_token}: {'the chat template' if mask_token in template else 'a text'} may hold "
             f"it; name a special token that nothing uses ({', '.join(sorted(unused)) or 'there is none'}), or a new one"

@@ -94,8 +94,9 @@ def user_errors(debug: bool) -> Iterator[None]:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
-        said = str(error).strip() if type(error) is ValueError else " ".join(str(error).split())
-        print("error:", said.replace("\n", "\n  "), file=sys.stderr, flush=True)
+        own = type(error) is ValueError  # whose lines are meant; those of libraries are joined
+        said = str(error).replace("\n", "\n  ") if own else " ".join(str(error).split())
+        print("error:", said, file=sys.stderr, flush=True)
         sys.exit(1)
 
 

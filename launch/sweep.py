@@ -58,11 +58,10 @@ def train_job(debug: bool) -> float | None:
             sys.stderr.flush()
     job |= {"exit_code": process.returncode, "seconds": round(time.perf_counter() - start), "error": None}
     if process.returncode:
-        # the first is the cause; what it says on further lines is indented
+        # the first is the cause; its further lines are indented
         said = re.search(r"\w*error: .+(\n  .+)*", log.read_text(errors="replace"), re.IGNORECASE)
-        job["error"] = (
-            " ".join(said[0].removeprefix("error: ").split()) if said else f"exit code {process.returncode}, see {log}"
-        )
+        cause = said[0].removeprefix("error: ") if said else f"exit code {process.returncode}, see {log}"
+        job["error"] = " ".join(cause.split())
     record.write_text(json.dumps(job))
     metrics = last_metrics(directory)
     return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))

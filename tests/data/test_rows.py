@@ -448,7 +448,7 @@ def test_the_report_as_text_json_and_picture(tokenizer, tmp_path, monkeypatch):
     text = report.text()
     assert text.startswith("training: 27 of 40 rows\n")
     assert "13 (32.5%) left out by data.filter=source > 0 or '$^$' in question" in text
-    assert f"{report.cut.count} ({report.cut.count / 40:.1%}) response cut, of {report.answerless} before" in text
+    assert f"{report.cut.count} ({report.cut.count / 40:.1%}) responses cut, {report.answerless} of them" in text
     lengths = {
         "prompt": tokens.prompt_lengths,
         "response": tokens.response_lengths,

@@ -93,6 +93,15 @@ class TestBadCheckpoints:
         with pytest.raises(ValueError, match=r"nowhere: no such directory"):
             load_model(tmp_path / "nowhere")
 
+    def test_what_is_no_model(self, copy, tmp_path):
+        with pytest.raises(ValueError, match=rf"{tmp_path}: there is no config\.json in it; did you mean {copy}\?"):
+            load_model(tmp_path)
+        with pytest.raises(ValueError, match=r"config\.json: a model is a directory, a hub id or a \.gguf file"):
+            load_model(copy / "config.json")
+        (copy / "config.json").unlink()
+        with pytest.raises(ValueError, match=rf"{copy}: there is no config\.json in it; give one that holds a model"):
+            load_model(copy)
+
     def test_unknown_family(self, copy):
         self.edit(copy, model_type="bert")
         with pytest.raises(ValueError, match=r"model_type='bert'.*Dream, llada"):
