@@ -16,12 +16,12 @@ def test_questions_that_cannot_be_used_are_named(small_model, tokenizer, tmp_pat
     config.data.val_files, config.trainer.output_dir = [str(tmp_path / "test.jsonl")], str(tmp_path)
     config.sampling.max_new_tokens, config.sampling.steps = 2, 1
     monkeypatch.setattr(evaluation, "load_for_sampling", lambda config: (small_model, tokenizer))
-    with pytest.raises(ValueError, match=r"2 rows cannot be used: .*jsonl:1: .*jsonl:3: "):
+    with pytest.raises(ValueError, match=r"2 rows cannot be used:\n.*jsonl:1: .*\n.*jsonl:3: "):
         evaluation.evaluate(config)
     config.data.on_bad_row = "skip"
     evaluation.evaluate(config)
     said = capsys.readouterr().out
-    assert "2 rows cannot be used: " in said
+    assert "2 rows cannot be used:\n" in said
     assert "(0 of 1 questions)" in said
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -46,6 +46,7 @@ def test_confidence_ignores_temperature_unless_scaled():
 
 
 @settings(max_examples=60, deadline=None)
+@example(seed=228, size=64, scale=8.0, temperature=2.0, top_p=0.999, top_k=None)
 @given(
     seed=st.integers(0, 1000),
     size=st.sampled_from([5, 63, 64, 65, 300, 1000]),
@@ -55,7 +56,7 @@ def test_confidence_ignores_temperature_unless_scaled():
     top_k=st.sampled_from([None, 1, 7, 2000]),
 )
 def test_what_may_be_drawn_is_what_a_sort_of_the_vocabulary_gives(seed, size, scale, temperature, top_p, top_k):
-    """Transformers' warpers, which sort it, in the published order."""
+    """Transformers' warpers, which sort it, in the published order; what rounding decides may be drawn or not."""
     logits = torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) * scale
     expected = logits / (temperature or 1.0)
     if top_p is not None:
@@ -65,7 +66,10 @@ def test_what_may_be_drawn_is_what_a_sort_of_the_vocabulary_gives(seed, size, sc
     values, ids = support(logits, SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k))
     ids = torch.arange(size).expand(3, -1) if ids is None else ids
     found = torch.full_like(logits, -torch.inf).scatter(1, ids, values)
-    torch.testing.assert_close(found, expected)
+    p, order = (logits / (temperature or 1.0)).double().softmax(-1).sort(descending=True)
+    before = torch.empty_like(p).scatter(1, order, p.cumsum(-1) - p)
+    rounded = (before - (top_p or 2.0)).abs() < 1e-6
+    torch.testing.assert_close(found.masked_fill(rounded, 0), expected.masked_fill(rounded, 0))
 
 
 def test_draws_follow_the_distribution():
