@@ -92,7 +92,7 @@ def _place(name: str | Path) -> tuple[Path, str | None]:
     """Where a name is to be found here, and the split that it asks for of a folder."""
     path = Path(name)
     folder, colon, split = str(name).rpartition(":")
-    if path.exists() or not colon or not Path(folder).is_dir():
+    if path.exists() or not colon or not Path(folder).is_dir() or (Path(folder) / "dataset_info.json").exists():
         return path, None
     if (Path(folder) / "dataset_dict.json").exists():
         return Path(folder) / split, None

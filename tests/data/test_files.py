@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from datasets import Dataset, DatasetDict
 
 from data import read_rows
 from data.chat import final_answer, to_chat, to_prompt
@@ -82,6 +83,25 @@ def test_a_folder_of_several_splits(tmp_path):
     assert placed.row["source"] == "test"
     assert digest(f"{tmp_path}:test") == digest(str(tmp_path / "test-00000.jsonl")) != digest(f"{tmp_path}:train")
     assert [name for name, *_ in outline(f"{tmp_path}:test")] == [str(tmp_path / "test-00000.jsonl")]
+
+
+def test_what_datasets_saved(tmp_path):
+    sets = {split: Dataset.from_list([ROW | {"source": split}]) for split in ("train", "test")}
+    DatasetDict(sets).save_to_disk(tmp_path / "both")
+    sets["train"].save_to_disk(tmp_path / "one")
+    for name, source in (
+        (f"{tmp_path}/both:test", "test"),
+        (f"{tmp_path}/both/train", "train"),
+        (f"{tmp_path}/one", "train"),
+    ):
+        [placed] = read_rows([name])
+        assert (placed.row["source"], placed.place) == (source, f"{name}:1")
+        assert len(digest(name)) == 64
+    with pytest.raises(ValueError, match=rf"name one of its splits: {tmp_path}/both:train or {tmp_path}/both:test$"):
+        read_rows([tmp_path / "both"])
+    for name in ("both:dev", "one:test"):
+        with pytest.raises(ValueError, match=f"{name}: no such file or folder"):
+            read_rows([tmp_path / name])
 
 
 def test_invalid_utf8_is_named_by_line(tmp_path):
