@@ -11,6 +11,9 @@ SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
 CONVERTED = {"instruction": "alpaca", "conversations": "messages"}  # by data.prepare, rows with such a field
 
 
+NOT_TEXT = ("tool_calls", "function_call", "images", "videos", "audio")  # what messages hold beside their content
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -62,7 +65,7 @@ def to_prompt(placed: PlacedRow) -> list[Message]:
                 if answered
                 else _messages(messages, "messages", "user", place)
             )
-        case "prompt" if isinstance(row["prompt"], str):
+        case "prompt" if isinstance(row.get("prompt"), str | None):
             return [Message(role="user", content=_text(row, "prompt", place))]
         case "prompt":
             return _messages(row["prompt"], "prompt", "user", place)
@@ -71,8 +74,10 @@ def to_prompt(placed: PlacedRow) -> list[Message]:
 
 
 def schema_of(row: dict[str, Any]) -> str:
-    """The field that says how a row is to be read; `question` where there is none."""
-    return next((field for field in SCHEMAS if row.get(field) is not None), "question")
+    """The field that says how a row is to be read; where there is none, that of the answer it has, or `question`."""
+    asked = (field for field in SCHEMAS if row.get(field) is not None)
+    answered = (field for field, answer in SCHEMAS.items() if row.get(answer) is not None)
+    return next(asked, None) or next(answered, "question")
 
 
 def final_answer(response: str) -> str:
@@ -84,8 +89,9 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
         kinds = [CONVERTED[name] for name in row if name in CONVERTED]
         advice = f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
+        found = "null" if field in row else "missing"
         raise ValueError(
-            f"{place}: field '{field}' is missing; a row has question and answer, prompt and response, or messages. "
+            f"{place}: field '{field}' is {found}; a row has question and answer, prompt and response, or messages. "
             f"Its fields are: {listed(list(row))}{advice}"
         )
     if not isinstance(row[field], str):
@@ -115,11 +121,13 @@ def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]
         if role == expected:
             expected = "assistant" if role == "user" else "user"
         elif role != "system" or number > 1:
+            converted = " (`python -m data.prepare sharegpt` converts ShareGPT's)" if role in (None, "human") else ""
             raise ValueError(
                 f"{place}: message {number} of '{field}' has role {role!r}, expected {expected!r}: a system message "
-                "may come first, then user and assistant in turn, each an object with role and content "
-                "(`python -m data.prepare messages` converts ShareGPT's)"
+                f"may come first, then user and assistant in turn, each an object with role and content{converted}"
             )
+        if more := [name for name in NOT_TEXT if message.get(name)]:
+            raise ValueError(f"{place}: message {number} of '{field}' has {listed(more)}: only text is trained on")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")
         _well_formed(message["content"], f"{place}: message {number} of '{field}'")

@@ -38,7 +38,7 @@ class Expression:
         try:
             self._parsed = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.said} cannot be read: {error}") from error
+            raise ValueError(f"{self.said} cannot be read: {getattr(error, 'msg', error)}") from error
         nodes = list(ast.walk(self._parsed))
         called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         if unknown := sorted(called - FUNCTIONS.keys()):
@@ -78,9 +78,10 @@ class Expression:
         Raises:
             ValueError: of the rows so far none has a field that it names, or it has a value for none.
         """
+        fields = listed(sorted(self._known))
         for name in sorted(self._names - self._known if self._known else ()):
             close = difflib.get_close_matches(name, self._known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {listed(sorted(self._known))}"
+            hint = f"did you mean {close[0]}?" if close else f"a text is quoted, {name!r}; fields are {fields}"
             raise ValueError(f"{self.said}: no row has a field {name}; {hint}")
         if self._failure and not self._worked:
             raise self._failure

@@ -67,9 +67,11 @@ def prepare(options: Namespace) -> Report:
 
 def _lines(options: Namespace, bad: BadRows) -> Iterator[str]:
     if options.name in DIFFICULTY:
+        if options.rows is not None and options.rows < 1:
+            raise ValueError(f"--rows {options.rows}: must be at least 1")
         if options.sources:
             raise ValueError(f"{options.name} is generated: there is nothing to read, leave {options.sources[0]} out")
-        yield from map(_line, generate(options.name, options.rows or ROWS, options.seed or 0))
+        yield from map(_line, generate(options.name, ROWS if options.rows is None else options.rows, options.seed or 0))
         return
     if given := [name for name in ("rows", "seed") if getattr(options, name) is not None]:
         raise ValueError(f"--{given[0]} is of a generated task ({', '.join(DIFFICULTY)}), {options.name} is read")
@@ -103,7 +105,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "sources", nargs="*", help=".jsonl, .json or .parquet files, folders or hub ids; default: the hub's"
     )
-    parser.add_argument("--on-bad-row", choices=["error", "skip"], default="error")
+    parser.add_argument(
+        "--on-bad-row", choices=["error", "skip"], default="error", help="of rows that cannot be used; default: error"
+    )
     parser.add_argument("--rows", type=int, help=f"of a generated task, by default {ROWS:,}")
     parser.add_argument("--seed", type=int, help="of a generated task")
     return parser

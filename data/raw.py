@@ -1,7 +1,7 @@
 """How rows of published sets become training rows."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def from_s1k(row: Row) -> Row:
     return {
         "question": row["question"],
         "answer": with_thinking(thinking, answer),
-        "source": row["source_type"],
+        "source": row.get("source_type"),
         "subject": row.get("cot_type"),
     }
 
@@ -69,8 +69,9 @@ def from_gsm8k(row: Row) -> Row:
 
 def from_alpaca(row: Row) -> Row:
     """An instruction, with an input behind it if there is one, and an output."""
-    if not row["output"].strip():
-        raise ValueError("field 'output' is empty")
+    for name in ("instruction", "output"):
+        if not row[name].strip():
+            raise ValueError(f"field '{name}' is empty")
     prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
     others = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "messages")}
     return {**others, "prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
@@ -78,7 +79,10 @@ def from_alpaca(row: Row) -> Row:
 
 def from_messages(row: Row) -> Row:
     """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated."""
-    turns = row["conversations"] if "conversations" in row else row["messages"]
+    field = "conversations" if "conversations" in row else "messages"
+    turns = row[field]
+    if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"field '{field}' must be a non-empty list of messages")
     if not any("from" in turn for turn in turns):
         return {name: value for name, value in row.items() if name != "conversations"} | {"messages": turns}
     if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):

@@ -101,7 +101,9 @@ class Report:
         cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut.count else {}
         for reason, noted in {**self.dropped, **cut}.items():
             share = f" ({noted.count / self.read:.1%})" if noted.count else ""
+            more = noted.count - len(noted.examples)
             lines += [f"  {noted.count:,}{share} {reason}", *(f"    {example}" for example in noted.examples)]
+            lines += [f"    and {more:,} more"] if more and noted.examples else []
         if tokens := self.tokens():
             lines.append("  " + " " * 10 + "".join(f"{f'{p} %':>8}" for p in PERCENTILES[:-1]) + f"{'longest':>9}")
             for part, found in tokens.items():

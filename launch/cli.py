@@ -126,7 +126,10 @@ def check_arguments(arguments: list[str]) -> None:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException as error:
-            raise ValueError(f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}. Quote what has signs or "
+                "spaces in it, and once more for the shell: 'NAME=\"VALUE\"'"
+            ) from error
         key = override.key_or_group
         if key in ("hydra/launcher", "hydra/sweeper"):
             check_plugin(key, override.get_value_string())

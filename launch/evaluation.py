@@ -48,7 +48,8 @@ def evaluate(config: Config) -> None:
         "tokens_per_forward": mean(response.tokens_per_forward for response in responses),
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
-    _print([prompt[-1]["content"] for prompt in messages], responses, right, scores)
+    asked = "questions" if config.data.val_files else "held-out equations"
+    _print([prompt[-1]["content"] for prompt in messages], responses, right, scores, asked)
 
     path = Path(config.trainer.output_dir) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,10 +77,7 @@ def _questions(
 ) -> tuple[list[dict], list[list[Message]], list[list[int]]]:
     """Rows, and their prompts as messages and as tokens."""
     bad, questions = BadRows("data.on_bad_row=skip leaves such rows out"), []
-    files = [iterate(file, bad) for file in config.val_files]
-    if not files:
-        files = [held_out_rows()]
-        print("data.val_files is not given: the questions are the held-out equations")
+    files = [iterate(file, bad) for file in config.val_files] or [held_out_rows()]
     for placed in chain.from_iterable(files):
         try:
             messages = to_chat(placed)["prompt"]
@@ -93,15 +91,17 @@ def _questions(
     return tuple(map(list, zip(*questions, strict=True)))
 
 
-def _print(questions: list[str], responses: list[Response], right: list[bool], scores: dict[str, float]) -> None:
-    table = Table(title=f"the first {min(SHOWN, len(questions))} of {len(questions)} questions", show_lines=True)
+def _print(
+    questions: list[str], responses: list[Response], right: list[bool], scores: dict[str, float], asked: str
+) -> None:
+    table = Table(title=f"the first {min(SHOWN, len(questions))} of {len(questions)} {asked}", show_lines=True)
     for column in ("question", "response", "verdict"):
         table.add_column(column)
     for question, response, ok in list(zip(questions, responses, right, strict=True))[:SHOWN]:
         table.add_row(question, response.text, "right" if ok else "wrong")
     Console(markup=False).print(table)
     print(
-        f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} questions)\n"
+        f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} {asked})\n"
         f"NFE {scores['nfe']:.1f} and {scores['tokens_per_forward']:.2f} tokens a forward on average, "
         f"{scores['tokens_per_second']:,.0f} tokens/s"
     )

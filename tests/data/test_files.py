@@ -137,7 +137,14 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
             "message 1 of 'prompt' is empty",
         ),
         ({"prompt": [{"role": "user"}], "response": "b"}, "message 1 of 'prompt' has no text as its content"),
-        ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is missing"),
+        ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is null"),
+        ({"prompt": None, "response": "b"}, "field 'prompt' is null"),
+        ({"response": "b"}, "field 'prompt' is missing"),
+        (
+            {"messages": [{"role": "user", "content": "a", "images": ["b"]}]},
+            "message 1 of 'messages' has images: only text is trained on",
+        ),
+        ({"messages": [{"from": "human", "value": "a"}]}, "has role None, .*data.prepare sharegpt` converts"),
     ],
 )
 def test_rows_that_are_no_chat(tmp_path, row, message):

@@ -75,6 +75,8 @@ def test_an_input_follows_its_instruction():
             "raw:1: a turn is from 'robot', expected human, gpt",
         ),
         ("alpaca", {"instruction": "Add.", "output": " "}, "raw:1: field 'output' is empty"),
+        ("alpaca", {"instruction": "", "output": "4"}, "raw:1: field 'instruction' is empty"),
+        ("sharegpt", {"conversations": "Hi"}, "raw:1: field 'conversations' must be a non-empty list"),
         ("s1k", {"question": "?", "thinking_trajectories": ["a"], "attempt": ""}, "raw:1: there is no answer behind"),
         ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
     ],
@@ -119,6 +121,7 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["alpaca", "OUT"], "alpaca is a kind of file: name the files"),
+            (["countdown", "OUT", "--rows", "0"], "--rows 0: must be at least 1"),
             (["gsm8k", "OUT", "nowhere.jsonl"], r"nowhere\.jsonl: no such file or folder"),
             (["gsm8k", "OUT.parquet", "raw.jsonl"], r"the output is a \.jsonl file"),
             (["gsm8k", "OUT"], "openai/gsm8k/main: no such file or folder in .*the hub does not give"),

@@ -65,7 +65,7 @@ class TestCuration:
         [
             ("source ==", "cannot be read: invalid syntax"),
             ("source = 'math'", "cannot be read: invalid syntax"),
-            ("level > 2", r"^data\.filter='level > 2': no row has a field level; there are answer, answer_tokens, "),
+            ("level > 2", r"^data\.filter='level > 2': no row has a field level; .* fields are answer, answer_tok"),
             ("response_token > 2", "^data.filter.*: no row has a field response_token; did you mean response_tokens?"),
             ("difficulty > 9 and level > 2", "no row has a field level"),
             ("__import__('os').remove('x')", r"no function __import__, there is len$"),
@@ -100,6 +100,14 @@ class TestCuration:
             "  0 longer than data.max_length=2048",
             "  0 overlap in 8 words with data.decontaminate_files",
             "  0 duplicates, data.drop_duplicates=exact",
+        ]
+
+    def test_three_examples_are_shown_of_each_reason(self, tokenizer):
+        _, report = prepared(tokenizer, [row()] * 9, drop_duplicates="exact")
+        assert report.text().splitlines()[1:6] == [
+            "  8 (88.9%) duplicates, data.drop_duplicates=exact",
+            *(f"    rows:{number} 'Hi' (as rows:1)" for number in (2, 3, 4)),
+            "    and 5 more",
         ]
 
     def test_an_example_of_a_chat_is_what_was_asked_first(self, tokenizer):
@@ -319,7 +327,7 @@ class TestBadRows:
             assert noted.count == 5
             for line, problem in ((2, "utf-8"), (3, "question given twice"), (4, "list"), (5, "a row with 'prompt'")):
                 assert any(f"a.jsonl:{line}: " in named and problem in named for named in noted.examples)
-            assert "5 (83.3%) cannot be used" in report.text()
+            assert report.text().splitlines()[1] == "  5 (83.3%) cannot be used"
 
     def test_a_line_without_end(self, tokenizer, tmp_path):
         with (tmp_path / "a.jsonl").open("w") as file:

@@ -61,6 +61,7 @@ def assert_one_error(result, *words):
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
         (["optim.lr=[1,2"], ["optim.lr=[1,2", "NAME=VALUE"]),
+        (["data.filter=difficulty>3"], ["data.filter=difficulty>3", "once more for the shell: 'NAME=\"VALUE\"'"]),
         (["seed=-1"], ["seed=-1", "not be negative"]),
         (["optim.lr=fast"], ["optim.lr", "'fast'"]),
         (["diffusion.cart_p=0"], ["diffusion.cart_p=0.0", "(0, 1]"]),
