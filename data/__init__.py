@@ -7,7 +7,7 @@ from data.readers import PlacedRow
 from data.report import Prepared, Report
 from data.rows import rows_of, rows_of_files
 from data.stream import StreamedBatches
-from data.tokens import TokenRows, prompt_ids
+from data.tokens import TokenRows, prompt_ids, turn_end
 
 __all__ = [
     "DataConfig",
@@ -23,4 +23,5 @@ __all__ = [
     "read_rows",
     "rows_of",
     "rows_of_files",
+    "turn_end",
 ]

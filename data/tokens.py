@@ -170,6 +170,20 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, 
     return ids
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes behind an answer, None where it writes none.
+
+    A model that was trained on whole chats ends its answers with it: LLaDA with `<|eot_id|>`, Dream with `<|im_end|>`.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    chat = [Message(role="user", content="Do you?"), Message(role="assistant", content="I do.")]
+    _, found, behind = _render(chat, tokenizer, "a chat", generation=False).rpartition("I do.")
+    ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"] if found else []
+    special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return ids[0] if ids and ids[0] in special else None
+
+
 def encode(
     chats: Sequence[Chat], places: Sequence[str], tokenizer: PreTrainedTokenizerBase, loss_on: str = "last"
 ) -> list[Encoded | ValueError]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data import turn_end
 from diffllm import DiffLLM
 from sampling import Canvas, Filled, SamplingConfig, Tokens, fill
 from trainer.build import build_model
@@ -101,5 +102,7 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
-    eos = dict.fromkeys(token for token in (model.eos_token_id, tokenizer.eos_token_id) if token is not None)
+    # published models also end with what ended a turn or padded an answer in their training
+    ends = (model.eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id)
+    eos = dict.fromkeys(token for token in ends if token is not None)
     return Tokens(model.mask_token_id, tuple(eos), tuple(stop), tuple(forbidden))

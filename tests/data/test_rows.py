@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data import DataConfig, PlacedRow, rows_of, rows_of_files
+from data import DataConfig, PlacedRow, rows_of, rows_of_files, turn_end
 from data.report import PERCENTILES, Report, save
 from diffllm.tokenizer import builtin_tokenizer
 
@@ -242,6 +242,7 @@ class TestSeveralTurns:
             "6",
             "<|endoftext|>",
         ]
+        assert turn_end(templated) == templated.convert_tokens_to_ids(end)
 
     def test_the_last_answer(self, templated):
         ids, learnt = self.trained(templated, "last")
@@ -272,6 +273,19 @@ class TestSeveralTurns:
         rows = [{"messages": [*self.MESSAGES[:2], {"role": "assistant", "content": "<think>a</think>b"}]}]
         with pytest.raises(ValueError, match=f"rows:1: .*the chat template {message}|rows:1: the chat .*{message}"):
             prepared(tokenizer, rows)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            None,
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+            "{{ messages[0]['content'] }}<|im_end|>",
+        ],
+    )
+    def test_a_template_that_ends_no_answer_with_a_token(self, template):
+        tokenizer = builtin_tokenizer()
+        tokenizer.chat_template = template
+        assert turn_end(tokenizer) is None
 
     def test_no_template(self):
         tokenizer = builtin_tokenizer()

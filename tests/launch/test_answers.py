@@ -21,9 +21,10 @@ import torch.multiprocessing as mp
 
 from data import prompt_ids
 from diffllm import ModelConfig, new_model
+from diffllm.tokenizer import builtin_tokenizer
 from launch import answers
 from launch.answers import answer
-from launch.generate import generate, load_for_sampling
+from launch.generate import generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from trainer.config import Config
@@ -74,6 +75,14 @@ def sampled(monkeypatch) -> list[int]:
 
 class StoppedError(Exception):
     pass
+
+
+def test_what_ends_an_answer(small_model):
+    """Published models write the end of a turn, and what their training padded with."""
+    tokenizer = builtin_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|dlm_pad|>"})
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|dlm_pad|>"])
+    assert list(special_tokens(small_model, tokenizer, SamplingConfig()).eos) == ends
 
 
 def interrupt(config: Config, rows: int) -> Path:
