@@ -1,6 +1,6 @@
 """Chats into token rows through the tokenizer's chat template."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha1
 from typing import NamedTuple
@@ -100,8 +100,7 @@ class TokenRows:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[rows] tokens of prompt and response."""
-        lengths = [np.diff(offsets) for offsets, _ in self._chunks["input_ids"]]
-        return self._of_chosen(np.concatenate(lengths).astype(np.int64))
+        return self._list_lengths("input_ids")
 
     @cached_property
     def cut(self) -> np.ndarray:
@@ -115,16 +114,28 @@ class TokenRows:
 
     def fingerprint(self) -> str:
         """Tells these rows, in this order, from any others, and what they are mixed and ordered by."""
-        digest = sha1(self.prompt_lengths.tobytes())
+        digest = sha1(self.prompt_lengths)
         for name in ("source", "difficulty"):
             if self.table[name].null_count < len(self.table) and self.column(name).any():
-                digest.update(self.column(name).tobytes())
-        for row in range(len(self)):
-            digest.update(self.ids(row).tobytes() + self.context(row).tobytes() + b"/")
+                digest.update(self.column(name))
+        for name in ("input_ids", "context"):
+            digest.update(self._list_lengths(name))
+            for part in self._lists(name):
+                digest.update(part)
         return digest.hexdigest()
 
     def _of_chosen(self, values: np.ndarray) -> np.ndarray:
         return values if isinstance(self.chosen, range) else values[self.chosen]
+
+    def _list_lengths(self, name: str) -> np.ndarray:
+        return self._of_chosen(np.concatenate([np.diff(offsets) for offsets, _ in self._chunks[name]]).astype(np.int64))
+
+    def _lists(self, name: str) -> Iterator[np.ndarray]:
+        """All of a column, row after row: in chunks where no rows are chosen, which is fast."""
+        if isinstance(self.chosen, range):
+            yield from (values[offsets[0] : offsets[-1]] for offsets, values in self._chunks[name])
+        else:
+            yield from (self._list(name, row) for row in range(len(self)))
 
     def _list(self, name: str, row: int) -> np.ndarray:
         place = self.chosen[row]

@@ -215,6 +215,13 @@ def test_the_fingerprint_tells_rows_apart():
     assert len({rows.fingerprint() for rows in (same, longer, moved)}) == 3
 
 
+def test_the_fingerprint_is_of_the_rows_chosen_and_not_of_where_they_are_kept():
+    whole = TokenRows(pa.concat_tables([make_rows([3, 5], [4, 2]).table, make_rows([2], [6]).table]))
+    assert whole.select(np.arange(3)).fingerprint() == whole.fingerprint()
+    assert whole.select(np.array([0, 1])).fingerprint() == make_rows([3, 5], [4, 2]).fingerprint()
+    assert whole.select(np.array([1, 0, 2])).fingerprint() != whole.fingerprint()
+
+
 class TestMixture:
     """Three rows of the first file, seven of the second."""
 
