@@ -1,5 +1,6 @@
 """Rows into chats: the messages before an answer, and the answer to train on."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -8,9 +9,8 @@ from data.readers import PlacedRow, listed
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.
 SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
-CONVERTED = {"instruction": "alpaca", "conversations": "messages"}  # by data.prepare, rows with such a field
-
-
+CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # by data.prepare, rows with such a field
+MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
 NOT_TEXT = ("tool_calls", "function_call", "images", "videos", "audio")  # what messages hold beside their content
 
 
@@ -41,11 +41,7 @@ def to_chat(placed: PlacedRow) -> Chat:
         *prompt, last = _messages(row["messages"], "messages", "assistant", place)
         return Chat(prompt=prompt, response=last["content"])
     prompt, response = to_prompt(placed), _text(row, SCHEMAS[schema], place)
-    if schema == "question" and not 0 <= response.find(THINK) < response.find(END_THINK):
-        raise ValueError(
-            f"{place}: field 'answer' has no {THINK}…{END_THINK}; name the fields of answers without thinking prompt "
-            "and response"
-        )
+    _check_thinking(response, f"{place}: field '{SCHEMAS[schema]}'", needed=schema == "question")
     return Chat(prompt=prompt, response=response)
 
 
@@ -99,9 +95,27 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
     return _well_formed(row[field], f"{place}: field '{field}'")
 
 
+def _check_thinking(answer: str, what: str, needed: bool = False) -> None:
+    """Refuse thinking that is begun and never ended; if it is `needed`, also an answer without it, or nothing else."""
+    begun, ended = answer.lstrip().startswith(THINK), END_THINK in answer
+    if needed and not (begun and ended):
+        advice = (
+            "`python -m data.prepare gsm8k` converts rows of GSM8K"
+            if "####" in answer
+            else "where there is no thinking, call the fields `prompt` and `response`"
+        )
+        raise ValueError(f"{what} does not begin with {THINK}…{END_THINK}; {advice}")
+    if begun and not ended:
+        raise ValueError(f"{what} begins with {THINK} and has no {END_THINK}")
+    if needed and not final_answer(answer):
+        raise ValueError(f"{what} has no answer behind {END_THINK}")
+
+
 def _well_formed(text: str, what: str) -> str:
     if not text.strip():
         raise ValueError(f"{what} is empty")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{what} has {len(text):,} characters, more than {MAX_TEXT:,}")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{what} is not valid Unicode, it has a lone surrogate")
     return text
@@ -123,14 +137,17 @@ def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]
         elif role != "system" or number > 1:
             converted = " (`python -m data.prepare sharegpt` converts ShareGPT's)" if role in (None, "human") else ""
             raise ValueError(
-                f"{place}: message {number} of '{field}' has role {role!r}, expected {expected!r}: a system message "
-                f"may come first, then user and assistant in turn, each an object with role and content{converted}"
+                f"{place}: message {number} of '{field}' has role {reprlib.repr(role)}, expected {expected!r}: a "
+                "system message may come first, then user and assistant in turn, each an object with role and "
+                f"content{converted}"
             )
         if more := [name for name in NOT_TEXT if message.get(name)]:
             raise ValueError(f"{place}: message {number} of '{field}' has {listed(more)}: only text is trained on")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")
-        _well_formed(message["content"], f"{place}: message {number} of '{field}'")
+        content = _well_formed(message["content"], what := f"{place}: message {number} of '{field}'")
+        if role == "assistant":
+            _check_thinking(content, what)
     if _role(messages[-1]) != last:
         raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
     return [Message(role=message["role"], content=message["content"]) for message in messages]

@@ -33,7 +33,7 @@ class DataConfig:
     near_duplicate: float = 0.8  # near: Jaccard similarity of their five-word sequences, as estimated by MinHash
     decontaminate_files: list[str] = field(default_factory=list)  # whose questions no training row may overlap with
     decontaminate_words: int = 8  # in a row that make an overlap
-    subset: float | None = None  # of what is left: a share below 1 or a number of rows, drawn by `seed`
+    subset: float | None = None  # of what is left: a share up to 1 or a number of rows above, drawn by `seed`
     mixture: list[float] = field(default_factory=list)  # weights of the train_files in an epoch; empty: by their rows
     order: str = "shuffled"  # of an epoch: shuffled | curriculum, from the least difficult to the most
     difficulty: str = "difficulty"  # curriculum: a formula as in `filter`, such as response_tokens
@@ -79,8 +79,8 @@ class DataConfig:
             raise ValueError(f"data.num_workers={self.num_workers}: must not be negative")
         if not 0 < self.near_duplicate <= 1:
             raise ValueError(f"data.near_duplicate={self.near_duplicate}: must be in (0, 1]")
-        if self.subset is not None and not (0 < self.subset < 1 or self.subset == int(self.subset) >= 1):
-            raise ValueError(f"data.subset={self.subset}: must be a share in (0, 1) or a whole number of rows")
+        if self.subset is not None and not (0 < self.subset <= 1 or self.subset == int(self.subset) > 1):
+            raise ValueError(f"data.subset={self.subset}: must be a share in (0, 1] or a whole number of rows above 1")
         if self.mixture and (len(self.mixture) != len(self.train_files) or min(self.mixture) <= 0):
             raise ValueError(
                 f"data.mixture={self.mixture}: must be one positive weight for each of the {len(self.train_files)} "

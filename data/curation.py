@@ -2,7 +2,9 @@
 
 import ast
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
@@ -17,7 +19,9 @@ SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash
 FUNCTIONS = {"len": len}
 BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift)
-VALUES = {bool: "true or false", float: "a number"}
+VALUES = {bool: "true or false", float: "a finite number"}
+CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: a character is a word
+WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[-+*/=<>^%]")
 
 
 class Expression:
@@ -37,7 +41,7 @@ class Expression:
         self.kind, self.said = kind, f"{setting}={text!r}"
         try:
             self._parsed = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self.said} cannot be read: {getattr(error, 'msg', error)}") from error
         nodes = list(ast.walk(self._parsed))
         called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
@@ -61,8 +65,9 @@ class Expression:
         self._known.update(row)
         try:
             value = self._evaluator.eval("", previously_parsed=self._parsed)
-            if not isinstance(value, int | float) or isinstance(value, bool) != (self.kind is bool):
-                raise TypeError(f"must be {VALUES[self.kind]}, it is {value!r}")
+            wanted = isinstance(value, bool) if self.kind is bool else _is_number(value)
+            if not wanted:
+                raise TypeError(f"must be {VALUES[self.kind]}, it is {reprlib.repr(value)}")
         except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
             reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else str(error).rstrip(".")
             fields = listed([name for name in row if name.isidentifier()])
@@ -70,7 +75,7 @@ class Expression:
             self._failure = self._failure or failure
             raise failure from error
         self._worked = True
-        return value
+        return self.kind(value)
 
     def check(self) -> None:
         """Refuse what is wrong with the formula, and not with the rows.
@@ -110,18 +115,18 @@ class Duplicates:
             self._sketches = {}
 
     def find(self, chat: Chat, place: str) -> str | None:
-        """The place of an earlier text like this one; if there is none, this one is remembered."""
+        """`as` and the place of an earlier text like this one; if there is none, this one is remembered."""
         text = "\n".join(f"{message['role']} {message['content']}" for message in chat["prompt"])
         text = f"{text}\nassistant {chat['response']}"
         digest = sha256(" ".join(text.lower().split()).encode()).digest()
         if earlier := self.seen.get(digest):
-            return earlier
+            return f"as {earlier}"
         if self.kind == "near":
             sketch = self._min_hash(PERMUTATIONS)
             sketch.update_batch([" ".join(shingle).encode() for shingle in n_grams(words_of(text), SHINGLE)])
             for other in self._candidates.query(sketch):
                 if sketch.jaccard(self._sketches[other]) >= self.similarity:
-                    return other
+                    return f"as {other}"
             self._candidates.insert(place, sketch)
             self._sketches[place] = sketch
         self.seen[digest] = place
@@ -156,19 +161,23 @@ def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
 
 def words_of(text: str) -> list[str]:
     """Words, numbers and signs of arithmetic in lower case, without punctuation."""
-    return re.findall(r"\w+|[-+*/=<>^%]", text.lower())
+    return WORD.findall(text.lower())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def subset(rows: int, size: float, seed: int) -> np.ndarray:
     """Which of the rows a random subset has, in their order; a smaller subset of the same seed is part of a larger one.
 
     Args:
-        size: a share below 1, or a number of rows.
+        size: a share up to 1, or a number of rows above.
 
     Raises:
         ValueError: there are fewer rows.
     """
-    count = round(size * rows) if size < 1 else int(size)
+    count = round(size * rows) if size <= 1 else int(size)
     if not 0 < count <= rows:
-        raise ValueError(f"data.subset={size:g}: that is {count} of {rows} rows; give a share, or 1 to {rows}")
+        raise ValueError(f"data.subset={size:g}: that is {count} of {rows} rows; give a share, or 2 to {rows}")
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])

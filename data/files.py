@@ -9,10 +9,12 @@ from typing import Any
 
 from pyarrow import ArrowException
 
-from data.readers import READERS, BadRows, PlacedRow
+from data.readers import READERS, BadRows, PlacedRow, listed
 
 ENDS = 2**20  # bytes at both ends of a file
-SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])")  # in the name of a file
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # the name of a file by the hub's custom, which begins with its split
+SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])")  # in any other name
+UNREAD = (".arrow", ".bz2", ".csv", ".gz", ".ndjson", ".tsv", ".xz", ".zip", ".zst")  # may hold rows too
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")  # owner/name, configuration, split
 
 
@@ -61,7 +63,7 @@ def digest(name: str | Path) -> str:
     total = sha256()
     for file in _files(path, split) if path.is_dir() else [path]:
         with file.open("rb") as content:
-            total.update(file_digest(content, "sha256").digest())
+            total.update(str(file).encode() + file_digest(content, "sha256").digest())
     return total.hexdigest()
 
 
@@ -110,23 +112,50 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
         return [lambda bad: _read_dataset(str(name), _saved(path))]
     if not path.exists():
         return [lambda bad: _read_dataset(str(name), _hub(str(name), stream))]
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: data files end in {', '.join(READERS)}")
-    return [lambda bad: READERS[path.suffix](path, bad)]
+    return [lambda bad: READERS[path.suffix.lower()](path, bad)]
 
 
 def _files(folder: Path, split: str | None = None) -> list[Path]:
-    kinds = (".arrow",) if (folder / "dataset_info.json").exists() else tuple(READERS)
-    files = sorted(file for file in folder.rglob("*") if file.suffix in kinds)
+    """The files in a folder that hold its rows, or those of a split.
+
+    Raises:
+        ValueError: there are none, more than one set, or some that cannot be read.
+    """
+    if (folder / "dataset_info.json").exists():
+        return sorted(folder.rglob("*.arrow"))
+    every = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
+    files = [file for file in every if file.suffix.lower() in READERS and file.name != "dataset_infos.json"]
     if not files:
-        raise ValueError(f"{folder}: the folder has no {', '.join(kinds)} files")
-    found = [SPLIT.search(str(file.relative_to(folder)).lower()) for file in files]
-    splits = sorted({match[1] for match in found if match})
-    if split is None and len(splits) > 1:
-        raise ValueError(f"{folder}: {_several(folder, splits)}")
-    if split is not None and split not in splits:
-        raise ValueError(f"{folder}: no file of the folder is of a split {split}; {_several(folder, splits)}")
-    return [file for file, match in zip(files, found, strict=True) if split is None or (match and match[1] == split)]
+        raise ValueError(f"{folder}: the folder has no {', '.join(READERS)} files")
+    if unread := [str(file.relative_to(folder)) for file in every if file.suffix.lower() in UNREAD]:
+        raise ValueError(
+            f"{folder}: {listed(unread)} would be left out, as data files end in {', '.join(READERS)}; convert or move "
+            "them, or name the files to read"
+        )
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    names = sorted(set(splits.values()) - {None})
+    if split is None and len(names) > 1:
+        raise ValueError(f"{folder}: {_several(folder, names)}")
+    if split is not None and split not in names:
+        raise ValueError(f"{folder}: no file of the folder is of a split {split}; {_several(folder, names)}")
+    chosen = [file for file in files if split is None or splits[file] == split]
+    if len(folders := sorted({str(file.parent) for file in chosen})) > 1:
+        end = "" if split is None else f":{split}"
+        raise ValueError(f"{folder}: files of several sets; name one: {' or '.join(name + end for name in folders)}")
+    return chosen
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _split_of(file: Path) -> str | None:
+    if shard := SHARD.fullmatch(file.stem):
+        return shard[1]
+    found = SPLIT.search(str(file).lower())
+    return found and found[1]
 
 
 def _several(folder: Path, splits: list[str]) -> str:
@@ -147,7 +176,7 @@ def _read_dataset(name: str, dataset: Any) -> Iterator[PlacedRow]:
 def _dataset_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
 
-    return (OSError, ValueError, RuntimeError, ArrowException, DatasetsError)
+    return (OSError, ValueError, OverflowError, RuntimeError, ArrowException, DatasetsError)
 
 
 def _saved(folder: Path) -> Any:

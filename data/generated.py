@@ -1,5 +1,6 @@
 """Reasoning tasks made to order by reasoning-gym (extra `tasks`), in S1K's schema, with its verifiers."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ from data.raw import with_thinking
 from data.readers import PlacedRow
 
 PREFIX = "reasoning_gym/"  # of the field `source`
+FORMULA = re.compile(r"[\d\s()/*+-]{1,200}")  # what the verifier of countdown may be given: it computes it
 # Where each task says how hard a problem is.
 DIFFICULTY = {
     "countdown": lambda metadata: len(metadata["numbers"]),
@@ -35,9 +37,18 @@ def generate(task: str, rows: int, seed: int) -> Iterator[PlacedRow]:
 
 
 def score(row: dict[str, Any], answer: str) -> float:
-    """What the task's verifier gives for an answer to a row: 1 is right."""
+    """What the task's verifier gives for an answer to a row: 1 is right.
+
+    Raises:
+        ValueError: the row lacks what the verifier needs, or reasoning-gym is not installed.
+    """
+    task = row["source"].removeprefix(PREFIX)
+    if task not in DIFFICULTY or not isinstance(row.get("metadata"), dict):
+        raise ValueError(f"a row of {row['source']!r} needs `metadata`, and a task of {', '.join(DIFFICULTY)}")
+    if task == "countdown" and (not FORMULA.fullmatch(answer) or "**" in answer):
+        return 0.0
     entry = {"question": row["question"], "answer": final_answer(row["answer"]), "metadata": row["metadata"]}
-    return _gym().get_score_answer_fn(row["source"].removeprefix(PREFIX))(answer, entry)
+    return _gym().get_score_answer_fn(task)(answer, entry)
 
 
 def _gym() -> Any:

@@ -107,9 +107,9 @@ class TrainBatches(Dataset):
         return np.bincount(self.rows.column("source")[self.order(0)[0]], minlength=sources)
 
     def padding_share(self, steps: int = 50) -> float:
-        """Positions that are not a row's own tokens, among all that the first steps forward on all ranks."""
+        """Positions that are not a row's own tokens, among all that some steps of the first epoch forward."""
         own = positions = 0
-        for step in range(min(steps, self.steps_per_epoch)):
+        for step in np.unique(np.linspace(0, self.steps_per_epoch - 1, steps).astype(int)).tolist():
             _, samples, _, widths = self.plan(step)
             kept = self.rows.prompt_lengths[samples] + widths
             own += np.minimum(kept, self.rows.lengths[samples]).sum()
@@ -179,7 +179,7 @@ def mix(source: np.ndarray, weights: dict[str, float], rng: np.random.Generator)
         if not count:
             raise ValueError(f"{said}: no row of {name} is among the {len(source)} of an epoch")
         turns = -(-count // len(rows))
-        picked.append(np.concatenate([rng.permutation(rows) for _ in range(turns)] or [rows[:0]])[:count])
+        picked.append(np.concatenate([rng.permutation(rows) for _ in range(turns)])[:count])
     return rng.permutation(np.concatenate(picked))
 
 

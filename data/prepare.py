@@ -60,7 +60,8 @@ def prepare(options: Namespace) -> Report:
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
-    report.add_bad(bad)
+    if bad.count:
+        report.add_bad(bad)
     report.read = report.kept + bad.count
     return report
 

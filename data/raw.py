@@ -10,6 +10,8 @@ from data.readers import PlacedRow, listed
 
 Row = dict[str, Any]
 
+# Attempts of two models in s1K-1.1, of which one is taken.
+S1K_ATTEMPTS = [f"{model}_{part}" for model in ("deepseek", "gemini") for part in ("thinking_trajectory", "attempt")]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -42,14 +44,17 @@ def from_s1k(row: Row) -> Row:
     if THINK in (row.get("answer") or ""):
         return row
     if "deepseek_thinking_trajectory" in row:
-        thinking, answer = row["deepseek_thinking_trajectory"], row["deepseek_attempt"]
+        thoughts, answer = [row["deepseek_thinking_trajectory"]], row["deepseek_attempt"]
     else:
-        thinking, answer = row["thinking_trajectories"][0], row["attempt"]
+        thoughts, answer = row["thinking_trajectories"], row["attempt"]
+    if len(thoughts) != 1 or not thoughts[0].strip():
+        raise ValueError(f"the thinking is empty, or more than one text ({len(thoughts)})")
     return {
         "question": row["question"],
-        "answer": with_thinking(thinking, answer),
+        "answer": with_thinking(thoughts[0], answer),
         "source": row.get("source_type"),
         "subject": row.get("cot_type"),
+        **_others(row, "question", "answer", "attempt", "cot", "thinking_trajectories", *S1K_ATTEMPTS),
     }
 
 
@@ -68,33 +73,52 @@ def from_gsm8k(row: Row) -> Row:
 
 
 def from_alpaca(row: Row) -> Row:
-    """An instruction, with an input behind it if there is one, and an output."""
+    """An instruction, with an input behind it if there is one, and an output; `system` and `history` come before."""
     for name in ("instruction", "output"):
         if not row[name].strip():
             raise ValueError(f"field '{name}' is empty")
-    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    others = {name: value for name, value in row.items() if name not in ("instruction", "input", "output", "messages")}
-    return {**others, "prompt": [{"role": "user", "content": prompt}], "response": row["output"]}
+    question = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    turns = [turn for asked, answered in row.get("history") or [] for turn in (_user(asked), _assistant(answered))]
+    others = _others(row, "instruction", "input", "output", "messages", "system", "history")
+    return {**others, "prompt": [*_system(row), *turns, _user(question)], "response": row["output"]}
 
 
 def from_messages(row: Row) -> Row:
-    """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated."""
-    field = "conversations" if "conversations" in row else "messages"
+    """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated.
+
+    A text in `system` comes before them.
+    """
+    field = "messages" if row.get("conversations") is None else "conversations"
     turns = row[field]
     if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"field '{field}' must be a non-empty list of messages")
-    if not any("from" in turn for turn in turns):
-        return {name: value for name, value in row.items() if name != "conversations"} | {"messages": turns}
-    if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):
-        raise ValueError(f"a turn is from {', '.join(unknown)}, expected {', '.join(SHAREGPT_ROLES)}")
-    messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-    return {name: value for name, value in row.items() if name != "conversations"} | {"messages": messages}
+    if any("from" in turn for turn in turns):
+        if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):
+            raise ValueError(f"a turn is from {', '.join(unknown)}, expected {', '.join(SHAREGPT_ROLES)}")
+        turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    return {**_others(row, "conversations", "system"), "messages": [*_system(row), *turns]}
 
 
 def from_prompt_response(row: Row) -> Row:
     """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
-    kept = {name: value for name, value in row.items() if name != "messages"}  # another form, which would be taken
-    return {**kept, "prompt": row["prompt"], "response": row["response"]}
+    others = _others(row, "messages")  # another form, which would be taken
+    return {**others, "prompt": row["prompt"], "response": row["response"]}
+
+
+def _others(row: Row, *names: str) -> Row:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Row:
+    return {"role": "assistant", "content": text}
+
+
+def _system(row: Row) -> list[Row]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 RAW_SETS = {

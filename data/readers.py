@@ -78,7 +78,7 @@ def _skip_line(lines: BinaryIO) -> None:
 
 def _parse(line: bytes, place: str, bad: BadRows) -> Iterator[PlacedRow]:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         bad.add(f"{place}: not JSON ({error.msg}, column {error.colno})")
         return

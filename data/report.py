@@ -28,10 +28,6 @@ class Noted:
     def add(self, example: str) -> None:
         """Count a row."""
         self.count += 1
-        self.show(example)
-
-    def show(self, example: str) -> None:
-        """Keep one of the first, which is counted elsewhere."""
         if len(self.examples) < EXAMPLES:
             self.examples.append(example)
 
@@ -45,7 +41,7 @@ class Report:
     kept: int = 0
     trained: int | None = None  # of a stream, which reads ahead
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
-    cut: Noted = field(default_factory=Noted)  # rows whose response lost its end
+    cut: Noted | None = None  # rows whose response lost its end, where that may be
     answerless: int = 0  # of them, rows with nothing left of the last answer
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
     epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
@@ -59,28 +55,34 @@ class Report:
 
     def add_bad(self, bad: BadRows) -> None:
         """Note the rows that cannot be used."""
-        if bad.count:
-            self.dropped = {"cannot be used": Noted(bad.count, bad.named), **self.dropped}
+        self.dropped = {"cannot be used": Noted(bad.count, bad.named), **self.dropped}
 
     def keep(self, rows: TokenRows) -> None:
         """Count rows that are kept."""
         answers = rows.column("answer_tokens")
         self.kept += len(rows)
-        self.cut.count += int(rows.cut.sum())
-        self.answerless += int((rows.cut & (answers == 0)).sum())
+        if self.cut:
+            self.cut.count += int(rows.cut.sum())
+            more = EXAMPLES - len(self.cut.examples)
+            self.cut.examples += [rows.place(row) for row in np.flatnonzero(rows.cut)[:more]]
+            self.answerless += int((rows.cut & (answers == 0)).sum())
         counts = np.bincount(rows.column("source"), minlength=len(self.sources)).tolist()
         self.sources = {name: before + new for (name, before), new in zip(self.sources.items(), counts, strict=True)}
         columns = (rows.prompt_lengths, rows.response_lengths, rows.column("thinking_tokens"), answers)
         for part, values in zip(PARTS, columns, strict=True):
             self.lengths[part].update(values.tolist())
 
-    def keep_only(self, rows: TokenRows, reason: str) -> None:
-        """Of the rows that were kept keep a part; the others are as good."""
-        self.dropped[reason] = Noted(self.kept - len(rows))
-        self.kept = self.cut.count = self.answerless = 0
+    def keep_only(self, rows: TokenRows, chosen: np.ndarray, reason: str) -> TokenRows:
+        """Those of the rows that were kept which are `chosen`; the others are left out for a reason."""
+        others = np.setdiff1d(np.arange(len(rows)), chosen)
+        self.dropped[reason] = Noted(len(others), [rows.place(row) for row in others[:EXAMPLES]])
+        self.kept = self.answerless = 0
+        self.cut = self.cut and Noted()
         self.sources = dict.fromkeys(self.sources, 0)
         self.lengths = {part: Counter() for part in PARTS}
-        self.keep(rows)
+        kept = rows.select(chosen)
+        self.keep(kept)
+        return kept
 
     def tokens(self) -> dict[str, dict[str, int]]:
         """Percentiles of the length of each part; of thinking and answer where there is thinking."""
@@ -98,7 +100,7 @@ class Report:
             of_epoch = self.epoch.get(name, count)
             if len(self.sources) > 1 or of_epoch != count:
                 lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
-        cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut.count else {}
+        cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut else {}
         for reason, noted in {**self.dropped, **cut}.items():
             share = f" ({noted.count / self.read:.1%})" if noted.count else ""
             more = noted.count - len(noted.examples)
@@ -125,7 +127,8 @@ class Report:
             part: Counter({int(length): rows for length, rows in found.items()})
             for part, found in saved["lengths"].items()
         }
-        return cls(**saved | {"dropped": dropped, "cut": Noted(**saved["cut"]), "lengths": lengths})
+        cut = saved["cut"] and Noted(**saved["cut"])
+        return cls(**saved | {"dropped": dropped, "cut": cut, "lengths": lengths})
 
 
 class Prepared(NamedTuple):
@@ -182,9 +185,9 @@ def _draw_rows(axes: Any, report: Report) -> None:
     for part in tokens:
         lengths = report.lengths[part]
         axes[0].stairs(*np.histogram(list(lengths), bins, weights=list(lengths.values())), label=part)
-    axes[0].set(title=report.name, xlabel="tokens", ylabel="rows")
+    axes[0].set(title=report.name, xlabel="tokens", ylabel="rows", yscale="log")
     axes[0].legend()
-    counts = {"kept": report.kept, "of them cut": report.cut.count}
+    counts = {"kept": report.kept} | ({"of them cut": report.cut.count} if report.cut else {})
     # a dollar sign would begin a formula
     counts |= {fill(reason, 40).replace("$", r"\$"): noted.count for reason, noted in report.dropped.items()}
     bars = axes[1].barh(list(counts), list(counts.values()))

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from hashlib import sha256
@@ -24,20 +24,12 @@ from data.readers import BadRows, PlacedRow
 from data.report import Noted, Prepared, Report
 from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
-FORMAT = 2  # of the files; others are not read
-ROWS_AT_ONCE = 1000
-KEYED = (
-    "on_bad_row",
-    "loss_on",
-    "filter",
-    "drop_duplicates",
-    "near_duplicate",
-    "decontaminate_words",
-    "order",
-    "difficulty",
-    "max_length",
-    "truncation",
-)
+FORMAT = 3  # of the files; others are not read
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
+KEYED = ("on_bad_row", "loss_on", "max_length", "truncation")
+KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
+
+_Chat = tuple[int, PlacedRow, Chat]  # with the number of its source
 
 
 class Preparation:
@@ -55,23 +47,29 @@ class Preparation:
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
         self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
         check_for_chats(tokenizer, config.loss_on)
-        others = " or right" if config.truncation == "error" else ""
-        self.too_long = BadRows(f"Raise data.max_length, or set data.truncation=drop{others}")
-        self.filter = self.duplicates = self.overlap = self.difficulty = None
+        self.too_long = BadRows("Raise data.max_length, or set data.truncation=drop or right")
+        self.filter = self.difficulty = None
+        if config.truncation == "right":
+            self.report.cut = Noted()
         if curated and config.filter is not None:
             self.filter = Expression(config.filter, "data.filter", bool)
-            self.filtered = self._reason(f"left out by data.filter={config.filter}")
-        if config.truncation == "drop":
-            self.longer = self._reason(f"longer than data.max_length={config.max_length}")
-        if curated and config.decontaminate_files:
-            self.overlap = Overlap(_questions(config.decontaminate_files), config.decontaminate_words)
-            words = f"{config.decontaminate_words} words"
-            self.overlapping = self._reason(f"overlap in {words} with data.decontaminate_files")
-        if curated and config.drop_duplicates != "none":
-            self.duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
-            self.duplicated = self._reason(f"duplicates, data.drop_duplicates={config.drop_duplicates}")
+            self.filtered = f"left out by data.filter={config.filter}"
+            self.report.dropped[self.filtered] = Noted()
         if curated and config.order == "curriculum":
             self.difficulty = Expression(config.difficulty, "data.difficulty", float)
+        # by reason, in this order: what is to be said of a row that is left out, nothing of one that stays
+        self.rules: dict[str, Callable[[Chat, str, Encoded], str | None]] = {}
+        if config.truncation == "drop":
+            self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
+        if curated and config.decontaminate_files:
+            overlap = Overlap(_questions(config.decontaminate_files), config.decontaminate_words)
+            words = f"{config.decontaminate_words} words"
+            self.rules[f"overlap in {words} with data.decontaminate_files"] = lambda chat, *_: overlap.find(chat)
+        if curated and config.drop_duplicates != "none":
+            duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
+            reason = f"duplicates, data.drop_duplicates={config.drop_duplicates}"
+            self.rules[reason] = lambda chat, place, _: duplicates.find(chat, place)
+        self.report.dropped |= {reason: Noted() for reason in self.rules}
 
     def batches(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[pa.RecordBatch]:
         """Tokens of all sources, in order, as SCHEMA says.
@@ -79,28 +77,26 @@ class Preparation:
         Raises:
             ValueError: rows that cannot be used or are too long, unless the settings say what to do, or none is left.
         """
-        yield from self.blocks(sources, ROWS_AT_ONCE)
+        yield from map(self._batch, _in_parts(self._chats(sources)))
         self.check()
-        self.report = self.summary()
         if not self.report.kept:
-            raise ValueError(f"no row is left.\n{self.report.text()}")
+            raise ValueError(f"no row is left.\n{self.summary().text()}")
 
-    def blocks(self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0) -> Iterator[pa.RecordBatch]:
-        """The same without a check at the end, `size` chats at a time, after the first `skip`; `taken` counts them.
+    def windows(
+        self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0
+    ) -> Iterator[tuple[TokenRows, int]]:
+        """The tokens of `size` chats at a time, after the first `skip`, and how many chats came up to their end.
 
-        What is skipped is in no account.
+        Nothing is checked. What is skipped is in no account.
         """
-        for name in sources:
-            self.report.sources.setdefault(name, 0)
         chats = self._chats(sources)
-        self.taken = sum(1 for _ in islice(chats, skip))
+        taken = sum(1 for _ in islice(chats, skip))
         if skip:
             self.bad.forget()
-        while block := list(islice(chats, size)):
-            kept = pa.RecordBatch.from_pylist(list(self._kept(block)), SCHEMA)
-            self.report.keep(TokenRows(pa.Table.from_batches([kept])))
-            self.taken += len(block)
-            yield kept
+        while parts := [(self._batch(part), len(part)) for part in _in_parts(islice(chats, size))]:
+            batches, counts = zip(*parts, strict=True)
+            taken += sum(counts)
+            yield TokenRows(pa.Table.from_batches(batches, SCHEMA)), taken
 
     def check(self) -> None:
         """Refuse what came so far and cannot be used, unless the settings say what to do.
@@ -118,75 +114,87 @@ class Preparation:
         """What became of the rows so far."""
         report = deepcopy(self.report)
         report.read += self.bad.count
-        report.add_bad(self.bad)
+        if self.bad.count or self.config.on_bad_row == "skip":
+            report.add_bad(self.bad)
         return report
 
-    def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[tuple[int, PlacedRow, Chat]]:
-        """Rows as chats, each with the number of its source, whose rows are of one schema."""
+    def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[_Chat]:
+        """Rows as chats, each with the number of its source, whose rows are of the schema of the first that is one."""
+        for name in sources:
+            self.report.sources.setdefault(name, 0)
         for number, rows in enumerate(sources.values()):
             schema = None
             for placed in rows:
                 found = schema_of(placed.row)
-                schema = schema or found
                 try:
-                    if found != schema:
+                    if found != (schema or found):
                         raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
                     chat = to_chat(placed)
                 except ValueError as error:
                     self.bad.add(error)
                 else:
+                    schema = found
                     yield number, placed, chat
 
-    def _kept(self, block: list[tuple[int, PlacedRow, Chat]]) -> Iterator[dict]:
+    def _batch(self, chats: list[_Chat]) -> pa.RecordBatch:
+        batch = pa.RecordBatch.from_pylist(list(self._kept(chats)), SCHEMA)
+        self.report.keep(TokenRows(pa.Table.from_batches([batch])))
+        return batch
+
+    def _kept(self, chats: list[_Chat]) -> Iterator[dict]:
         """Rows in tokens that are not left out, as SCHEMA says."""
-        sources, rows, chats = zip(*block, strict=True)
         limit = self.config.max_length
-        encoded = encode(chats, [placed.place for placed in rows], self.tokenizer, self.config.loss_on)
-        for source, (fields, place), chat, row in zip(sources, rows, chats, encoded, strict=True):
+        places = [placed.place for _, placed, _ in chats]
+        encoded = encode([chat for *_, chat in chats], places, self.tokenizer, self.config.loss_on)
+        for (source, placed, chat), place, row in zip(chats, places, encoded, strict=True):
             try:
                 if isinstance(row, ValueError):
                     raise row
-                fields = {**fields, **_counts(row)}
+                if self.config.truncation == "right" and row.prompt_length >= limit:
+                    raise ValueError(f"{place}: data.max_length={limit} cuts the prompt of {row.prompt_length} tokens")
+                fields = {**placed.row, **_counts(row)}
                 filtered = self.filter is not None and not self.filter(fields, place)
                 ranked = self.difficulty is not None and not filtered
-                difficulty = float(self.difficulty(fields, place)) if ranked else None
+                difficulty = self.difficulty(fields, place) if ranked else None
             except ValueError as error:
                 self.bad.add(error)
                 continue
             self.report.read += 1
             fits = len(row.input_ids) <= limit
-            fits_cut = self.config.truncation == "right" and row.prompt_length < limit
-            if dropped := self._dropped(filtered, fits or fits_cut, place, chat, row):
-                reason, note = dropped
-                self.report.drop(reason, f"{place} {_excerpt(chat)}{note}")
-                continue
-            if not (fits or fits_cut):
+            if filtered:
+                self.report.drop(self.filtered, f"{place} {_excerpt(chat)}")
+            elif left_out := self._left_out(chat, place, row):
+                reason, note = left_out
+                self.report.drop(reason, f"{place} {_excerpt(chat)} ({note})")
+            elif fits or self.config.truncation == "right":
+                placed = {"cut": int(not fits), "source": source, "difficulty": difficulty, "place": place}
+                yield row.until(limit)._asdict() | placed
+            else:
+                response = len(row.input_ids) - row.prompt_length
                 self.too_long.add(
-                    f"{place}: {row.prompt_length} prompt and {len(row.input_ids) - row.prompt_length} response tokens "
-                    f"do not fit data.max_length={limit}"
+                    f"{place}: {row.prompt_length} prompt and {response} response tokens do not fit "
+                    f"data.max_length={limit}"
                 )
-                continue
-            if not fits:
-                self.report.cut.show(f"{place} {_excerpt(chat)}")
-            placed = {"cut": int(not fits), "source": source, "difficulty": difficulty, "place": place}
-            yield row.until(limit)._asdict() | placed
 
-    def _reason(self, text: str) -> str:
-        """A reason to drop rows, which the report has whether or not it drops any."""
-        self.report.dropped[text] = Noted()
-        return text
+    def _left_out(self, chat: Chat, place: str, row: Encoded) -> tuple[str, str] | None:
+        """Why, and what of this row. A duplicate is one of a row that is kept, so it is looked for last."""
+        return next(((reason, note) for reason, rule in self.rules.items() if (note := rule(chat, place, row))), None)
 
-    def _dropped(self, filtered: bool, fits: bool, place: str, chat: Chat, row: Encoded) -> tuple[str, str] | None:
-        """Why a row is left out, and what of this row; None keeps it. A duplicate is one of a row that is kept."""
-        if filtered:
-            return self.filtered, ""
-        if not fits:
-            return (self.longer, f" ({len(row.input_ids)} tokens)") if self.config.truncation == "drop" else None
-        if self.overlap is not None and (question := self.overlap.find(chat)):
-            return self.overlapping, f" ({question})"
-        if self.duplicates is not None and (earlier := self.duplicates.find(chat, place)):
-            return self.duplicated, f" (as {earlier})"
-        return None
+    def _length_beyond(self, chat: Chat, place: str, row: Encoded) -> str | None:
+        return f"{len(row.input_ids)} tokens" if len(row.input_ids) > self.config.max_length else None
+
+
+def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
+    """As many at a time as can be tokenized together in little memory."""
+    part, characters = [], 0
+    for source, placed, chat in chats:
+        part.append((source, placed, chat))
+        characters += sum(len(message["content"]) for message in chat["prompt"]) + len(chat["response"])
+        if len(part) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def rows_of(
@@ -206,7 +214,7 @@ def rows_of(
     """
     preparation = Preparation(config, tokenizer, name, curated)
     rows = TokenRows(pa.Table.from_batches(preparation.batches(sources), SCHEMA))
-    return Prepared(rows, preparation.report)
+    return Prepared(rows, preparation.summary())
 
 
 def rows_of_files(
@@ -220,9 +228,10 @@ def rows_of_files(
     Raises:
         ValueError: see `Preparation` and `data.files.iterate`.
     """
-    cache = Path(config.cache_dir or Path(HF_HOME) / "diffllm")
+    cache = Path(config.cache_dir or Path(HF_HOME) / "diffllm").expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    directory = cache / _key(files, config, tokenizer, curated)
+    key = _key(files, config, tokenizer, curated)
+    directory = cache / key
     if not directory.exists():
         with FileLock(f"{directory}.lock", mode=0o666):  # also other users' processes wait
             if not directory.exists():
@@ -231,13 +240,17 @@ def rows_of_files(
                 unfinished.mkdir()
                 try:
                     _build(files, config, tokenizer, name, curated, unfinished)
+                    if _key(files, config, tokenizer, curated) != key:
+                        raise ValueError("data.train_files or data.val_files changed while they were read: start again")
                     os.rename(unfinished, directory)
                 except BaseException:
                     shutil.rmtree(unfinished, ignore_errors=True)
                     raise
     try:
-        rows = _mapped(directory)
         report = json.loads((directory / "report.json").read_text())
+        rows = _mapped(directory)
+        if len(rows) != report["kept"]:
+            raise ValueError(f"{len(rows)} of {report['kept']} rows are there")
     except (ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{directory}: these tokenized rows cannot be read ({error}); delete the directory") from error
     return Prepared(rows, Report.from_json(report | {"name": name}))
@@ -256,7 +269,7 @@ def _build(
     with pa.ipc.new_stream(str(directory / "rows.arrow"), SCHEMA) as written:
         for batch in preparation.batches(sources):
             written.write(batch)
-    (directory / "report.json").write_text(json.dumps(preparation.report.to_json()))
+    (directory / "report.json").write_text(json.dumps(preparation.summary().to_json()))
 
 
 def _mapped(directory: Path) -> TokenRows:
@@ -264,12 +277,12 @@ def _mapped(directory: Path) -> TokenRows:
 
 
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
+    settings = KEYED + KEYED_IF_CURATED if curated else KEYED
     content = {
         "format": FORMAT,
         "files": [(file, digest(file)) for file in files],
-        "decontaminate": [digest(file) for file in config.decontaminate_files],
-        "settings": {name: value for name, value in asdict(config).items() if name in KEYED},
-        "curated": curated,
+        "decontaminate": [digest(file) for file in config.decontaminate_files if curated],
+        "settings": {name: value for name, value in asdict(config).items() if name in settings},
         "tokenizer": tokenizer_digest(tokenizer),
     }
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -277,7 +290,7 @@ def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenize
 
 def _questions(files: Iterable[str]) -> Iterator[tuple[list[Message], str]]:
     """What is asked in an evaluation set, and where."""
-    bad = BadRows()
+    bad = BadRows("This is of data.decontaminate_files, all questions of which are needed")
     for file in files:
         for placed in iterate(file, bad):
             try:
@@ -289,7 +302,8 @@ def _questions(files: Iterable[str]) -> Iterator[tuple[list[Message], str]]:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Tells a tokenizer and its chat template from others."""
-    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    special = (tokenizer.special_tokens_map, tokenizer.split_special_tokens)
+    content = [tokenizer.backend_tokenizer.to_str(), special, tokenizer.chat_template]
     return sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 

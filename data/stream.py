@@ -20,7 +20,7 @@ from data.files import digest, iterate, outline
 from data.loader import CUT, Batch, Noise, Share, ignore_signals, to_device_ready, to_numpy, to_torch
 from data.report import Report
 from data.rows import Preparation, tokenizer_digest
-from data.tokens import SCHEMA, TokenRows
+from data.tokens import TokenRows
 
 _WINDOW = 5  # first word of the keys of a window's order
 
@@ -81,7 +81,7 @@ class StreamedBatches(IterableDataset):
             worker_init_fn=ignore_signals,
         )
         for _, item in zip(steps, loader, strict=False):
-            if isinstance(item, ValueError):
+            if isinstance(item, Exception):
                 raise item
             micro_batches, position, report = item
             self.before, self.position = self.position, position
@@ -89,11 +89,11 @@ class StreamedBatches(IterableDataset):
             self.report = replace(report, trained=trained)
             yield to_device_ready(micro_batches)
 
-    def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | ValueError]:
+    def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | Exception]:
         """Micro-batches, position and report; at last an error, which a worker would raise with all its traceback."""
         try:
             yield from self._steps()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield error
 
     def _steps(self) -> Iterator[tuple[list[Batch], Position, Report]]:
@@ -120,9 +120,8 @@ class StreamedBatches(IterableDataset):
         while True:
             sources = {file: iterate(file, preparation.bad, stream=True) for file in self.files}
             before = position
-            for batch in preparation.blocks(sources, self.config.stream_window, skip=position.first):
+            for rows, taken in preparation.windows(sources, self.config.stream_window, skip=position.first):
                 preparation.check()
-                rows = TokenRows(pa.Table.from_batches([batch], SCHEMA))
                 order = np.random.default_rng((_WINDOW, self.seed, position.epoch, position.first)).permutation(
                     len(rows)
                 )
@@ -130,12 +129,11 @@ class StreamedBatches(IterableDataset):
                 for offset in range(position.offset, len(order)):
                     place = int(order[offset])
                     yield rows, place, position.seen + place, replace(position, offset=offset + 1), report
-                position = Position(position.epoch, preparation.taken, 0, position.seen + len(rows))
+                position = Position(position.epoch, taken, 0, position.seen + len(rows))
             preparation.check()
             if position.seen == before.seen:
                 raise ValueError(f"no row is left.\n{preparation.summary().text()}")
             position = Position(position.epoch + 1, 0, 0, position.seen)
-            preparation.taken = 0
 
     def identity(self) -> tuple[int, str]:
         """No number of rows, and what tells their source from others without reading all of it.
@@ -155,8 +153,8 @@ class StreamedBatches(IterableDataset):
         return float(self.position.epoch)
 
 
-def _arrays(item: tuple | ValueError) -> tuple | ValueError:
-    if isinstance(item, ValueError):
+def _arrays(item: tuple | Exception) -> tuple | Exception:
+    if isinstance(item, Exception):
         return item
     micro_batches, position, report = item
     return to_numpy(micro_batches), position, report

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message
 
+# In front of templates that write the date, so that a row is the same on every day.
+ONE_DAY = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -205,10 +207,12 @@ def encode(
         loss_on: `last`, the last answer · `all`, every answer, the earlier ones as the template writes them, with the
             mark that ends a turn.
     """
+    end = turn_end(tokenizer) if loss_on == "all" else None
+    mark = "" if end is None else tokenizer.convert_ids_to_tokens(end)
     parts: list[list[str] | ValueError] = []
     for chat, place in zip(chats, places, strict=True):
         try:
-            parts.append(_parts(chat, tokenizer, loss_on, place))
+            parts.append(_parts(chat, tokenizer, loss_on, place, mark))
         except ValueError as error:
             parts.append(error)
     texts = [text for part in parts if isinstance(part, list) for text in part]
@@ -230,8 +234,11 @@ def encode(
     return encoded
 
 
-def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str) -> list[str]:
+def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str, mark: str) -> list[str]:
     """The text before the last answer, cut where what is trained on begins or ends: context, answer, …, context.
+
+    Args:
+        mark: what the template ends an answer with.
 
     Raises:
         ValueError: the template writes earlier answers in another way than it wrote them when they came, or begins the
@@ -251,15 +258,19 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
         if message["role"] != "assistant":
             continue
         before = _render(prompt[:i], tokenizer, place)
-        through = _render(prompt[: i + 1], tokenizer, place, generation=False).rstrip()
-        answer = through[len(before) :]
-        if not (whole.startswith(through) and through.startswith(before) and message["content"].strip() in answer):
+        turn, content = _render(prompt[: i + 1], tokenizer, place, generation=False)[len(before) :], message["content"]
+        said, found, behind = turn.partition(content.strip())
+        # some templates begin the next answer whether or not that is asked for
+        if mark and mark in behind:
+            turn = said + found + behind.partition(mark)[0] + mark
+        answer = turn.rstrip()
+        if not (found and whole.startswith(before + answer)):
             raise ValueError(
                 f"{place}: the chat template rewrites message {i + 1} when others follow, so it cannot be trained on "
                 "there: set data.loss_on=last"
             )
         parts += [whole[done : len(before)], answer]
-        done = len(through)
+        done = len(before + answer)
     return [*parts, whole[done:]]
 
 
@@ -273,12 +284,13 @@ def _join(pieces: list[list[int]], thinking_tokens: int, answer_tokens: int, thi
 
 def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
     """Tokens of the thinking, of the answer behind it, and up to where the thinking ends."""
-    begin, end = response.find(THINK), response.find(END_THINK)
-    if not 0 <= begin < end:
+    thinking, end, _ = response.rpartition(END_THINK)
+    if not end:
         return 0, len(offsets), 0
     starts = [start for start, _ in offsets]
-    begin += len(THINK)
-    first, last, answer = np.searchsorted(starts, [begin, end, end + len(END_THINK)]).tolist()
+    begin = thinking.find(THINK) + len(THINK) if THINK in thinking else 0
+    bounds = [begin, len(thinking), len(thinking + end)]
+    first, last, answer = np.searchsorted(starts, bounds).tolist()
     return last - first, len(starts) - answer, last
 
 
@@ -286,8 +298,13 @@ def _render(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, generation: bool = True
 ) -> str:
     roles = ", ".join(message["role"] for message in messages)
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = ONE_DAY + template
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=generation, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=generation, tokenize=False
+        )
     except Exception as error:  # a template is a program: it ends in whatever fails first
         raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
     for number, message in enumerate(messages, start=1):

@@ -1,11 +1,13 @@
 """Whether a response has the right answer."""
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
 from data import generated
 from data.chat import final_answer, schema_of
+from data.readers import PlacedRow
 
 NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
@@ -20,6 +22,21 @@ def is_correct(row: dict[str, Any], response: str) -> bool:
     if str(row.get("source")).startswith(generated.PREFIX):
         return generated.score(row, given) == 1
     return _normal(given) == _normal(final_answer(reference(row)))
+
+
+def check_verifiable(rows: Iterable[PlacedRow]) -> None:
+    """Refuse rows to which no answer would be right, before any is asked for.
+
+    Raises:
+        ValueError: naming the first row whose own answer is not right, or that cannot be judged.
+    """
+    for row, place in rows:
+        try:
+            right = is_correct(row, reference(row))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if not right:
+            raise ValueError(f"{place}: the row's own answer is not right by the verifier of {row.get('source')}")
 
 
 def reference(row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from diffllm.config import DiffusionConfig
 from diffllm.weights import time_weights
 
-_NOISE = 3  # first word of the keys; the data road has 1 and 2
+_NOISE = 3  # first word of the keys; orders of rows have 1, cuts 2, attention 4, windows of a stream 5
 
 
 class ForwardProcess:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -16,12 +17,20 @@ from data import DataConfig, prompt_ids
 from data.chat import Message, to_chat
 from data.equations import held_out_rows
 from data.files import iterate
-from data.readers import BadRows
-from data.verify import is_correct, reference
+from data.readers import BadRows, PlacedRow
+from data.verify import check_verifiable, is_correct, reference
 from launch.generate import Response, generate, load_for_sampling
 from trainer.config import Config, to_dict
 
 SHOWN = 6
+
+
+class Question(NamedTuple):
+    """A row, and what the model is asked."""
+
+    placed: PlacedRow
+    messages: list[Message]
+    ids: list[int]
 
 
 def evaluate(config: Config) -> None:
@@ -31,25 +40,28 @@ def evaluate(config: Config) -> None:
     judges, or else whether the final answers are the same number or text.
 
     Raises:
-        ValueError: questions that cannot be used, unless `data.on_bad_row=skip`, or none is left.
+        ValueError: questions that cannot be used, unless `data.on_bad_row=skip`, or cannot be judged, or none is left.
     """
     model, tokenizer = load_for_sampling(config)
-    rows, messages, prompts = _questions(config.data, tokenizer)
+    questions, skipped = _questions(config.data, tokenizer)
     started = time.perf_counter()
-    done = tqdm(generate(model, tokenizer, prompts, config.sampling), total=len(rows), desc="evaluate", unit="question")
+    answers = generate(model, tokenizer, [question.ids for question in questions], config.sampling)
+    asked = "questions" if config.data.val_files else "held-out equations"
+    done = tqdm(answers, total=len(questions), desc=asked, unit="answer")
     responses = sorted(done, key=lambda response: response.name)
     seconds = time.perf_counter() - started
+    rows = [question.placed.row for question in questions]
     right = [is_correct(row, response.text) for row, response in zip(rows, responses, strict=True)]
     scores = {
-        "questions": len(rows),
+        "questions": len(questions),
+        "skipped": skipped,
         "right": sum(right),
-        "exact_match": sum(right) / len(rows),
+        "exact_match": sum(right) / len(questions),
         "nfe": mean(response.nfe for response in responses),
         "tokens_per_forward": mean(response.tokens_per_forward for response in responses),
         "tokens_per_second": sum(response.tokens for response in responses) / seconds,
     }
-    asked = "questions" if config.data.val_files else "held-out equations"
-    _print([prompt[-1]["content"] for prompt in messages], responses, right, scores, asked)
+    _print(questions, responses, right, scores, asked)
 
     path = Path(config.trainer.output_dir) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,46 +71,45 @@ def evaluate(config: Config) -> None:
         "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
         "answers": [
             {
-                "prompt": prompt,
-                "expected": reference(row),
+                "prompt": question.messages,
+                "expected": reference(question.placed.row),
                 "response": response.text,
                 "right": ok,
                 "nfe": response.nfe,
             }
-            for row, prompt, response, ok in zip(rows, messages, responses, right, strict=True)
+            for question, response, ok in zip(questions, responses, right, strict=True)
         ],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"every setting, version and answer: {path}")
 
 
-def _questions(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[dict], list[list[Message]], list[list[int]]]:
-    """Rows, and their prompts as messages and as tokens."""
+def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], int]:
+    """What is asked, and how many rows cannot be."""
     bad, questions = BadRows("data.on_bad_row=skip leaves such rows out"), []
     files = [iterate(file, bad) for file in config.val_files] or [held_out_rows()]
     for placed in chain.from_iterable(files):
         try:
             messages = to_chat(placed)["prompt"]
-            questions.append((placed.row, messages, prompt_ids(messages, tokenizer, placed.place)))
+            questions.append(Question(placed, messages, prompt_ids(messages, tokenizer, placed.place)))
         except ValueError as error:
             bad.add(error)
     if config.on_bad_row == "error" or not questions:
         bad.refuse()
     if bad.count:
         print(bad.text())
-    return tuple(map(list, zip(*questions, strict=True)))
+    check_verifiable(question.placed for question in questions)
+    return questions, bad.count
 
 
 def _print(
-    questions: list[str], responses: list[Response], right: list[bool], scores: dict[str, float], asked: str
+    questions: list[Question], responses: list[Response], right: list[bool], scores: dict[str, float], asked: str
 ) -> None:
     table = Table(title=f"the first {min(SHOWN, len(questions))} of {len(questions)} {asked}", show_lines=True)
     for column in ("question", "response", "verdict"):
         table.add_column(column)
     for question, response, ok in list(zip(questions, responses, right, strict=True))[:SHOWN]:
-        table.add_row(question, response.text, "right" if ok else "wrong")
+        table.add_row(question.messages[-1]["content"], response.text, "right" if ok else "wrong")
     Console(markup=False).print(table)
     print(
         f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} {asked})\n"

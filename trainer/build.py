@@ -96,8 +96,8 @@ def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:
-    rows = prepared.rows.select(subset(len(prepared.rows), size, seed))
-    prepared.report.keep_only(rows, f"not in data.subset={size:g}")
+    chosen = subset(len(prepared.rows), size, seed)
+    rows = prepared.report.keep_only(prepared.rows, chosen, f"not in data.subset={size:g}")
     return Prepared(rows, prepared.report)
 
 

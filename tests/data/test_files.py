@@ -85,6 +85,42 @@ def test_a_folder_of_several_splits(tmp_path):
     assert [name for name, *_ in outline(f"{tmp_path}:test")] == [str(tmp_path / "test-00000.jsonl")]
 
 
+def test_splits_by_the_custom_of_the_hub(tmp_path):
+    for split in ("train_sft", "train_gen"):
+        write(tmp_path / f"{split}-00000-of-00001.jsonl", json.dumps(ROW | {"source": split}))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "train_sft.jsonl").write_text("{}")
+    [placed] = read_rows([f"{tmp_path}:train_sft"])
+    assert placed.row["source"] == "train_sft"
+
+
+def test_a_folder_of_several_sets(tmp_path):
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", json.dumps(ROW | {"source": name}))
+    with pytest.raises(ValueError, match=rf"several sets; name one: {tmp_path}/main:train or {tmp_path}/socratic:tr"):
+        read_rows([f"{tmp_path}:train"])
+    [placed] = read_rows([f"{tmp_path}/main:train"])
+    assert placed.row["source"] == "main"
+
+
+def test_a_folder_with_files_that_would_be_left_out(tmp_path):
+    write(tmp_path / "a.JSONL", json.dumps(ROW))
+    assert len(read_rows([tmp_path])) == 1
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz would be left out"):
+        read_rows([tmp_path])
+
+
+def test_a_row_of_a_data_set_that_cannot_be_read(tmp_path):
+    times = pa.array([0, 2**62], pa.timestamp("us"))
+    Dataset(pa.table({"question": ["a", "b"], "when": times})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved: .* cannot be read beyond row 1 \(date value out of range\)"):
+        read_rows([tmp_path / "saved"])
+
+
 def test_what_datasets_saved(tmp_path):
     sets = {split: Dataset.from_list([ROW | {"source": split}]) for split in ("train", "test")}
     DatasetDict(sets).save_to_disk(tmp_path / "both")
@@ -120,12 +156,24 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a\ud800", "answer": "<think>b</think>4"}, "lone surrogate"),
         (
             {"question": "a", "answer": "4"},
-            "has no <think>…</think>; name the fields of answers without",
+            "does not begin with <think>…</think>; where there is no thinking, call the fields `prompt`",
         ),
-        ({"question": "a", "answer": "</think><think>4"}, "has no <think>…</think>"),
+        ({"question": "a", "answer": "</think><think>4"}, "does not begin with <think>…</think>"),
+        ({"question": "a", "answer": "so\n#### 4"}, "does not begin with .*data.prepare gsm8k` converts"),
+        ({"question": "a", "answer": "4 <think>b</think>"}, "does not begin with <think>…</think>"),
+        ({"question": "a", "answer": "<think>b</think> "}, "has no answer behind </think>"),
+        ({"prompt": "a", "response": "<think>b 4"}, "field 'response' begins with <think> and has no </think>"),
+        (
+            {"prompt": "a" * (2**22 + 1), "response": "b"},
+            "field 'prompt' has 4,194,305 characters, more than 4,194,304",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>4"}]},
+            "message 2 of 'messages' begins with <think> and has no",
+        ),
         ({"text": "a"}, "field 'question' is missing.*Its fields are: text$"),
         ({"instruction": "a", "output": "b"}, "field 'question' is missing.*`python -m data.prepare alpaca` converts"),
-        ({"conversations": []}, "field 'question' is missing.*`python -m data.prepare messages` converts"),
+        ({"conversations": []}, "field 'question' is missing.*`python -m data.prepare sharegpt` converts"),
         ({"prompt": 3, "response": "b"}, "'prompt' must be a non-empty list"),
         ({"prompt": [], "response": "b"}, "'prompt' must be a non-empty list"),
         (

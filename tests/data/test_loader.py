@@ -290,3 +290,12 @@ def test_the_padding_foretold_is_the_padding_that_comes(cutoff):
     own = sum(int(batch["row_tokens"].sum()) for batch in made)
     positions = sum(batch["input_ids"].numel() for batch in made)
     assert layout[0].padding_share() == pytest.approx(1 - own / positions)
+
+
+def test_padding_is_foretold_of_the_whole_epoch():
+    """The first batches of a curriculum are unlike the others."""
+    lengths = np.repeat([1, 2, 4, 8], 200) + np.arange(800) % 2
+    rows = make_rows(np.full(800, 2), lengths)
+    rows = TokenRows(rows.table.set_column(PLACE["difficulty"], "difficulty", pa.array(lengths // 2 * 1.0)))
+    train = batches(1, 8, rows=rows, order="curriculum", perbatch_cutoff_type="min_pad")[0]
+    assert train.padding_share(50) == pytest.approx(train.padding_share(100), rel=0.05)

@@ -11,7 +11,7 @@ from data.chat import to_chat
 from data.generated import DIFFICULTY, generate
 from data.prepare import main
 from data.raw import RAW_SETS, convert
-from data.verify import is_correct
+from data.verify import check_verifiable, is_correct
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -39,6 +39,7 @@ THOUGHT = "<think>\nTwo twos.\n</think>\n4"
             THOUGHT,
         ),
         ("s1k", {"question": "2+2?", "answer": THOUGHT, "source": "math"}, THOUGHT),
+        ("messages", {"conversations": None, "messages": [USER, ASSISTANT]}, "4"),
         ("gsm8k", {"question": "2+2?", "answer": "Two twos<<2+2=4>>.\n#### 4"}, THOUGHT),
         ("alpaca", {"instruction": "Add.", "input": "2 and 2", "output": "4"}, "4"),
         ("alpaca", {"instruction": "Add 2 and 2.", "input": "", "output": "4"}, "4"),
@@ -56,8 +57,30 @@ def test_raw_rows_become_training_rows(name, raw, response):
     assert chat["prompt"][-1]["role"] == "user"
 
 
+def converted(name, raw):
+    return convert(PlacedRow(raw, "raw:1"), RAW_SETS[name])
+
+
+def test_fields_for_curation_stay_and_other_attempts_go():
+    raw = {"question": "2+2?", "thinking_trajectories": ["So."], "attempt": "4", "cot_type": "math", "solution": "4"}
+    row = converted("s1k", raw | {"gemini_attempt": "5", "deepseek_grade": "Yes", "source_type": "AIME"})
+    others = {"cot_type", "solution", "deepseek_grade", "source_type"}
+    assert row.keys() == {"question", "answer", "source", "subject"} | others
+    assert (row["source"], row["subject"]) == ("AIME", "math")
+
+
+def test_what_comes_before_the_question_is_in_the_prompt():
+    system = {"role": "system", "content": "Be brief."}
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    row = converted("sharegpt", {"system": "Be brief.", "conversations": turns})
+    assert row["messages"] == [system, USER, ASSISTANT]
+    raw = {"instruction": "And 3+3?", "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]}
+    row = converted("alpaca", raw)
+    assert row == {"prompt": [system, USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}], "response": "6"}
+
+
 def test_an_input_follows_its_instruction():
-    row = convert(PlacedRow({"instruction": "Add.", "input": "2 and 2", "output": "4"}, "raw:1"), RAW_SETS["alpaca"])
+    row = converted("alpaca", {"instruction": "Add.", "input": "2 and 2", "output": "4"})
     assert row["prompt"][0]["content"] == "Add.\n\n2 and 2"
 
 
@@ -68,7 +91,9 @@ def test_an_input_follows_its_instruction():
         ("gsm8k", {"question": "2+2?"}, "raw:1: field 'answer' is missing; its fields are: question"),
         ("gsm8k", {"question": "", "answer": "a #### 4"}, "raw:1: field 'question' is empty"),
         ("gsm8k", {"question": "2+2?", "answer": 4}, "raw:1: "),
-        ("s1k", {"question": "2+2?", "thinking_trajectories": [], "attempt": "4"}, "raw:1: "),
+        ("s1k", {"question": "2+2?", "thinking_trajectories": [], "attempt": "4"}, "raw:1: the thinking is empty, or"),
+        ("s1k", {"question": "2+2?", "thinking_trajectories": [" "], "attempt": "4"}, "raw:1: the thinking is empty"),
+        ("s1k", {"question": "2+2?", "thinking_trajectories": ["a", "b"], "attempt": "4"}, r"more than one text \(2\)"),
         (
             "messages",
             {"conversations": [{"from": "robot", "value": "4"}]},
@@ -83,7 +108,7 @@ def test_an_input_follows_its_instruction():
 )
 def test_raw_rows_that_are_not_of_the_set(name, raw, message):
     with pytest.raises(ValueError, match=message):
-        convert(PlacedRow(raw, "raw:1"), RAW_SETS[name])
+        converted(name, raw)
 
 
 class TestCommand:
@@ -153,6 +178,34 @@ def test_another_solution_is_right_too():
     row = next(generate("countdown", 1, seed=3)).row
     *_, answer = row["answer"].splitlines()
     assert is_correct(row, f"<think></think>\n({answer})")
+
+
+@pytest.mark.parametrize("answer", ["9**9**9**9", "9" * 1000, "print(1)"])
+def test_what_is_no_formula_is_not_computed(answer):
+    row = {"question": "?", "answer": "<think></think>1+1", "source": "reasoning_gym/countdown", "metadata": {}}
+    assert not is_correct(row, f"<think></think>{answer}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/other", "metadata": {}}, "a task of"),
+        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/countdown"}, "needs `metadata`"),
+        (
+            {
+                "question": "?",
+                "answer": "<think></think>2",
+                "source": "reasoning_gym/countdown",
+                "metadata": {"numbers": [1, 1], "target": 2},
+            },
+            "own answer is not right by the verifier of reasoning_gym/countdown",
+        ),
+    ],
+)
+def test_a_row_that_nothing_is_right_for_is_named_before_anything_is_asked(row, message):
+    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
+    with pytest.raises(ValueError, match=rf"test:1: .*{message}"):
+        check_verifiable([PlacedRow(row, "test:1")])
 
 
 @pytest.mark.parametrize(

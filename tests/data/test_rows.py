@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, rows_of, rows_of_files, turn_end
 from data.report import PERCENTILES, Report, save
-from diffllm.tokenizer import builtin_tokenizer
+from data.tokens import encode
+from diffllm.tokenizer import CHAT_TEMPLATES, builtin_tokenizer
 
 
 def row(question="Hi", thinking="a", answer="b", **fields):
@@ -195,8 +197,35 @@ class TestCuration:
     def test_the_difficulty_of_a_curriculum_is_a_number(self, tokenizer):
         tokens, _ = prepared(tokenizer, self.ROWS, order="curriculum", difficulty="-response_tokens")
         assert tokens.column("difficulty").tolist() == [-float(length) for length in tokens.response_lengths]
-        with pytest.raises(ValueError, match=r"rows:1: data\.difficulty='source': must be a number, it is 'math'"):
+        with pytest.raises(
+            ValueError, match=r"rows:1: data\.difficulty='source': must be a finite number, it is 'math'"
+        ):
             prepared(tokenizer, self.ROWS, order="curriculum", difficulty="source")
+
+    @pytest.mark.parametrize("difficulty", [float("nan"), 10**400])
+    def test_a_difficulty_without_a_place_in_the_order(self, tokenizer, difficulty):
+        rows = [row("a", difficulty=1), row("b", difficulty=difficulty)]
+        with pytest.raises(ValueError, match=r"rows:2: data\.difficulty='difficulty': "):
+            prepared(tokenizer, rows, order="curriculum")
+
+    def test_chinese_goes_by_its_characters(self, tokenizer, tmp_path):
+        held_out = write(tmp_path / "a.jsonl", {"question": "小明有三个苹果，他吃了一个，还剩几个？"})
+        rows = [row("请回答：小明有三个苹果，他吃了一个，还剩几个？"), row("小红有三个梨")]
+        assert len(prepared(tokenizer, rows, decontaminate_files=[held_out])[0]) == 1
+
+
+class TestMemory:
+    def test_texts_are_tokenized_a_few_at_a_time(self, tokenizer, monkeypatch):
+        sizes = []
+
+        def watched(chats, *others):
+            sizes.append([len(chat["response"]) for chat in chats])
+            return encode(chats, *others)
+
+        monkeypatch.setattr("data.rows.encode", watched)
+        rows = [row(answer="x" * 100_000)] * 7 + [row()] * 2500
+        assert len(prepared(tokenizer, rows, max_length=200_000)[0]) == len(rows)
+        assert list(map(len, sizes)) == [3, 3, 1000, 1000, 501]
 
 
 class TestSeveralTurns:
@@ -207,20 +236,15 @@ class TestSeveralTurns:
         {"role": "user", "content": "3+3?"},
         {"role": "assistant", "content": "6"},
     )
-    HEADED = (
-        "{% for message in messages %}{% if loop.first %}{{ 'BEGIN' }}{% endif %}{{ '<|start_header_id|>' + "
-        "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    )
+    # as some checkpoints have it: the next answer is begun whether or not that is asked for
+    UNASKED = CHAT_TEMPLATES["llama3"].replace("{% if add_generation_prompt %}", "{{ '").replace("{% endif %}", "' }}")
 
-    @pytest.fixture(params=["ChatML", "Llama-3", "LLaDA"])
+    @pytest.fixture(params=["chatml", "llama3", "llada", "unasked"])
     def templated(self, request):
         tokenizer = builtin_tokenizer()
-        if request.param != "ChatML":
-            begin = {"Llama-3": "<|begin_of_text|>", "LLaDA": "<|startoftext|>"}[request.param]
-            tokenizer.chat_template = self.HEADED.replace("BEGIN", begin)
         marks = ["<|startoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         tokenizer.add_special_tokens({"extra_special_tokens": [*marks, "<|im_start|>", "<|im_end|>"]})
+        tokenizer.chat_template = CHAT_TEMPLATES.get(request.param, self.UNASKED)
         return tokenizer
 
     def trained(self, tokenizer, loss_on):
@@ -343,6 +367,15 @@ class TestBadRows:
                 assert any(f"a.jsonl:{line}: " in named and problem in named for named in noted.examples)
             assert report.text().splitlines()[1] == "  5 (83.3%) cannot be used"
 
+    def test_a_row_that_is_none_says_nothing_of_the_others(self, tokenizer):
+        rows = [{"text": "a"}, {"question": "a"}, {"prompt": "a", "response": "b"}, row()]
+        _, report = prepared(tokenizer, rows, on_bad_row="skip")
+        assert report.kept == 1
+        assert report.dropped["cannot be used"].examples[2].startswith("rows:4: a row with 'question' among rows with")
+
+    def test_skipping_none_is_said(self, tokenizer):
+        assert prepared(tokenizer, [row()], on_bad_row="skip")[1].text().splitlines()[1] == "  0 cannot be used"
+
     def test_a_line_without_end(self, tokenizer, tmp_path):
         with (tmp_path / "a.jsonl").open("w") as file:
             file.write(json.dumps(row()) + "\n" + "x" * 100_000_000 + "\n" + json.dumps(row("again")) + "\n")
@@ -397,6 +430,12 @@ class TestCache:
         load()
         assert len(self.entries(tmp_path)) == 6
 
+    def test_validation_rows_are_not_made_anew_by_what_is_not_theirs(self, files, tmp_path, tokenizer):
+        for settings in ({}, {"filter": "False", "order": "curriculum", "drop_duplicates": "exact"}):
+            config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)
+            rows_of_files(files, config, tokenizer, "validation", curated=False)
+        assert len(self.entries(tmp_path)) == 1
+
     def test_the_order_of_the_files_is_part_of_the_rows(self, load, files, tmp_path, tokenizer):
         assert load()[0].column("source").tolist() == [0, 0, 1]
         files.reverse()
@@ -427,6 +466,35 @@ class TestCache:
         rows.write_bytes(rows.read_bytes()[:100])
         with pytest.raises(ValueError, match=rf"{entry}: these tokenized rows cannot be read .*; delete the directory"):
             load()
+
+    def test_an_entry_that_ends_between_two_batches(self, load, files, tmp_path):
+        write(Path(files[0]), *[row()] * 1000)
+        load()
+        [entry] = self.entries(tmp_path)
+        rows = tmp_path / "cache" / entry / "rows.arrow"
+        with pa.ipc.open_stream(rows.read_bytes()) as read:
+            first, schema = read.read_next_batch(), read.schema
+        with pa.ipc.new_stream(str(rows), schema) as written:
+            written.write(first)
+        with pytest.raises(ValueError, match=rf"{entry}: .*1000 of 1001 rows are there.*; delete the directory"):
+            load()
+
+    def test_files_that_change_while_they_are_read(self, load, files, tmp_path, monkeypatch):
+        def changed(chats, *others):
+            write(Path(files[1]), row("four"))
+            return encode(chats, *others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("data.rows.encode", changed)
+            with pytest.raises(ValueError, match="changed while they were read"):
+                load()
+        assert self.entries(tmp_path) == []
+
+    def test_a_template_that_writes_the_date(self, tokenizer, tmp_path):
+        dated = builtin_tokenizer()
+        dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}:"
+        tokens, _ = prepared(dated, [row()])
+        assert dated.decode(tokens.ids(0)).startswith("01 Jan 2026 Hi:")
 
     def test_nothing_half_built_is_ever_used(self, load, files, tmp_path, tokenizer, monkeypatch):
         def interrupted(*args):
@@ -487,3 +555,21 @@ def test_the_report_as_text_json_and_picture(tokenizer, tmp_path, monkeypatch):
     assert (saved["kept"], saved["dropped"][f"left out by data.filter={kept}"]["count"]) == (27, 13)
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_subset_has_an_account_of_its_own(tokenizer):
+    rows = [row(f"question {i}", thinking="a " * 50 * (i % 2)) for i in range(10)]
+    tokens, report = prepared(tokenizer, rows, max_length=80, truncation="right")
+    assert (report.cut.count, report.answerless) == (5, 5)
+    kept = report.keep_only(tokens, np.array([0, 2, 3, 4]), "not in data.subset=4")
+    assert (len(kept), report.kept, report.cut.count, report.cut.examples) == (4, 4, 1, ["rows:4"])
+    assert report.dropped["not in data.subset=4"].examples == ["rows:2", "rows:6", "rows:7"]
+    assert report.text().splitlines()[1:8] == [
+        "  6 (60.0%) not in data.subset=4",
+        "    rows:2",
+        "    rows:6",
+        "    rows:7",
+        "    and 3 more",
+        "  1 (10.0%) responses cut, 1 of them before the answer",
+        "    rows:4",
+    ]

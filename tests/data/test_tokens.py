@@ -42,13 +42,25 @@ def test_truncation(tokenizer):
         assert report.answerless == 1
     short = placed(answer="<think></think>b")
     kept, report = tokenize([placed(), short], tokenizer, length - 1, "drop")
-    assert (len(kept), report.read, report.kept, report.cut.count) == (1, 2, 1, 0)
+    assert (len(kept), report.read, report.kept, report.cut) == (1, 2, 1, None)
     assert [noted.count for noted in report.dropped.values()] == [1]
 
 
+def test_thinking_ends_where_it_ends_last(tokenizer):
+    """As `final_answer` has it."""
+    rows, _ = tokenize([placed(answer="<think>I write </think> here.</think>b")], tokenizer, 100)
+    assert (*rows.column("thinking_tokens"), *rows.column("answer_tokens")) == (len("I write ") + 1 + len(" here."), 1)
+    begun = PlacedRow({"prompt": "a", "response": "so</think>b"}, "rows.jsonl:1")  # where the template begins it
+    rows, _ = tokenize([begun], tokenizer, 100)
+    assert (*rows.column("thinking_tokens"), *rows.column("answer_tokens")) == (2, 1)
+
+
 def test_a_prompt_that_leaves_no_room_cannot_be_cut(tokenizer):
-    with pytest.raises(ValueError, match=r"prompt and .* do not fit data\.max_length=9"):
-        tokenize([placed("x" * 50)], tokenizer, 9, "right")
+    rows = [placed("x" * 50), placed("x")]
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: data\.max_length=20 cuts the prompt of \d+ tokens"):
+        tokenize(rows, tokenizer, 20, "right")
+    kept, report = rows_of({"rows": rows}, DataConfig(max_length=20, truncation="right", on_bad_row="skip"), tokenizer)
+    assert (len(kept), report.dropped["cannot be used"].count) == (1, 1)
 
 
 def test_dropping_every_row_is_an_error(tokenizer):
