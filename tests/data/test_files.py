@@ -164,8 +164,8 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a", "answer": "<think>b</think> "}, "has no answer behind </think>"),
         ({"prompt": "a", "response": "<think>b 4"}, "field 'response' begins with <think> and has no </think>"),
         (
-            {"prompt": "a" * (2**22 + 1), "response": "b"},
-            "field 'prompt' has 4,194,305 characters, more than 4,194,304",
+            {"prompt": "a" * (2**20 + 1), "response": "b"},
+            "field 'prompt' has 1,048,577 characters, more than 1,048,576",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>4"}]},
