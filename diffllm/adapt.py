@@ -15,9 +15,7 @@ from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
 from diffllm.sources import first_line, new_directory, split_gguf
-from diffllm.tokenizer import check_tokenizer, load_tokenizer, name_mask
-
-MASK_TOKEN = "<|mask|>"
+from diffllm.tokenizer import MASK_TOKEN, check_tokenizer, load_tokenizer, name_mask
 
 
 def needs_adapting(source: str) -> bool:

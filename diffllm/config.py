@@ -8,7 +8,7 @@ TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+ATTENTIONS = ("sdpa", "flash_attention_2")
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -47,7 +47,7 @@ class ModelConfig:
     vocab_size: int | None = None  # null takes the tokenizer's
     enable_gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     recompute: str = "full"  # then: full, whole layers | selective, all but matrix products and attention
-    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2 (extra `flash`), which forwards unpadded rows
+    attn_implementation: str = "sdpa"  # sdpa | flash_attention_2 (extra `flash`), which forwards unpadded rows
     loss_kernel: str = "chunked"  # chunked, on any device | liger, Triton (extra `liger`)
     compile: bool = False  # torch.compile each layer
     lora_rank: int = 0  # train adapters of this rank instead of the weights; 0 trains the weights

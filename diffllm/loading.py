@@ -12,7 +12,11 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from diffllm.config import ModelConfig
 from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, on_hub, readable, split_gguf
+from diffllm.sources import first_line, is_gguf, on_hub, readable, split_gguf, unexpected_in_gguf
+
+HEAD_OF_ITS_OWN = (
+    "{}: config.json has tie_word_embeddings=true, but the head in the file is not the embedding; set it to false"
+)
 
 
 def load_model(
@@ -81,6 +85,7 @@ def load_decoder(
     directory, file = split_gguf(source)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
     _on_meta(source, published, family, torch.float32, attn_implementation)  # what fails now is not the weights' fault
+    unexpected = unexpected_in_gguf(source) if file else []
     with readable(source, "the weights", Exception):
         lm, report = family.model_class.from_pretrained(
             directory,
@@ -91,7 +96,10 @@ def load_decoder(
             output_loading_info=True,
             **settings,
         )
-    check_weights(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    unexpected += report["unexpected_keys"]
+    check_weights(source, report["missing_keys"], unexpected, report["mismatched_keys"])
+    if lm.config.tie_word_embeddings and lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
+        raise ValueError(HEAD_OF_ITS_OWN.format(source))
     return lm
 
 
@@ -113,7 +121,8 @@ def check_weights(
         if names
     ]
     if problems:
-        raise ValueError(f"{source}: the weights do not fit config.json. {'; '.join(problems)}")
+        settings = "what the file says of itself" if is_gguf(source) else "config.json"
+        raise ValueError(f"{source}: the weights do not fit {settings}. {'; '.join(problems)}")
 
 
 def read_config(source: str) -> tuple[dict[str, Any], Family]:
@@ -193,7 +202,7 @@ def check_ids(published: dict[str, Any], source: str) -> None:
         token = published.get(key)
         size = published.get("vocab_size")
         if token is not None and not (type(token) is type(size) is int and 0 <= token < size):
-            raise ValueError(f"{source}: config.json has {key}={token}, outside vocab_size={size}")
+            raise ValueError(f"{source}: config.json has {key}={token}, which is no token below vocab_size={size}")
     mask = published["mask_token_id"]
     if mask in (published.get("pad_token_id"), published["eos_token_id"]):
         raise ValueError(f"{source}: config.json uses token {mask} as mask and as padding or end")

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from diffllm.families import Family, has_window, switch_off_causality
 from diffllm.loss import Focal, masked_loss
-from diffllm.sources import copy_code
+from diffllm.sources import copy_code, generation_settings
 from diffllm.tokenizer import save_tokenizer
 from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
 
@@ -43,6 +43,7 @@ class DiffLLM(nn.Module):
         family: the published format it belongs to.
         published: its config.json in that format, which is what `save_pretrained` writes.
         source: where it was loaded from.
+        generation: its generation_config.json, empty if there is none.
         mask_token_id, pad_token_id, eos_token_id: from that config.
         windowed: some layers attend to the positions nearby only.
         unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
@@ -55,6 +56,7 @@ class DiffLLM(nn.Module):
         # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
         lm.get_input_embeddings().padding_idx = None
         self.lm, self.family, self.published, self.source = lm, family, published, source
+        self.generation = generation_settings(source)
         self.mask_token_id: int = published["mask_token_id"]
         self.eos_token_id: int = published["eos_token_id"]
         pad = published.get("pad_token_id")
@@ -146,13 +148,8 @@ class DiffLLM(nn.Module):
             column = (column - 1).clamp(min=first)
         decoder = self.lm.get_decoder()
         if visible is not None:
-            if self.unpad:
-                raise ValueError("diffusion.attention_annealing_steps needs model.attn_implementation=sdpa")
-            if self.windowed:
-                raise ValueError(
-                    "diffusion.attention_annealing_steps: some layers of this model attend within a window, which "
-                    "would be lifted and come back; set it to 0"
-                )
+            if self.unpad or self.windowed:
+                raise ValueError("visible: needs model.attn_implementation=sdpa, and layers without a window")
             attended = visible if attention_mask is None else visible & attention_mask.bool()[:, None]
             attention_mask = attended[:, None]  # [B, 1, L, L]
         if cache is not None:
@@ -311,14 +308,21 @@ class DiffLLM(nn.Module):
         (directory / "config.json").write_text(json.dumps(self._config_json(dtype), indent=2) + "\n")
         if "auto_map" in self.published:
             copy_code(self.source, directory)
-        GenerationConfig(
-            bos_token_id=self.published.get("bos_token_id"),
-            eos_token_id=self.eos_token_id,
-            pad_token_id=self.pad_token_id,
-            use_cache=False,
-        ).save_pretrained(directory)
+        (directory / GENERATION_CONFIG_NAME).write_text(json.dumps(self._generation_json(), indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
+
+    def _generation_json(self) -> dict[str, Any]:
+        """The source's, with the tokens of this model."""
+        ends = self.generation.get("eos_token_id", self.eos_token_id)
+        known = self.eos_token_id in (ends if isinstance(ends, list) else [ends])
+        tokens = {
+            "bos_token_id": self.published.get("bos_token_id"),
+            "eos_token_id": ends if known else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        named = {name: token for name, token in tokens.items() if token is not None}
+        return {"use_cache": False} | self.generation | named
 
     def _config_json(self, dtype: str) -> dict[str, Any]:
         """`published`, also as Transformers 4 reads it, which takes another rotary base without an error otherwise."""
@@ -327,6 +331,8 @@ class DiffLLM(nn.Module):
         if "full_attention" in rope:  # each kind of layer has its own
             old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
             rope = rope["full_attention"]
+        if "partial_rotary_factor" in rope:
+            old["partial_rotary_factor"] = rope["partial_rotary_factor"]
         if "rope_theta" in rope:
             old["rope_theta"] = rope["rope_theta"]
             if rope["rope_type"] != "default":

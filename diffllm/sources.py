@@ -5,20 +5,25 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session, is_offline_mode
 from safetensors import SafetensorError
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_SECONDS = 10  # in which it has to answer
 GGUF_PACKAGES = ("gguf", "accelerate")
+GGUF_ROPE = ("rope_freqs", "rope_factors")  # weights that scale rotary frequencies
 
 
 def split_gguf(source: str) -> tuple[str, str | None]:
     """What `from_pretrained` takes as the place and as `gguf_file`, which is None for a directory or hub id."""
     path = Path(source)
-    return (str(path.parent), path.name) if path.suffix == ".gguf" else (source, None)
+    return (str(path.parent), path.name) if is_gguf(source) else (source, None)
 
 
 @contextmanager
@@ -28,32 +33,60 @@ def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]
     Args:
         errors: further ones that mean that it cannot be read.
     """
-    path = Path(source)
-    if gguf := path.suffix == ".gguf":
+    gguf = is_gguf(source)
+    if gguf:
         _check_gguf(source)
-    elif path.is_file():
+    elif Path(source).is_file():
         raise ValueError(f"model.path={source}: a model is a directory, a hub id or a .gguf file")
+    silence = None if Path(source).exists() or not HUB_ID.fullmatch(source) else ask_hub()
     try:
         yield
     except Exception as error:
         # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
         if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
             raise
-        if not path.exists() and not HUB_ID.fullmatch(source):
-            raise ValueError(f"model.path={source}: no such directory, and no hub id either") from error
-        problem = f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
-        if gguf:
-            problem += "; it may be cut short"
-        if path.is_dir() and not (path / "config.json").exists():
-            below = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
-            hint = f"did you mean {' or '.join(below)}?" if below else "give one that holds a model"
-            raise ValueError(f"model.path={source}: there is no config.json in it; {hint}") from error
-        if path.exists():
-            raise ValueError(f"model.path={source}: {problem}") from error
-        raise ValueError(
-            f"model.path={source}: there is no directory {path.resolve()}, and from the hub {problem}. Give the path "
-            f"of a directory: `hf download {source} --local-dir DIR` makes one where the hub can be reached"
-        ) from error
+        reason = silence or f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
+        raise ValueError(f"model.path={source}: {_advice(source, reason)}") from error
+
+
+def _advice(source: str, reason: str) -> str:
+    """What was tried at a source that cannot be read, and what to do."""
+    path = Path(source)
+    if is_gguf(source):
+        return f"{reason}; it may be cut short"
+    if path.is_dir() and not (path / "config.json").exists():
+        below = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
+        hint = f"did you mean {' or '.join(below)}?" if below else "give one that holds a model"
+        return f"there is no config.json in it; {hint}"
+    if path.exists():
+        return reason
+    if not HUB_ID.fullmatch(source):
+        return "no such directory, and no hub id either"
+    return (
+        f"there is no directory {path.resolve()}, not all of it is in {constants.HF_HUB_CACHE}, and from the hub "
+        f"{reason}. Give the path of a directory: `hf download {source} --local-dir DIR` makes one where there is a hub"
+    )
+
+
+@cache
+def ask_hub() -> str | None:
+    """Why the hub cannot be reached, None if it can or is not to be asked; from then on it is not asked again.
+
+    The libraries would try for half a minute, or for ever where a connection is taken and nothing comes.
+    """
+    if is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
+        constants.HF_HUB_OFFLINE = True
+        return f"there is no answer ({constants.ENDPOINT}: {first_line(error)})"
+    return None
+
+
+def is_gguf(source: str) -> bool:
+    """Whether a source is a GGUF file, by its name."""
+    return Path(source).suffix.lower() == ".gguf"
 
 
 def _check_gguf(source: str) -> None:
@@ -61,6 +94,33 @@ def _check_gguf(source: str) -> None:
         raise ValueError(f"model.path={source}: no such file")
     if missing := [name for name in GGUF_PACKAGES if find_spec(name) is None]:
         raise ValueError(f"model.path={source}: reading it needs {', '.join(missing)}: pip install 'diffllm[gguf]'")
+
+
+def unexpected_in_gguf(source: str) -> list[str]:
+    """Weights in a GGUF file that its architecture does not have, which Transformers would leave out.
+
+    Raises:
+        ValueError: it cannot be read, is a part of a model, or scales its rotary frequencies, which would be lost too.
+    """
+    import gguf
+
+    with readable(source, "the file"):
+        reader = gguf.GGUFReader(source)
+        kind = reader.get_field("general.architecture").contents()
+        said = {key: reader.get_field(key) for key in ("split.count", f"{kind}.rope.scaling.type")}
+        parts, scaling = (field and field.contents() for field in said.values())
+        names = [tensor.name for tensor in reader.tensors]
+    if parts and parts > 1:
+        raise ValueError(f"model.path={source}: one of the {parts} files of a model; `gguf-split --merge` joins them")
+    if scaled := [name for name in names if name.startswith(GGUF_ROPE)] + [scaling] * (scaling not in (None, "none")):
+        raise ValueError(
+            f"model.path={source}: its rotary frequencies are scaled ({', '.join(scaled)}), which Transformers does "
+            "not read from GGUF; give the safetensors checkpoint"
+        )
+    architectures = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[architectures[kind]]}
+    plain = {name: re.sub(r"\.(weight|bias)$", "", re.sub(r"^blk\.\d+", "blk.{bid}", name)) for name in names}
+    return [name for name in names if plain[name] not in known]
 
 
 @contextmanager
@@ -91,6 +151,22 @@ def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
         return name if name is None or "--" in name else f"{repository}--{name}"
 
     return {auto: full(name) for auto, name in auto_map.items()}
+
+
+def generation_settings(source: str | None) -> dict[str, Any]:
+    """The generation_config.json of a checkpoint, empty if there is none.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if source is None or is_gguf(source):
+        return {}
+    with readable(source, GENERATION_CONFIG_NAME):
+        file = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        settings = json.loads(Path(file).read_text()) if file else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{source}: {GENERATION_CONFIG_NAME} is not a JSON object")
+    return settings
 
 
 def copy_code(source: str | None, directory: Path) -> None:

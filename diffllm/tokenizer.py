@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from diffllm.sources import on_hub, readable, split_gguf
 
+MASK_TOKEN = "<|mask|>"
+THINKING = ("<think>", "</think>")
 WORDS = ("system", "user", "assistant", "Solve")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -51,13 +53,13 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(list(THINKING))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        mask_token="<|mask|>",
+        mask_token=MASK_TOKEN,
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=CHATML,
         padding_side="left",
@@ -89,13 +91,16 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
     """
     known, special = mask_token in tokenizer.get_vocab(), tokenizer.get_added_vocab()
     template = str(tokenizer.chat_template).replace("bos_token", str(tokenizer.bos_token))
-    if (known and mask_token not in special) or mask_token in template:
-        used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    of_texts = (known and mask_token not in special) or mask_token in THINKING
+    if of_texts or mask_token in template:
+        used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, *THINKING}
         unused = {token for token in special if token not in template} - used
         raise ValueError(
-            f"model.mask_token={mask_token}: {'the chat template' if mask_token in template else 'a text'} may hold "
+            f"model.mask_token={mask_token}: {'a text' if of_texts else 'the chat template'} may hold "
             f"it; name a special token that nothing uses ({', '.join(sorted(unused)) or 'there is none'}), or a new one"
         )
+    if not known and re.search(r"[\s=]", mask_token):
+        raise ValueError(f"model.mask_token={mask_token}: a new token has no spaces and no =; {MASK_TOKEN} will do")
     tokenizer.add_special_tokens({"mask_token": mask_token})
     return not known
 
@@ -139,6 +144,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) ->
             config["tokenizer_class"] = "Qwen2Tokenizer"
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["chat_template"] = tokenizer.chat_template  # which Transformers 4 may not look for beside it
+    for name in ("backend", "is_local", "local_files_only"):  # how it was loaded here
+        config.pop(name, None)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

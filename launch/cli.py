@@ -12,6 +12,7 @@ from inspect import getfile
 from pathlib import Path
 
 import hydra
+from huggingface_hub.utils import logging as hub_logging
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -65,6 +66,7 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()  # else Hydra prints its attempts
         sys.argv[1:] = map(quote_text, sys.argv[1:])
         with user_errors(debug), reported():
             check_arguments(sys.argv[1:])
@@ -89,6 +91,10 @@ def user_errors(debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("stopped by SIGINT", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # nobody reads on, as in `train.py --help | head`
+        if debug:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:
             raise

@@ -90,19 +90,20 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
     stop = []
     for text in config.stop:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids or tokenizer.unk_token_id in ids:
+        if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
             raise ValueError(f"sampling.stop={config.stop}: {text!r} cannot be written in the model's tokens")
         stop.append(tuple(ids))
     forbidden = []
     for text in config.forbidden:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or tokenizer.unk_token_id in ids:
+        if len(ids) != 1 or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
             raise ValueError(
                 f"sampling.forbidden={config.forbidden}: {text!r} is not one token of the model but {len(ids)}: "
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
     # published models also end with what ended a turn or padded an answer in their training
-    ends = (model.eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id)
-    eos = dict.fromkeys(token for token in ends if token is not None)
+    ends = [model.eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
+    listed = model.generation.get("eos_token_id")
+    eos = dict.fromkeys(token for token in [*ends, *(listed if isinstance(listed, list) else [])] if token is not None)
     return Tokens(model.mask_token_id, tuple(eos), tuple(stop), tuple(forbidden))

@@ -134,8 +134,7 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
         ValueError: no file says it, or its context is shorter than data.max_length.
     """
     path, file = config.model.path, f"conf/model/{choice}.yaml"
-    # FlashAttention keeps what PyTorch's own kernels keep, and need not be installed here.
-    attention = "eager" if config.model.attn_implementation == "eager" else "sdpa"
+    attention = "sdpa"  # FlashAttention keeps what PyTorch's own kernels keep, and need not be installed here
     if path and Path(path).is_dir():
         model, file = empty_model(path, attn_implementation=attention), f"{path}/config.json"
     elif path and config.model.vocab_size is None:

@@ -12,9 +12,9 @@ from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
-from diffllm.adapt import MASK_TOKEN, adapt, needs_adapting
+from diffllm.adapt import adapt, needs_adapting
 from diffllm.loading import empty_model
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
+from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
 
 VAL_SEED = 0

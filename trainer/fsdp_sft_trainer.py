@@ -62,6 +62,12 @@ class FSDPSFTTrainer:
             add_lora(self.model, config.model, config.seed)
         if config.model.loss_kernel == "liger":
             self.model.masked_loss = liger()
+        annealing_steps = config.diffusion.attention_annealing_steps
+        if annealing_steps and self.model.windowed:
+            raise ValueError(
+                f"diffusion.attention_annealing_steps={annealing_steps}: some layers of this model attend within a "
+                "window, which would be lifted and come back; set it to 0"
+            )
         context = self.model.lm.config.max_position_embeddings
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
@@ -70,7 +76,6 @@ class FSDPSFTTrainer:
             config, self.tokenizer, self.model.mask_token_id, share
         )
         self._say(*(report.text() for _, report in self.rows.values()))
-        annealing_steps = config.diffusion.attention_annealing_steps
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)

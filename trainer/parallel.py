@@ -1,11 +1,13 @@
 """A model over all ranks: FSDP2, activation checkpointing, compilation, and weights read shard by shard."""
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from diffllm import DiffLLM, ModelConfig
-from diffllm.loading import check_weights
+from diffllm.loading import HEAD_OF_ITS_OWN, check_weights
 from diffllm.lora import base_name
 from diffllm.sources import readable
 from trainer.build import compute_dtype
@@ -118,8 +120,11 @@ def read_weights(model: DiffLLM, source: str) -> None:
 
     weights = _published_weights(model)
     unexpected = saved.keys() - weights.keys()
-    if model.lm.config.tie_word_embeddings:
-        unexpected -= {model.family.published_name("lm_head.weight")}
+    head, embedding = map(model.family.published_name, ("lm_head.weight", "model.embed_tokens.weight"))
+    if model.lm.config.tie_word_embeddings and head in unexpected:
+        if not _equal_in_files(directory, head, embedding):
+            raise ValueError(HEAD_OF_ITS_OWN.format(source))
+        unexpected -= {head}
     both = sorted(saved.keys() & weights.keys())
     check_weights(
         source,
@@ -133,10 +138,20 @@ def read_weights(model: DiffLLM, source: str) -> None:
         raise ValueError(f"model.path={source}: the weights cannot be read ({error})") from error
 
 
+def _equal_in_files(directory: Path, *names: str) -> bool:
+    tensors = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            tensors |= {name: weights.get_tensor(name) for name in names if name in weights.keys()}  # noqa: SIM118
+    return torch.equal(*tensors.values())
+
+
 def _published_weights(model: DiffLLM) -> dict[str, Tensor]:
-    """A model's parameters by their names in a published checkpoint, adapters left out."""
+    """What a published checkpoint holds of a model, parameters and some buffers, by its names; adapters left out."""
+    kept = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
     return {
-        model.family.published_name(plain.removeprefix("lm.")): parameter
-        for name, parameter in model.named_parameters()
+        model.family.published_name(plain.removeprefix("lm.")): tensor
+        for name, tensor in chain(model.named_parameters(), buffers)
         if (plain := base_name(name)) is not None
     }

@@ -39,6 +39,17 @@ DECODERS = {
         },
     },
 }
+EXPERTS = {
+    "glm4_moe": {  # with buffers that are part of the checkpoint
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "partial_rotary_factor": 0.5,
+    },
+}
 OTHERS = {  # which cannot be adapted
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "falcon": {},
@@ -53,7 +64,7 @@ def write_decoder(
 ) -> Path:
     """An autoregressive checkpoint with the tokenizer beside it, which need not name a mask."""
     ids = {"eos_token_id": [tokenizer.eos_token_id, 7], "vocab_size": len(tokenizer)}
-    config = CONFIG_MAPPING[model_type](**SIZES | (DECODERS | OTHERS)[model_type] | ids | changes)
+    config = CONFIG_MAPPING[model_type](**SIZES | (DECODERS | EXPERTS | OTHERS)[model_type] | ids | changes)
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

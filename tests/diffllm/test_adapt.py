@@ -16,6 +16,7 @@ from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
 from tests.conftest import GOLDEN, ROOT
 from tests.diffllm.decoders import DECODERS, WINDOW, write_decoder
 from trainer.build import build_model
+from trainer.parallel import read_weights
 
 
 @pytest.fixture
@@ -200,6 +201,18 @@ def test_the_command_writes_an_adapted_checkpoint(tmp_path, plain_tokenizer):
     assert (done.returncode, "usage" in done.stderr) == (2, True)
 
 
+def test_buffers_that_a_checkpoint_holds_come_back_by_shard(tmp_path, plain_tokenizer):
+    model, tokenizer = adapt(str(write_decoder("glm4_moe", tmp_path / "source", plain_tokenizer)))
+    name = "lm.model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).copy_(torch.arange(4.0))
+    model.save_pretrained(tmp_path / "adapted", tokenizer=tokenizer)
+    empty = empty_model(tmp_path / "adapted").to_empty(device="cpu")
+    read_weights(empty, str(tmp_path / "adapted"))
+    assert empty.get_buffer(name).tolist() == [0, 1, 2, 3]
+    config = json.loads((tmp_path / "adapted" / "config.json").read_text())
+    assert (config["partial_rotary_factor"], config["rope_theta"]) == (0.5, 1e4)  # where Transformers 4 looks for them
+
+
 class TestWhatCannotBeAdapted:
     def config(self, tmp_path, **config):
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -252,8 +265,13 @@ class TestWhatCannotBeAdapted:
 
     def test_mask_tokens_that_cannot_serve(self, tmp_path, plain_tokenizer):
         source = str(write_decoder("qwen2", tmp_path / "source", plain_tokenizer))
-        with pytest.raises(ValueError, match=r"mask_token=Solve: a text may hold it; .*\(</think>, .*<\|mask\|>\)"):
+        with pytest.raises(ValueError, match=r"mask_token=Solve: a text may hold it; .*\(.*<\|mask\|>\)") as error:
             adapt(source, "Solve")
+        assert "think" not in str(error.value)
+        with pytest.raises(ValueError, match=r"mask_token=</think>: a text may hold it"):
+            adapt(source, "</think>")
+        with pytest.raises(ValueError, match=r"mask_token=model\.mask_token=<m>: a new token has no spaces and no ="):
+            adapt(source, "model.mask_token=<m>")
         with pytest.raises(ValueError, match=r"mask_token=<\|im_start\|>: the chat template may hold it"):
             adapt(source, "<|im_start|>")
         with pytest.raises(ValueError, match="as mask and as padding or end"):

@@ -7,6 +7,7 @@ from transformers import Qwen2ForCausalLM
 from diffllm import new_model
 from diffllm.annealing import AttentionAnnealing
 from tests.conftest import small_shape
+from tests.diffllm.decoders import write_decoder
 from tests.trainer.runs import losses, train
 
 
@@ -75,17 +76,16 @@ def test_a_run_ends_with_full_attention(small_run):
         train(small_run(diffusion__attention_annealing_steps=13))
 
 
-def test_a_window_cannot_be_annealed(small_model):
-    small_model.windowed = True
+@pytest.mark.parametrize("trait", ["windowed", "unpad"])
+def test_it_needs_layers_that_can_hide_any_position(small_model, trait):
+    setattr(small_model, trait, True)
     ids = torch.arange(6)[None]
-    with pytest.raises(ValueError, match="attend within a window"):
+    with pytest.raises(ValueError, match=r"visible: needs .*sdpa, and layers without a window"):
         small_model.hidden(ids, None, None, *ids.nonzero(as_tuple=True), visible=torch.ones(1, 6, 6).bool())
 
 
-def test_it_needs_an_attention_that_can_hide_positions(small_model):
-    small_model.unpad = True
-    ids = torch.arange(6)[None]
-    with pytest.raises(ValueError, match=r"attention_annealing_steps needs model\.attn_implementation=sdpa"):
-        small_model.hidden(
-            ids, None, None, *torch.ones(1, 6).nonzero(as_tuple=True), visible=torch.ones(1, 6, 6).bool()
-        )
+def test_a_model_with_a_window_is_refused_before_its_rows_are_read(small_run, tmp_path, tokenizer):
+    config = small_run(diffusion__attention_annealing_steps=5, data__train_files=["nowhere.jsonl"])
+    config.model.path = str(write_decoder("gemma3_text", tmp_path / "source", tokenizer))
+    with pytest.raises(ValueError, match=r"attention_annealing_steps=5: some layers .* within a window.*set it to 0"):
+        train(config)

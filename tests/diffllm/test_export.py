@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from diffllm import load_model, new_model
+from diffllm import load_model, new_model, sources
 from diffllm.sources import on_hub
 from diffllm.tokenizer import load_tokenizer, save_tokenizer
 from tests.conftest import GOLDEN, ROOT, small_shape
+from tests.data.test_fuzz import no_longer_than
 from tests.diffllm.test_auto import CODE, published_copy
 from tests.diffllm.test_tokenizer import write_dream_tokenizer
 
@@ -103,6 +105,25 @@ def test_a_hub_id_is_like_a_directory(tmp_path):
     assert tokenizer["auto_map"] == {"AutoTokenizer": ["Dream-org/Tiny--tokenization_dream.DreamTokenizer", None]}
 
 
+@pytest.mark.parametrize("answers", ["nothing", "not at all"])
+def test_a_hub_that_does_not_answer(answers, monkeypatch):
+    """Neither a connection that is refused, nor one on which nothing comes, is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if answers == "not at all":
+            server.close()
+        monkeypatch.setattr(sources, "HUB_SECONDS", 0.5)
+        monkeypatch.setattr(sources.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
+        sources.ask_hub.cache_clear()
+        with (
+            no_longer_than(20),
+            pytest.raises(ValueError, match=rf"no directory .*the hub .*{endpoint}: .*hf down"),
+        ):
+            load_model("nobody/nothing")
+    sources.ask_hub.cache_clear()
+
+
 def test_dreams_tokenizer_is_saved_for_its_own_class_and_for_transformers(tmp_path):
     source = write_dream_tokenizer(published_copy("dream", tmp_path / "source"))
     tokenizer = load_tokenizer(source)
@@ -113,6 +134,8 @@ def test_dreams_tokenizer_is_saved_for_its_own_class_and_for_transformers(tmp_pa
         config = json.loads((directory / "tokenizer_config.json").read_text())
         assert config["tokenizer_class"] == expected
         again = load_tokenizer(directory)
+        assert config["chat_template"] == again.chat_template == tokenizer.chat_template
+        assert not {"backend", "is_local", "local_files_only"} & config.keys()
         assert again.get_vocab() == tokenizer.get_vocab()
         assert again("é<|mask|>")["input_ids"] == tokenizer("é<|mask|>")["input_ids"]
         if name == "code":  # what the published class reads

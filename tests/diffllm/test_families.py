@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffllm import load_model, new_model
+from diffllm.loading import empty_model
 from diffllm.tokenizer import load_tokenizer
 from tests.conftest import GOLDEN, small_shape
+from trainer.parallel import read_weights
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])
@@ -20,8 +22,53 @@ def test_a_published_checkpoint_survives_the_round_trip(family, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
-    generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == generation["pad_token_id"] == 254
+    generation = json.loads((source / "generation_config.json").read_text())
+    tokens = {"eos_token_id": 254, "pad_token_id": 254, "use_cache": False}
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == tokens | generation
+
+
+def test_the_settings_of_generation_stay(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "dream_tiny", source)
+    for ends, kept in (([254, 7], [254, 7]), ([7, 8], 254), (7, 254)):
+        settings = {"eos_token_id": ends, "temperature": 0.6, "do_sample": True}
+        (source / "generation_config.json").write_text(json.dumps(settings))
+        load_model(source).save_pretrained(tmp_path / "out")
+        written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+        tokens = {"bos_token_id": 254, "eos_token_id": kept, "pad_token_id": 254}
+        assert written == settings | tokens | {"use_cache": False}
+    (source / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not a JSON object"):
+        load_model(source)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_a_head_beside_a_tied_embedding(family, equal, tmp_path):
+    """Both ways in take it only if it is the embedding."""
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / f"{family}_tiny", source)
+    names = load_model(source).family.published_name
+    key = "weight_tying" if family == "llada" else "tie_word_embeddings"
+    config = json.loads((source / "config.json").read_text()) | {key: True}
+    (source / "config.json").write_text(json.dumps(config))
+    if equal:
+        weights = load_file(source / "model.safetensors")
+        weights[names("lm_head.weight")] = weights[names("model.embed_tokens.weight")].clone()
+        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    def by_shard():
+        empty = empty_model(source).to_empty(device="cpu")
+        empty.lm.tie_weights()
+        read_weights(empty, str(source))
+        return empty
+
+    if equal:
+        assert torch.equal(load_model(source).lm.lm_head.weight, by_shard().lm.lm_head.weight)
+    else:
+        for load in (lambda: load_model(source), by_shard):
+            with pytest.raises(ValueError, match=r"tie_word_embeddings=true, but the head .*; set it to false"):
+                load()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -121,7 +168,8 @@ class TestBadCheckpoints:
         ("changes", "message"),
         [
             ({"mask_token_id": 254}, "token 254 as mask and as padding or end"),
-            ({"mask_token_id": 256}, "mask_token_id=256, outside vocab_size=256"),
+            ({"mask_token_id": 256}, "mask_token_id=256, which is no token below vocab_size=256"),
+            ({"eos_token_id": [254, 3]}, r"eos_token_id=\[254, 3\], which is no token"),
             ({"eos_token_id": None}, "no eos_token_id"),
         ],
         ids=str,

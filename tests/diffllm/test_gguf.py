@@ -25,6 +25,10 @@ def reference(tmp_path) -> Qwen2ForCausalLM:
 
 @pytest.fixture
 def file(reference, tmp_path):
+    return write_gguf(reference, tmp_path)
+
+
+def write_gguf(reference, tmp_path, edit=lambda writer, tensors: None):
     """The reference's weights and a vocabulary of bytes in a GGUF file, as llama.cpp names them."""
     config = reference.config
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "qwen2")
@@ -46,8 +50,13 @@ def file(reference, tmp_path):
     writer.add_eos_token_id(258)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in reference.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    tensors = {
+        names.get_name(name, try_suffixes=(".weight", ".bias")): tensor.numpy()
+        for name, tensor in reference.state_dict().items()
+    }
+    edit(writer, tensors)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,6 +85,47 @@ def test_what_is_saved_loads_like_any_checkpoint(file, dtype, tmp_path):
         assert here.dtype == tensor.dtype
         assert torch.equal(tensor, here), name
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_weights_that_do_not_fit_are_named_at_once(reference, tmp_path):
+    def edit(writer, tensors):
+        del tensors["blk.0.ffn_up.weight"]
+        tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"][:-2]
+        tensors["blk.1.extra.weight"] = tensors["output_norm.weight"]
+
+    file = write_gguf(reference, tmp_path, edit)
+    with pytest.raises(
+        ValueError,
+        match=r"do not fit what the file says of itself\. missing: model\.layers\.0\.mlp\.up_proj\.weight; unexpected: "
+        r"blk\.1\.extra\.weight; of another shape: model\.layers\.1\.mlp\.up_proj\.weight is \(62, 32\) in the file",
+    ):
+        adapt(str(file))
+
+
+def scaled_by_weights(writer, tensors):
+    tensors["rope_freqs.weight"] = tensors["output_norm.weight"]
+
+
+def scaled_by_yarn(writer, tensors):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def one_of_two(writer, tensors):
+    writer.add_uint16("split.count", 2)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (scaled_by_weights, r"rotary frequencies are scaled \(rope_freqs\.weight\).*give the safetensors checkpoint"),
+        (scaled_by_yarn, r"rotary frequencies are scaled \(yarn\)"),
+        (one_of_two, "one of the 2 files of a model; `gguf-split --merge` joins them"),
+    ],
+)
+def test_what_would_be_lost_is_refused(reference, tmp_path, edit, message):
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
+        adapt(str(write_gguf(reference, tmp_path, edit)))
 
 
 @pytest.mark.parametrize("kept", [3, 100, 5000, -20_000, -50])

@@ -83,6 +83,18 @@ def test_what_ends_an_answer(small_model):
     tokenizer.add_special_tokens({"pad_token": "<|dlm_pad|>"})
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|dlm_pad|>"])
     assert list(special_tokens(small_model, tokenizer, SamplingConfig()).eos) == ends
+    small_model.generation = {"eos_token_id": [ends[0], 7]}
+    assert list(special_tokens(small_model, tokenizer, SamplingConfig()).eos) == [*ends, 7]
+
+
+def test_an_end_that_stands_for_unknown_text_too_can_be_named(small_model):
+    """As in Dream's tokenizer."""
+    tokenizer = builtin_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    special = special_tokens(
+        small_model, tokenizer, SamplingConfig(forbidden=["<|endoftext|>"], stop=["<|endoftext|>"])
+    )
+    assert special.forbidden == special.stop[0] == (tokenizer.eos_token_id,)
 
 
 def interrupt(config: Config, rows: int) -> Path:

@@ -29,7 +29,8 @@ def test_every_choice_composes(group, choice):
     ("overrides", "transfer", "temperature"),
     [
         (["model=llada_8b_instruct"], "even", 0.0),
-        (["model=dream_coder_7b_instruct"], "linear", 0.2),
+        (["model=dream_coder_7b_instruct"], "linear", 0.1),
+        (["model=diffucoder_7b"], "linear", 0.2),
         (["experiment=dream_s1k"], "linear", 0.2),
         (["experiment=dream_s1k", "model=llada_1_5"], "even", 0.0),
         (["sampling=fast", "model=llada_8b"], "threshold", 0.0),
@@ -42,6 +43,11 @@ def test_a_model_chooses_its_sampling_unless_the_command_line_does(overrides, tr
     config = resolved(*overrides, "sampling.max_new_tokens=64")
     assert (config.sampling.transfer, config.sampling.temperature) == (transfer, temperature)
     assert config.sampling.steps == (64 if temperature else 256)
+
+
+def test_the_base_model_of_llada_fills_one_block_and_the_others_several():
+    models = ("llada_8b", "llada_8b_instruct", "llada_1_5")
+    assert [resolved(f"model={name}").sampling.block_length for name in models] == [None, 32, 32]
 
 
 def test_yaml_sets_what_it_says():
