@@ -107,12 +107,15 @@ def unexpected_in_gguf(source: str) -> list[str]:
     with readable(source, "the file"):
         reader = gguf.GGUFReader(source)
         kind = reader.get_field("general.architecture").contents()
-        said = {key: reader.get_field(key) for key in ("split.count", f"{kind}.rope.scaling.type")}
-        parts, scaling = (field and field.contents() for field in said.values())
+        fields = map(reader.get_field, ("split.count", f"{kind}.rope.scaling.type"))
+        parts, scaling = (field and field.contents() for field in fields)
         names = [tensor.name for tensor in reader.tensors]
     if parts and parts > 1:
         raise ValueError(f"model.path={source}: one of the {parts} files of a model; `gguf-split --merge` joins them")
-    if scaled := [name for name in names if name.startswith(GGUF_ROPE)] + [scaling] * (scaling not in (None, "none")):
+    scaled = [name for name in names if name.startswith(GGUF_ROPE)]
+    if scaling not in (None, "none"):
+        scaled.append(f"rope.scaling.type={scaling}")
+    if scaled:
         raise ValueError(
             f"model.path={source}: its rotary frequencies are scaled ({', '.join(scaled)}), which Transformers does "
             "not read from GGUF; give the safetensors checkpoint"

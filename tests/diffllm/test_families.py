@@ -39,7 +39,7 @@ def test_the_settings_of_generation_stay(tmp_path):
         assert written == settings | tokens | {"use_cache": False}
     (source / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config\.json is not a JSON object"):
-        load_model(source)
+        empty_model(source)
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -119,7 +119,7 @@ def one_of_two(writer, tensors):
     ("edit", "message"),
     [
         (scaled_by_weights, r"rotary frequencies are scaled \(rope_freqs\.weight\).*give the safetensors checkpoint"),
-        (scaled_by_yarn, r"rotary frequencies are scaled \(yarn\)"),
+        (scaled_by_yarn, r"rotary frequencies are scaled \(rope\.scaling\.type=yarn\)"),
         (one_of_two, "one of the 2 files of a model; `gguf-split --merge` joins them"),
     ],
 )
