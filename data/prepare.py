@@ -12,6 +12,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub.utils import logging as hub_logging
+
 from data.files import iterate
 from data.generated import DIFFICULTY, generate
 from data.raw import RAW_SETS, convert
@@ -23,6 +25,7 @@ ROWS = 1000
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
+    hub_logging.set_verbosity_error()  # else its attempts to reach the hub come before what they came to
     try:
         print(prepare(options).text())
         print(f"rows: {options.output}")
