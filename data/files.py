@@ -12,9 +12,12 @@ from pyarrow import ArrowException
 from data.readers import READERS, BadRows, PlacedRow, listed
 
 ENDS = 2**20  # bytes at both ends of a file
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # the name of a file by the hub's custom, which begins with its split
-SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])")  # in any other name
-UNREAD = (".arrow", ".bz2", ".csv", ".gz", ".ndjson", ".tsv", ".xz", ".zip", ".zst")  # may hold rows too
+SPLITS = "train|test|validation|valid|val|dev"
+SHARD = re.compile(rf"((?:{SPLITS})\w*)-\d{{5}}-of-\d{{5}}")  # the name of a file by the hub's custom, with its split
+SPLIT = re.compile(rf"(?<![a-z])({SPLITS})(?![a-z])")  # in any other name
+UNREAD = re.compile(
+    r"\.(ndjson|(jsonl|json|parquet)\.(bz2|gz|xz|zip|zst))"
+)  # ends of names of files that hold rows too
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")  # owner/name, configuration, split
 
 
@@ -52,7 +55,7 @@ def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[Pl
 
 
 def digest(name: str | Path) -> str:
-    """Tells the content that `iterate` reads from any other.
+    """Tells the content that `iterate` reads from any other, in a folder with the names of its files.
 
     Raises:
         ValueError: as `iterate`.
@@ -63,7 +66,7 @@ def digest(name: str | Path) -> str:
     total = sha256()
     for file in _files(path, split) if path.is_dir() else [path]:
         with file.open("rb") as content:
-            total.update(str(file).encode() + file_digest(content, "sha256").digest())
+            total.update(str(file.relative_to(path)).encode() + file_digest(content, "sha256").digest())
     return total.hexdigest()
 
 
@@ -129,21 +132,22 @@ def _files(folder: Path, split: str | None = None) -> list[Path]:
     files = [file for file in every if file.suffix.lower() in READERS and file.name != "dataset_infos.json"]
     if not files:
         raise ValueError(f"{folder}: the folder has no {', '.join(READERS)} files")
-    if unread := [str(file.relative_to(folder)) for file in every if file.suffix.lower() in UNREAD]:
-        raise ValueError(
-            f"{folder}: {listed(unread)} would be left out, as data files end in {', '.join(READERS)}; convert or move "
-            "them, or name the files to read"
-        )
-    splits = {file: _split_of(file.relative_to(folder)) for file in files}
-    names = sorted(set(splits.values()) - {None})
+    splits = {file: _split_of(file.relative_to(folder)) for file in every}
+    names = sorted({splits[file] for file in files} - {None})
     if split is None and len(names) > 1:
         raise ValueError(f"{folder}: {_several(folder, names)}")
     if split is not None and split not in names:
         raise ValueError(f"{folder}: no file of the folder is of a split {split}; {_several(folder, names)}")
-    chosen = [file for file in files if split is None or splits[file] == split]
-    if len(folders := sorted({str(file.parent) for file in chosen})) > 1:
-        end = "" if split is None else f":{split}"
-        raise ValueError(f"{folder}: files of several sets; name one: {' or '.join(name + end for name in folders)}")
+    asked = [file for file in every if split is None or splits[file] == split]
+    if unread := [str(file) for file in asked if UNREAD.search(file.name.lower())]:
+        raise ValueError(
+            f"{folder}: {listed(unread)} would be left out, as data files end in {', '.join(READERS)}; convert them, "
+            "or name the files to read"
+        )
+    chosen = [file for file in files if file in asked]
+    if len({file.name for file in chosen}) < len(chosen):
+        folders = sorted({str(file.parent) for file in chosen})
+        raise ValueError(f"{folder}: several sets in one; name one of {listed(folders)}, or the files to read")
     return chosen
 
 
@@ -152,9 +156,7 @@ def _is_hidden(file: Path) -> bool:
 
 
 def _split_of(file: Path) -> str | None:
-    if shard := SHARD.fullmatch(file.stem):
-        return shard[1]
-    found = SPLIT.search(str(file).lower())
+    found = SHARD.fullmatch(file.stem.lower()) or SPLIT.search(str(file).lower())
     return found and found[1]
 
 

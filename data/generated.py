@@ -43,8 +43,8 @@ def score(row: dict[str, Any], answer: str) -> float:
         ValueError: the row lacks what the verifier needs, or reasoning-gym is not installed.
     """
     task = row["source"].removeprefix(PREFIX)
-    if task not in DIFFICULTY or not isinstance(row.get("metadata"), dict):
-        raise ValueError(f"a row of {row['source']!r} needs `metadata`, and a task of {', '.join(DIFFICULTY)}")
+    if not isinstance(row.get("metadata"), dict):
+        raise ValueError(f"field 'metadata' is missing, which the verifier of {row['source']!r} needs")
     if task == "countdown" and (not FORMULA.fullmatch(answer) or "**" in answer):
         return 0.0
     entry = {"question": row["question"], "answer": final_answer(row["answer"]), "metadata": row["metadata"]}

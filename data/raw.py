@@ -10,6 +10,7 @@ from data.readers import PlacedRow, listed
 
 Row = dict[str, Any]
 
+OTHER_FORMS = ("messages", "prompt")  # of the same row, which would be taken before the one that is made
 # Attempts of two models in s1K-1.1, of which one is taken.
 S1K_ATTEMPTS = [f"{model}_{part}" for model in ("deepseek", "gemini") for part in ("thinking_trajectory", "attempt")]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -54,7 +55,7 @@ def from_s1k(row: Row) -> Row:
         "answer": with_thinking(thoughts[0], answer),
         "source": row.get("source_type"),
         "subject": row.get("cot_type"),
-        **_others(row, "question", "answer", "attempt", "cot", "thinking_trajectories", *S1K_ATTEMPTS),
+        **_others(row, "question", "answer", "attempt", "cot", "thinking_trajectories", *S1K_ATTEMPTS, *OTHER_FORMS),
     }
 
 
@@ -79,7 +80,7 @@ def from_alpaca(row: Row) -> Row:
             raise ValueError(f"field '{name}' is empty")
     question = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
     turns = [turn for asked, answered in row.get("history") or [] for turn in (_user(asked), _assistant(answered))]
-    others = _others(row, "instruction", "input", "output", "messages", "system", "history")
+    others = _others(row, "instruction", "input", "output", "system", "history", *OTHER_FORMS)
     return {**others, "prompt": [*_system(row), *turns, _user(question)], "response": row["output"]}
 
 
@@ -96,13 +97,14 @@ def from_messages(row: Row) -> Row:
         if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):
             raise ValueError(f"a turn is from {', '.join(unknown)}, expected {', '.join(SHAREGPT_ROLES)}")
         turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-    return {**_others(row, "conversations", "system"), "messages": [*_system(row), *turns]}
+    if turns[0].get("role") != "system":
+        turns = [*_system(row), *turns]
+    return {**_others(row, "conversations", "system"), "messages": turns}
 
 
 def from_prompt_response(row: Row) -> Row:
     """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
-    others = _others(row, "messages")  # another form, which would be taken
-    return {**others, "prompt": row["prompt"], "response": row["response"]}
+    return {**_others(row, *OTHER_FORMS), "prompt": row["prompt"], "response": row["response"]}
 
 
 def _others(row: Row, *names: str) -> Row:

@@ -150,10 +150,10 @@ class Preparation:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                if self.config.truncation == "right" and row.prompt_length >= limit:
-                    raise ValueError(f"{place}: data.max_length={limit} cuts the prompt of {row.prompt_length} tokens")
                 fields = {**placed.row, **_counts(row)}
                 filtered = self.filter is not None and not self.filter(fields, place)
+                if self.config.truncation == "right" and row.prompt_length >= limit and not filtered:
+                    raise ValueError(f"{place}: data.max_length={limit} cuts the prompt of {row.prompt_length} tokens")
                 ranked = self.difficulty is not None and not filtered
                 difficulty = self.difficulty(fields, place) if ranked else None
             except ValueError as error:
@@ -187,8 +187,9 @@ class Preparation:
 def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
     """As many at a time as can be tokenized together in little memory."""
     part, characters = [], 0
-    for source, placed, chat in chats:
-        part.append((source, placed, chat))
+    for item in chats:
+        part.append(item)
+        *_, chat = item
         characters += sum(len(message["content"]) for message in chat["prompt"]) + len(chat["response"])
         if len(part) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             yield part

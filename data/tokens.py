@@ -1,6 +1,7 @@
 """Chats into token rows through the tokenizer's chat template."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import cached_property
 from hashlib import sha1
 from typing import NamedTuple
@@ -11,8 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message
 
-# In front of templates that write the date, so that a row is the same on every day.
-ONE_DAY = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
+# In front of templates that write the date: so a row is the same on every day.
+ONE_DAY = "".join(
+    [
+        "{% macro strftime_now(format) %}{{ format",
+        *(f" | replace('%{code}', '{datetime(2026, 1, 1).strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY"),
+        " }}{% endmacro %}",
+    ]
+)
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -191,7 +198,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     chat = [Message(role="user", content="Do you?"), Message(role="assistant", content="I do.")]
-    _, found, behind = _render(chat, tokenizer, "a chat", generation=False).rpartition("I do.")
+    try:
+        _, found, behind = _render(chat, tokenizer, "a chat", generation=False).rpartition("I do.")
+    except ValueError:  # it takes no answers
+        return None
     ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"] if found else []
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     return ids[0] if ids and ids[0] in special else None

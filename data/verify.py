@@ -1,7 +1,6 @@
 """Whether a response has the right answer."""
 
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -24,19 +23,19 @@ def is_correct(row: dict[str, Any], response: str) -> bool:
     return _normal(given) == _normal(final_answer(reference(row)))
 
 
-def check_verifiable(rows: Iterable[PlacedRow]) -> None:
-    """Refuse rows to which no answer would be right, before any is asked for.
+def check_verifiable(placed: PlacedRow) -> None:
+    """Refuse a row to which no answer would be right, before any is asked for.
 
     Raises:
-        ValueError: naming the first row whose own answer is not right, or that cannot be judged.
+        ValueError: its own answer is not right, or it cannot be judged; the message names the place.
     """
-    for row, place in rows:
-        try:
-            right = is_correct(row, reference(row))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        if not right:
-            raise ValueError(f"{place}: the row's own answer is not right by the verifier of {row.get('source')}")
+    row, place = placed
+    try:
+        right = is_correct(row, reference(row))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if not right:
+        raise ValueError(f"{place}: the row's own answer is not right by the verifier of {row.get('source')}")
 
 
 def reference(row: dict[str, Any]) -> str:

@@ -74,6 +74,12 @@ class DiffLLM(nn.Module):
         return self.lm.config.vocab_size
 
     @property
+    def ends(self) -> list[int]:
+        """The end of sequence, and what the source's generation_config.json has beside it."""
+        others = self.generation.get("eos_token_id") or []
+        return list(dict.fromkeys([self.eos_token_id, *(others if isinstance(others, list) else [others])]))
+
+    @property
     def special_tokens(self) -> Tokens:
         """What the sampler must know of the vocabulary."""
         return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,))
@@ -313,16 +319,15 @@ class DiffLLM(nn.Module):
             save_tokenizer(tokenizer, directory)
 
     def _generation_json(self) -> dict[str, Any]:
-        """The source's, with the tokens of this model."""
-        ends = self.generation.get("eos_token_id", self.eos_token_id)
-        known = self.eos_token_id in (ends if isinstance(ends, list) else [ends])
+        """The source's with the tokens of this model, and no cache: what comes later changes what was before it."""
+        settings = {name: value for name, value in self.generation.items() if name != "cache_implementation"}
         tokens = {
             "bos_token_id": self.published.get("bos_token_id"),
-            "eos_token_id": ends if known else self.eos_token_id,
+            "eos_token_id": self.ends if len(self.ends) > 1 else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
         }
         named = {name: token for name, token in tokens.items() if token is not None}
-        return {"use_cache": False} | self.generation | named
+        return settings | {"use_cache": False} | named
 
     def _config_json(self, dtype: str) -> dict[str, Any]:
         """`published`, also as Transformers 4 reads it, which takes another rotary base without an error otherwise."""

@@ -45,7 +45,9 @@ def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]
         # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
         if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
             raise
-        reason = silence or f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
+        reason = f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
+        if silence:
+            reason = f"{silence}; {reason}"
         raise ValueError(f"model.path={source}: {_advice(source, reason)}") from error
 
 
@@ -63,7 +65,7 @@ def _advice(source: str, reason: str) -> str:
     if not HUB_ID.fullmatch(source):
         return "no such directory, and no hub id either"
     return (
-        f"there is no directory {path.resolve()}, not all of it is in {constants.HF_HUB_CACHE}, and from the hub "
+        f"there is no directory {path.resolve()}; from the hub, or what is kept of it in {constants.HF_HUB_CACHE}, "
         f"{reason}. Give the path of a directory: `hf download {source} --local-dir DIR` makes one where there is a hub"
     )
 

@@ -91,10 +91,6 @@ def user_errors(debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("stopped by SIGINT", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # nobody reads on, as in `train.py --help | head`
-        if debug:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:
             raise

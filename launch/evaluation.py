@@ -91,6 +91,7 @@ def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     for placed in chain.from_iterable(files):
         try:
             messages = to_chat(placed)["prompt"]
+            check_verifiable(placed)
             questions.append(Question(placed, messages, prompt_ids(messages, tokenizer, placed.place)))
         except ValueError as error:
             bad.add(error)
@@ -98,7 +99,6 @@ def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         bad.refuse()
     if bad.count:
         print(bad.text())
-    check_verifiable(question.placed for question in questions)
     return questions, bad.count
 
 

@@ -103,7 +103,6 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
             )
         forbidden += ids
     # published models also end with what ended a turn or padded an answer in their training
-    ends = [model.eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
-    listed = model.generation.get("eos_token_id")
-    eos = dict.fromkeys(token for token in [*ends, *(listed if isinstance(listed, list) else [])] if token is not None)
+    ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
+    eos = dict.fromkeys(token for token in ends if token is not None)
     return Tokens(model.mask_token_id, tuple(eos), tuple(stop), tuple(forbidden))

@@ -121,7 +121,7 @@ def read_weights(model: DiffLLM, source: str) -> None:
     weights = _published_weights(model)
     unexpected = saved.keys() - weights.keys()
     head, embedding = map(model.family.published_name, ("lm_head.weight", "model.embed_tokens.weight"))
-    if model.lm.config.tie_word_embeddings and head in unexpected:
+    if model.lm.config.tie_word_embeddings and {head, embedding} <= saved.keys():
         if not _equal_in_files(directory, head, embedding):
             raise ValueError(HEAD_OF_ITS_OWN.format(source))
         unexpected -= {head}

@@ -81,36 +81,46 @@ def test_a_folder_of_several_splits(tmp_path):
         read_rows([f"{tmp_path}:dev"])
     [placed] = read_rows([f"{tmp_path}:test"])
     assert placed.row["source"] == "test"
-    assert digest(f"{tmp_path}:test") == digest(str(tmp_path / "test-00000.jsonl")) != digest(f"{tmp_path}:train")
+    assert digest(f"{tmp_path}:test") != digest(f"{tmp_path}:train")
     assert [name for name, *_ in outline(f"{tmp_path}:test")] == [str(tmp_path / "test-00000.jsonl")]
 
 
-def test_splits_by_the_custom_of_the_hub(tmp_path):
-    for split in ("train_sft", "train_gen"):
-        write(tmp_path / f"{split}-00000-of-00001.jsonl", json.dumps(ROW | {"source": split}))
-    (tmp_path / "dataset_infos.json").write_text("{}")
-    (tmp_path / "README.md").write_text("a card")
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "train_sft.jsonl").write_text("{}")
-    [placed] = read_rows([f"{tmp_path}:train_sft"])
-    assert placed.row["source"] == "train_sft"
+@pytest.mark.parametrize(
+    ("names", "asked", "read"),
+    [
+        (["train_sft-00000-of-00001", "train_gen-00000-of-00001"], ":train_sft", [0]),
+        (["Train-00000-of-00001", "Test-00000-of-00001"], ":train", [0]),
+        (["a-train-00000-of-00001", "a-test-00000-of-00001"], ":test", [1]),
+        (["train-math-00000-of-00001", "train-code-00000-of-00001"], "", [1, 0]),
+        (["train/part-00000-of-00001", "test/part-00000-of-00001"], ":train", [0]),
+        (["2023/a", "2024/b", "c"], "", [0, 1, 2]),
+        (["main/train", "socratic/train"], "/main:train", [0]),
+    ],
+    ids=str,
+)
+def test_files_of_folders(tmp_path, names, asked, read):
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", json.dumps(ROW | {"source": number}))
+    for other in ("dataset_infos.json", "README.md", "stats.csv", ".cache/train.jsonl"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("{}")
+    assert [placed.row["source"] for placed in read_rows([f"{tmp_path}{asked}"])] == read
 
 
 def test_a_folder_of_several_sets(tmp_path):
     for name in ("main", "socratic"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name / "train.jsonl", json.dumps(ROW | {"source": name}))
-    with pytest.raises(ValueError, match=rf"several sets; name one: {tmp_path}/main:train or {tmp_path}/socratic:tr"):
+        write(tmp_path / name / "train.jsonl", json.dumps(ROW))
+    with pytest.raises(ValueError, match=rf"several sets in one; name one of {tmp_path}/main, {tmp_path}/socratic, or"):
         read_rows([f"{tmp_path}:train"])
-    [placed] = read_rows([f"{tmp_path}/main:train"])
-    assert placed.row["source"] == "main"
 
 
 def test_a_folder_with_files_that_would_be_left_out(tmp_path):
-    write(tmp_path / "a.JSONL", json.dumps(ROW))
-    assert len(read_rows([tmp_path])) == 1
-    (tmp_path / "b.jsonl.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"b\.jsonl\.gz would be left out"):
+    write(tmp_path / "train.JSONL", json.dumps(ROW))
+    (tmp_path / "test.jsonl.gz").write_bytes(b"")
+    assert len(read_rows([f"{tmp_path}:train"])) == 1
+    with pytest.raises(ValueError, match=r"test\.jsonl\.gz would be left out"):
         read_rows([tmp_path])
 
 

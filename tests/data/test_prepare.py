@@ -72,6 +72,7 @@ def test_fields_for_curation_stay_and_other_attempts_go():
 def test_what_comes_before_the_question_is_in_the_prompt():
     system = {"role": "system", "content": "Be brief."}
     turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    assert converted("messages", {"system": "Be long.", "messages": [system, USER, ASSISTANT]})["messages"][0] == system
     row = converted("sharegpt", {"system": "Be brief.", "conversations": turns})
     assert row["messages"] == [system, USER, ASSISTANT]
     raw = {"instruction": "And 3+3?", "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]}
@@ -180,8 +181,9 @@ def test_another_solution_is_right_too():
     assert is_correct(row, f"<think></think>\n({answer})")
 
 
-@pytest.mark.parametrize("answer", ["9**9**9**9", "9" * 1000, "print(1)"])
-def test_what_is_no_formula_is_not_computed(answer):
+@pytest.mark.parametrize("answer", ["9**9**9**9", "print(1)", "1+" * 100 + "1"])
+def test_what_is_no_formula_is_not_computed(answer, monkeypatch):
+    monkeypatch.setattr("data.generated._gym", None)
     row = {"question": "?", "answer": "<think></think>1+1", "source": "reasoning_gym/countdown", "metadata": {}}
     assert not is_correct(row, f"<think></think>{answer}")
 
@@ -189,8 +191,11 @@ def test_what_is_no_formula_is_not_computed(answer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/other", "metadata": {}}, "a task of"),
-        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/countdown"}, "needs `metadata`"),
+        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/other", "metadata": {}}, "other"),
+        (
+            {"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/countdown"},
+            "field 'metadata' is missing, which",
+        ),
         (
             {
                 "question": "?",
@@ -205,7 +210,7 @@ def test_what_is_no_formula_is_not_computed(answer):
 def test_a_row_that_nothing_is_right_for_is_named_before_anything_is_asked(row, message):
     pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
     with pytest.raises(ValueError, match=rf"test:1: .*{message}"):
-        check_verifiable([PlacedRow(row, "test:1")])
+        check_verifiable(PlacedRow(row, "test:1"))
 
 
 @pytest.mark.parametrize(

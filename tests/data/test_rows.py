@@ -304,12 +304,19 @@ class TestSeveralTurns:
             None,
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
             "{{ messages[0]['content'] }}<|im_end|>",
+            "{{ raise_exception('too many') if messages[1:] else messages[0]['content'] }}",
         ],
     )
     def test_a_template_that_ends_no_answer_with_a_token(self, template):
         tokenizer = builtin_tokenizer()
         tokenizer.chat_template = template
         assert turn_end(tokenizer) is None
+
+    def test_a_template_that_writes_the_date(self):
+        dated = builtin_tokenizer()
+        dated.chat_template = "{{ strftime_now('%d %b %Y, %H:%M') }} {{ messages[0]['content'] }}:"
+        tokens, _ = prepared(dated, [row()])
+        assert dated.decode(tokens.ids(0)).startswith("01 Jan 2026, 00:00 Hi:")
 
     def test_no_template(self):
         tokenizer = builtin_tokenizer()
@@ -489,12 +496,6 @@ class TestCache:
             with pytest.raises(ValueError, match="changed while they were read"):
                 load()
         assert self.entries(tmp_path) == []
-
-    def test_a_template_that_writes_the_date(self, tokenizer, tmp_path):
-        dated = builtin_tokenizer()
-        dated.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}:"
-        tokens, _ = prepared(dated, [row()])
-        assert dated.decode(tokens.ids(0)).startswith("01 Jan 2026 Hi:")
 
     def test_nothing_half_built_is_ever_used(self, load, files, tmp_path, tokenizer, monkeypatch):
         def interrupted(*args):

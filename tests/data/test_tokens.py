@@ -59,8 +59,11 @@ def test_a_prompt_that_leaves_no_room_cannot_be_cut(tokenizer):
     rows = [placed("x" * 50), placed("x")]
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: data\.max_length=20 cuts the prompt of \d+ tokens"):
         tokenize(rows, tokenizer, 20, "right")
-    kept, report = rows_of({"rows": rows}, DataConfig(max_length=20, truncation="right", on_bad_row="skip"), tokenizer)
+    settings = {"max_length": 20, "truncation": "right"}
+    kept, report = rows_of({"rows": rows}, DataConfig(**settings, on_bad_row="skip"), tokenizer)
     assert (len(kept), report.dropped["cannot be used"].count) == (1, 1)
+    kept, _ = rows_of({"rows": rows}, DataConfig(**settings, filter="prompt_tokens < 20"), tokenizer)
+    assert len(kept) == 1
 
 
 def test_dropping_every_row_is_an_error(tokenizer):

@@ -30,8 +30,8 @@ def test_a_published_checkpoint_survives_the_round_trip(family, tmp_path):
 def test_the_settings_of_generation_stay(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "dream_tiny", source)
-    for ends, kept in (([254, 7], [254, 7]), ([7, 8], 254), (7, 254)):
-        settings = {"eos_token_id": ends, "temperature": 0.6, "do_sample": True}
+    for ends, kept in (([254, 7], [254, 7]), ([7, 8], [254, 7, 8]), (7, [254, 7]), (254, 254)):
+        settings = {"eos_token_id": ends, "temperature": 0.6, "do_sample": True, "use_cache": True}
         (source / "generation_config.json").write_text(json.dumps(settings))
         load_model(source).save_pretrained(tmp_path / "out")
         written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
