@@ -16,7 +16,7 @@ from data.chat import END_THINK, THINK, Chat, Message
 ONE_DAY = "".join(
     [
         "{% macro strftime_now(format) %}{{ format",
-        *(f" | replace('%{code}', '{datetime(2026, 1, 1).strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY"),
+        *(f" | replace('%{code}', '{datetime(2026, 1, 1).strftime(f'%{code}')}')" for code in (*"aAbBdHIjmMpSyY", "-d")),
         " }}{% endmacro %}",
     ]
 )
