@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message
 
+DAY = datetime(2026, 1, 1)
 # In front of templates that write the date: so a row is the same on every day.
 ONE_DAY = "".join(
     [
         "{% macro strftime_now(format) %}{{ format",
-        *(f" | replace('%{code}', '{datetime(2026, 1, 1).strftime(f'%{code}')}')" for code in (*"aAbBdHIjmMpSyY", "-d")),
+        *(f" | replace('%{code}', '{DAY.strftime(f'%{code}')}')" for code in (*"aAbBdHIjmMpSyY", "-d")),
         " }}{% endmacro %}",
     ]
 )
