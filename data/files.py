@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session, is_offline_mode
 from pyarrow import ArrowException
 
 from data.readers import READERS, BadRows, PlacedRow, listed
 
 ENDS = 2**20  # bytes at both ends of a file
+HUB_SECONDS = 10  # in which it has to answer
 SPLITS = "train|test|validation|valid|val|dev"
 SHARD = re.compile(rf"((?:{SPLITS})\w*)-\d{{5}}-of-\d{{5}}")  # the name of a file by the hub's custom, with its split
 SPLIT = re.compile(rf"(?<![a-z])({SPLITS})(?![a-z])")  # in any other name
@@ -207,11 +210,28 @@ def _hub(name: str, stream: bool = False) -> Any:
         ValueError: no such file here, and no such data set there, or no hub.
     """
     identity, configuration, split = _hub_id(name)
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
+    silence = _ask_hub()
+    if silence:
+        config.HF_HUB_OFFLINE = True
     try:
         return load_dataset(identity, configuration, split=split, streaming=stream)
     except _dataset_errors() as error:
         raise ValueError(
-            f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set ({error})"
+            f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set "
+            f"({silence or error})"
         ) from error
+
+
+@cache
+def _ask_hub() -> str | None:
+    """Why the hub cannot be reached; then it is not asked again, as the libraries would try for minutes."""
+    if is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT}: {error}"
+    return None

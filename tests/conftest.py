@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 # The golden numerics were made with these kernels: with them float32 results are bitwise equal.
@@ -13,12 +17,14 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from huggingface_hub import constants
 
-from data import DataConfig, report
+from data import DataConfig, files, report
 from data.equations import held_out_rows, train_rows
-from diffllm import DiffLLM, ModelConfig, load_model, new_model
+from diffllm import DiffLLM, ModelConfig, load_model, new_model, sources
 from diffllm.tokenizer import builtin_tokenizer
 from trainer.config import Config
 
@@ -56,6 +62,39 @@ def small_model(tokenizer) -> DiffLLM:
 def small_shape(**changes) -> ModelConfig:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     return ModelConfig(**shape | {"num_key_value_heads": 1, "initializer_range": 0.06} | changes)
+
+
+@pytest.fixture(params=["nothing", "not at all"])
+def silent_hub(request, monkeypatch):
+    """A hub that takes connections and answers nothing, or takes none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if request.param == "not at all":
+            server.close()
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        asked = ((sources, sources.ask_hub), (files, files._ask_hub))
+        for module, ask in asked:
+            monkeypatch.setattr(module, "HUB_SECONDS", 0.5)
+            ask.cache_clear()
+        yield endpoint
+        for _, ask in asked:
+            ask.cache_clear()
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    def late(*_):
+        raise AssertionError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from data import read_rows
 from data.chat import final_answer, to_chat, to_prompt
 from data.files import digest, outline
-from tests.data.test_fuzz import no_longer_than
+from tests.conftest import no_longer_than
 
 ROW = {"question": "2+2?", "answer": "<think>\n2+2=4\n</think>\n4", "source": "made up", "difficulty": 1}
 
@@ -129,6 +129,11 @@ def test_a_row_of_a_data_set_that_cannot_be_read(tmp_path):
     Dataset(pa.table({"question": ["a", "b"], "when": times})).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"saved: .* cannot be read beyond row 1 \(date value out of range\)"):
         read_rows([tmp_path / "saved"])
+
+
+def test_a_silent_hub_is_not_waited_for(silent_hub):
+    with no_longer_than(20), pytest.raises(ValueError, match=rf"nobody/a:train: .*does not give .*\({silent_hub}: "):
+        read_rows(["nobody/a:train"])
 
 
 def test_what_datasets_saved(tmp_path):

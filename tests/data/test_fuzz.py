@@ -1,9 +1,6 @@
 """Broken files, by the hundred: always a clear error or a full account, never a hang, never a row lost in silence."""
 
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from data import DataConfig, rows_of_files
+from tests.conftest import no_longer_than
 
 FILES = {"jsonl": 300, "json": 100, "parquet": 150}
 SECONDS = 20  # for one file
@@ -37,20 +35,6 @@ STRANGE = (
     [{"role": "x", "content": 3}],
     True,
 )
-
-
-@contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
-    def late(*_):
-        raise AssertionError(f"took more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def broken_rows(rng: np.random.Generator) -> list[dict]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -13,11 +12,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from diffllm import load_model, new_model, sources
+from diffllm import load_model, new_model
 from diffllm.sources import on_hub
 from diffllm.tokenizer import load_tokenizer, save_tokenizer
-from tests.conftest import GOLDEN, ROOT, small_shape
-from tests.data.test_fuzz import no_longer_than
+from tests.conftest import GOLDEN, ROOT, no_longer_than, small_shape
 from tests.diffllm.test_auto import CODE, published_copy
 from tests.diffllm.test_tokenizer import write_dream_tokenizer
 
@@ -104,21 +102,6 @@ def test_a_hub_id_is_like_a_directory(tmp_path):
     assert config["auto_map"]["AutoModel"] == "Dream-org/Tiny--modeling_dream.DreamModel"
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["auto_map"] == {"AutoTokenizer": ["Dream-org/Tiny--tokenization_dream.DreamTokenizer", None]}
-
-
-@pytest.fixture(params=["nothing", "not at all"])
-def silent_hub(request, monkeypatch):
-    """A hub that takes connections and answers nothing, or none."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        if request.param == "not at all":
-            server.close()
-        monkeypatch.setattr(sources, "HUB_SECONDS", 0.5)
-        monkeypatch.setattr(sources.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)
-        sources.ask_hub.cache_clear()
-        yield endpoint
-        sources.ask_hub.cache_clear()
 
 
 def test_a_silent_hub_is_not_waited_for(silent_hub):

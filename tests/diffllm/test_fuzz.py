@@ -8,8 +8,8 @@ import pytest
 
 from diffllm import load_model
 from diffllm.loading import empty_model
-from tests.conftest import GOLDEN
-from tests.data.test_fuzz import STRANGE, broken_bytes, no_longer_than
+from tests.conftest import GOLDEN, no_longer_than
+from tests.data.test_fuzz import STRANGE, broken_bytes
 
 SECONDS = 30  # for one checkpoint
 FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "mask_token_id", "eos_token_id", "model_type", "rope_theta")
