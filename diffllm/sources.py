@@ -167,7 +167,12 @@ def generation_settings(source: str | None) -> dict[str, Any]:
     if source is None or is_gguf(source):
         return {}
     with readable(source, GENERATION_CONFIG_NAME):
-        file = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            source,
+            GENERATION_CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         settings = json.loads(Path(file).read_text()) if file else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{source}: {GENERATION_CONFIG_NAME} is not a JSON object")
