@@ -147,7 +147,7 @@ def _files(folder: Path, split: str | None = None) -> list[Path]:
             f"{folder}: {listed(unread)} would be left out, as data files end in {', '.join(READERS)}; convert them, "
             "or name the files to read"
         )
-    chosen = [file for file in files if file in asked]
+    chosen = [file for file in files if split is None or splits[file] == split]
     if len({file.name for file in chosen}) < len(chosen):
         folders = sorted({str(file.parent) for file in chosen})
         raise ValueError(f"{folder}: several sets in one; name one of {listed(folders)}, or the files to read")
