@@ -5,7 +5,6 @@ response, or messages, and says what became of every row.
 """
 
 import json
-import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -19,6 +18,7 @@ from data.generated import DIFFICULTY, generate
 from data.raw import RAW_SETS, convert
 from data.readers import BadRows, PlacedRow
 from data.report import Report
+from data.storage import whole_file
 
 ROWS = 1000
 
@@ -49,20 +49,15 @@ def prepare(options: Namespace) -> Report:
         raise ValueError(f"{output}: the output is a .jsonl file")
     bad = BadRows("--on-bad-row skip leaves such rows out")
     report = Report(options.name)
-    unfinished = output.with_suffix(".unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with unfinished.open("w") as lines:
-            for line in _lines(options, bad):
-                lines.write(line)
-                report.kept += 1
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as lines:
+        for line in _lines(options, bad):
+            lines.write(line)
+            report.kept += 1
         if options.on_bad_row == "error":
             bad.refuse()
         if not report.kept:
             raise ValueError(f"{options.name}: no row is left.\n{bad.text()}")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
     if bad.count:
         report.add_bad(bad)
     report.read = report.kept + bad.count

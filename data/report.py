@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.readers import BadRows
+from data.storage import read_object, whole_file
 from data.tokens import TokenRows
 
 FILE = "data_report.json"
@@ -154,13 +155,12 @@ def save(reports: list[Report], directory: Path, extend: bool = False) -> list[P
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
-    contents = json.loads(path.read_text()) if extend and path.exists() else {}
+    contents = read_object(path) if extend and path.exists() else {}
     for report in reports:
         contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
         del contents[report.name]["lengths"]  # said by `tokens`, in a line each
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(contents, indent=2) + "\n")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(contents, indent=2) + "\n")
     return [path, *_draw(reports, path.with_suffix(".png"))]
 
 
@@ -174,7 +174,8 @@ def _draw(reports: list[Report], path: Path) -> list[Path]:
     figure = Figure(figsize=(12, 4 * len(reports)), layout="constrained")
     for axes, report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
         _draw_rows(axes, report)
-    figure.savefig(path)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png")
     return [path]
 
 

@@ -12,7 +12,7 @@ from trainer.config import Config, field_names
 MAY_IMPORT = {
     "sampling": set(),
     "data": set(),
-    "diffllm": {"sampling"},
+    "diffllm": {"data", "sampling"},
     "trainer": {"diffllm", "data", "sampling"},
     "launch": {"trainer", "diffllm", "data", "sampling"},
 }

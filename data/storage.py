@@ -1,0 +1,208 @@
+"""Files and directories that are whole or not there, their digests, and the errors of a disk."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import file_digest
+from io import BufferedWriter, FileIO
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import xxhash
+
+FULL_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full, as far as the user's quota goes",
+    errno.EFBIG: "the disk is full, as far as the limit on the size of a file goes (ulimit -f)",
+}
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+
+
+class DigestedFile(BufferedWriter):
+    """A new binary file whose XXH3 digest is made while it is written."""
+
+    failure: OSError | None = None  # torch replaces it by an error without its cause
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(FileIO(path, "w"))
+        self._digest = xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def hexdigest(self) -> str:
+        """Digest of everything written so far."""
+        return self._digest.hexdigest()
+
+
+def digest_bytes(content: bytes) -> str:
+    """XXH3 digest, 128 bits in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def digest_file(path: Path) -> str:
+    """XXH3 digest of a file's content, 128 bits in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name when the block ends; what was there before stays until then.
+
+    Args:
+        mode: `w` for UTF-8 text, `wb` for bytes.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; the message names it.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with writing(path):
+        try:
+            with unfinished.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Make a directory to write in, which takes the name `path` when the block ends.
+
+    Args:
+        replace: take the place of what is there.
+
+    Raises:
+        ValueError: `path` exists and is not empty, unless `replace`.
+        OSError: it cannot be written, as on a full disk; what was there before is untouched.
+    """
+    path = Path(path).resolve()
+    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists: delete it, or name another directory")
+    unfinished = path.with_name(path.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with writing(path):
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            publish(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a directory its name; a directory that has it makes way and is deleted afterwards."""
+    replaced = path.with_name(path.name + REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    unfinished.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file or directory, and the cause, where writing it fails.
+
+    Raises:
+        OSError: in the place of what the operating system, Arrow, safetensors or torch raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = find_full_disk(error)
+        if full or isinstance(error, OSError):
+            message = f"{path} could not be written: {full or error}"
+            raise OSError(getattr(error, "errno", None) or errno.EIO, message) from error
+        raise
+
+
+def find_full_disk(error: BaseException | None) -> str | None:
+    """Words for a full disk if an error, or one that it came from, is one; None otherwise.
+
+    torch and safetensors raise errors of their own, which hold the text of the system's.
+    """
+    while error is not None:
+        for number, words in FULL_DISK.items():
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def refuse_links(*paths: Path) -> None:
+    """Refuse names that a run would write through, or could not write at all.
+
+    Raises:
+        ValueError: one is a symbolic link, or neither a file nor a directory.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a symbolic link to {os.readlink(path)}: a run replaces what it writes, it does not write "
+                "through links. Delete the link, or name another directory"
+            )
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a directory: delete it, or name another directory")
+
+
+class Records(NamedTuple):
+    """The content of a .jsonl file."""
+
+    objects: list[dict[str, Any]]
+    ends: list[int]  # bytes of the file up to the end of each
+
+
+def read_records(path: Path) -> Records:
+    """Read JSON objects, one a line; an end that a kill or a power cut has torn is left out, and noted on stderr.
+
+    Raises:
+        ValueError: another line is not a JSON object; the message names it.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rstrip(b"\0")
+    whole = whole[: whole.rfind(b"\n") + 1]
+    if torn := len(content) - len(whole):
+        print(f"{path}: its torn end of {torn} bytes is dropped", file=sys.stderr, flush=True)
+    objects, ends, end = [], [], 0
+    for number, line in enumerate(whole.splitlines(keepends=True), start=1):
+        end += len(line)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}); delete that line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object but {type(record).__name__}; delete that line")
+        objects.append(record)
+        ends.append(end)
+    return Records(objects, ends)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: there is none, or something else; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object but {type(content).__name__}")
+    return content
