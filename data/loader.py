@@ -1,8 +1,14 @@
 """Batches as pure functions of their number, so that a position is one integer and resuming is exact."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,9 +132,10 @@ class TrainBatches(Dataset):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=to_numpy,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=partial(follow_rank, os.getpid()),
         )
-        yield from map(to_device_ready, loader)
+        with closing(each(loader)) as items:
+            yield from map(to_device_ready, items)
 
     def identity(self) -> tuple[int, str]:
         """Number of rows, and what tells them from others: data, order, and the tokenizer with its template."""
@@ -205,10 +212,38 @@ def to_device_ready(micro_batches: list[dict[str, np.ndarray]]) -> list[Batch]:
     return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in tensors]
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave it to the rank to react when a cluster asks the whole process group to stop."""
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+def follow_rank(rank: int, worker: int) -> None:
+    """Let a worker live as long as its rank: ignore signals, which a cluster sends to all, and end with the rank.
+
+    A rank that is asked to stop needs batches until its step ends. A worker does not notice a rank that was killed: it
+    waits for room in a pipe that it holds open itself.
+
+    Args:
+        rank: process id.
+        worker: number of this one, unused.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == rank:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="rank").start()
+
+
+def each(loader: DataLoader) -> Iterator[Any]:
+    """Iterate over a loader; its workers end with the iteration, also where that is closed or fails.
+
+    A traceback can hold the iterator up to the end of the process, which then waits for workers that wait for it.
+    """
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
 
 
 class ValBatches:

@@ -5,8 +5,11 @@ ranks, and where to go on is known exactly.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -17,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from data.config import DataConfig
 from data.cutoff import assemble, response_widths
 from data.files import digest, iterate, outline
-from data.loader import CUT, Batch, Noise, Share, ignore_signals, to_device_ready, to_numpy, to_torch
+from data.loader import CUT, Batch, Noise, Share, each, follow_rank, to_device_ready, to_numpy, to_torch
 from data.report import Report
 from data.rows import Preparation, tokenizer_digest
 from data.tokens import TokenRows
@@ -78,16 +81,17 @@ class StreamedBatches(IterableDataset):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_arrays,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=partial(follow_rank, os.getpid()),
         )
-        for _, item in zip(steps, loader, strict=False):
-            if isinstance(item, Exception):
-                raise item
-            micro_batches, position, report = item
-            self.before, self.position = self.position, position
-            trained += self.share.global_batch_size
-            self.report = replace(report, trained=trained)
-            yield to_device_ready(micro_batches)
+        with closing(each(loader)) as items:
+            for _, item in zip(steps, items, strict=False):
+                if isinstance(item, Exception):
+                    raise item
+                micro_batches, position, report = item
+                self.before, self.position = self.position, position
+                trained += self.share.global_batch_size
+                self.report = replace(report, trained=trained)
+                yield to_device_ready(micro_batches)
 
     def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | Exception]:
         """Micro-batches, position and report; at last an error, which a worker would raise with all its traceback."""
