@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.storage import whole_directory
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, new_directory, split_gguf
+from diffllm.sources import first_line, split_gguf
 from diffllm.tokenizer import MASK_TOKEN, check_tokenizer, load_tokenizer, name_mask
 
 
@@ -130,7 +131,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        with new_directory(options.directory) as unfinished:
+        with whole_directory(options.directory) as unfinished:
             model, tokenizer = adapt(options.source, options.mask_token, dtype="auto")
             model.save_pretrained(unfinished, tokenizer=tokenizer)
         print(f"model: {options.directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")

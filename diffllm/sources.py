@@ -128,25 +128,6 @@ def unexpected_in_gguf(source: str) -> list[str]:
     return [name for name in names if plain[name] not in known]
 
 
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to write in, which takes the name `path` when all is written.
-
-    Raises:
-        ValueError: there is something already.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists: delete it, or name another directory")
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
     """The classes of an `auto_map` by names that hold outside their repository, `REPOSITORY--file.Class`."""
 

@@ -7,12 +7,10 @@ says what the responses depend on: a run goes on only with the same.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,12 @@ from tqdm import tqdm
 
 from data import PlacedRow, prompt_ids, read_rows
 from data.chat import Message, to_prompt
+from data.storage import read_object, read_records, refuse_links, whole_file, writing
 from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
 from trainer.config import Config
-from trainer.world import locked, open_world, ranks_from_environment
-
-PATIENCE = timedelta(days=7)  # of a rank whose rows are done, for the others
+from trainer.world import PATIENCE, locked, open_world, ranks_from_environment
 
 
 def answer(config: Config) -> None:
@@ -116,9 +113,10 @@ def answer_file(config: Config) -> None:
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"output={output} exists already: delete it, or name another file")
+    directory = output.with_name(f"{output.name}.partial")
+    refuse_links(output, directory)
     rows = read_rows([config.input])
     chats = [to_prompt(placed) for placed in rows]
-    directory = output.with_name(f"{output.name}.partial")
 
     with open_world() as world:
         model, tokenizer = load_for_sampling(config)
@@ -129,7 +127,7 @@ def answer_file(config: Config) -> None:
         for placed, prompt in zip(rows, prompts, strict=True):
             check_fits(model, len(prompt), config.sampling, f"{placed.place}: a prompt")
         origin = _origin(rows, prompts, config.sampling, model)
-        with locked(directory, world):
+        with locked(directory, world, "run.json"):
             done = world.on_main(lambda: _begin(directory, origin))
             todo = [name for name in range(len(rows)) if name not in done]
             todo.sort(
@@ -180,9 +178,10 @@ def _begin(directory: Path, origin: dict[str, Any]) -> set[int]:
     """
     done, record = _read(directory), directory / "run.json"
     if not done:
-        _write(record, [json.dumps(origin, indent=2)], directory)
+        with whole_file(record) as file:
+            file.write(json.dumps(origin, indent=2) + "\n")
         return set()
-    saved = json.loads(record.read_text())
+    saved = read_object(record)
     found = [
         f"{name} is {saved.get(name)} there and {origin.get(name)} here"
         for name in sorted(saved.keys() | origin.keys())
@@ -197,21 +196,32 @@ def _begin(directory: Path, origin: dict[str, Any]) -> set[int]:
 
 
 def _append(file: Path, responses: Iterable[Response]) -> None:
-    with file.open("a", buffering=1) as lines:
-        lines.write("\n")  # ends a line that was cut by a kill
+    """Append responses as they come, in the place of an end that a kill has torn.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    whole = max(read_records(file).ends, default=0)
+    with writing(file), file.open("a", buffering=1) as lines:
+        lines.truncate(whole)
         for response in responses:
             lines.write(json.dumps(asdict(response)) + "\n")
 
 
 def _read(directory: Path) -> dict[int, Response]:
-    """Responses that are done, by the numbers of their rows."""
+    """Responses that are done, by the numbers of their rows.
+
+    Raises:
+        ValueError: a line is broken; the message names it.
+    """
     done = {}
-    for file in directory.glob("rank*.jsonl"):
-        for line in file.read_bytes().splitlines():
+    for file in sorted(directory.glob("rank*.jsonl")):
+        for record in read_records(file).objects:
             try:
-                response = Response(**json.loads(line))
-            except ValueError:  # an empty line, or a cut one: the beginning of a JSON object is not JSON
-                continue
+                response = Response(**record)
+            except TypeError as error:
+                text = json.dumps(record)[:80]
+                raise ValueError(f"{file} has a line that is no response: {text}; delete that line") from error
             done[response.name] = response
     return done
 
@@ -228,17 +238,19 @@ def _finish(directory: Path, rows: Sequence[PlacedRow], output: Path) -> None:
 
     def line(row: dict[str, Any], response: Response) -> str:
         nfe, tokens_per_forward = response.nfe, response.tokens_per_forward
-        kept = {"reference" if field == "response" else field: value for field, value in row.items()}
-        return json.dumps({**kept, "response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward})
+        added = {"response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward}
+        return json.dumps(with_fields(row, added)) + "\n"
 
-    _write(output, (line(placed.row, done[name]) for name, placed in enumerate(rows)), directory)
+    with whole_file(output) as lines:
+        lines.writelines(line(placed.row, done[name]) for name, placed in enumerate(rows))
 
 
-def _write(file: Path, lines: Iterable[str], directory: Path) -> None:
-    """Write all of a file or nothing, by way of a directory on the same disk."""
-    unfinished = directory / "unfinished"
-    with unfinished.open("w") as written:
-        written.writelines(f"{line}\n" for line in lines)
-        written.flush()
-        os.fsync(written.fileno())
-    os.replace(unfinished, file)
+def with_fields(row: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """A row with further fields. Its own of the same names stay: a response as `reference`, others as `input_NAME`."""
+    kept = {name: value for name, value in row.items() if name not in added}
+    for name in row.keys() & added.keys():
+        other = "reference" if name == "response" else f"input_{name}"
+        while other in row or other in kept:
+            other = f"input_{other}"
+        kept[other] = row[name]
+    return {**kept, **added}

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha1
@@ -27,6 +28,7 @@ from yaml import YAMLError
 from launch import ROOT
 from launch.sweep import reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
+from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, report_to_torchrun
 from trainer.world import ranks_from_environment
 
 CONF = ROOT / "conf"
@@ -68,7 +70,9 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()  # else Hydra prints its attempts
         sys.argv[1:] = map(quote_text, sys.argv[1:])
-        with user_errors(debug), reported():
+        if run.__module__ == "__main__":  # and not in a process that has other work
+            Deadline.armed = True
+        with Deadline.on_error(), user_errors(debug), reported():
             check_arguments(sys.argv[1:])
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
             composed()
@@ -80,8 +84,8 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 def user_errors(debug: bool) -> Iterator[None]:
     """End the process with a message and exit code 1 on an error that explains itself, with 130 on Ctrl-C.
 
-    Ranks mostly fail alike: the first one of a machine speaks at once, and torchrun then ends the others. One that
-    fails alone is still there to speak a little later. In debug mode the whole traceback is shown.
+    Before the ranks know each other they fail alike: local rank 0 prints at once, the others after 3 s, if still alive.
+    torchrun repeats the error at the end of its report. In debug mode the whole traceback is shown.
     """
     try:
         yield
@@ -94,12 +98,16 @@ def user_errors(debug: bool) -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:
             raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(3)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not FirstError.claimed:
+            time.sleep(SPEAK_SECONDS)
         own = type(error) is ValueError  # whose lines are meant; those of libraries are joined
-        said = str(error).replace("\n", "\n  ") if own else " ".join(str(error).split())
-        print("error:", said, file=sys.stderr, flush=True)
+        message = str(error).replace("\n", "\n  ") if own else " ".join(str(error).split())
+        report_to_torchrun(f"error: {message}")
+        print("error:", message, file=sys.stderr, flush=True)
         sys.exit(1)
+    except Exception:
+        report_to_torchrun(traceback.format_exc())
+        raise
 
 
 def quote_text(argument: str) -> str:

@@ -18,6 +18,7 @@ from data.chat import Message, to_chat
 from data.equations import held_out_rows
 from data.files import iterate
 from data.readers import BadRows, PlacedRow
+from data.storage import refuse_links, whole_file
 from data.verify import check_verifiable, is_correct, reference
 from launch.generate import Response, generate, load_for_sampling
 from trainer.config import Config, to_dict
@@ -42,6 +43,9 @@ def evaluate(config: Config) -> None:
     Raises:
         ValueError: questions that cannot be used, unless `data.on_bad_row=skip`, or cannot be judged, or none is left.
     """
+    path = Path(config.trainer.output_dir) / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_links(path)
     model, tokenizer = load_for_sampling(config)
     questions, skipped = _questions(config.data, tokenizer)
     started = time.perf_counter()
@@ -63,8 +67,6 @@ def evaluate(config: Config) -> None:
     }
     _print(questions, responses, right, scores, asked)
 
-    path = Path(config.trainer.output_dir) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "scores": scores,
         "config": to_dict(config),
@@ -80,7 +82,8 @@ def evaluate(config: Config) -> None:
             for question, response, ok in zip(questions, responses, right, strict=True)
         ],
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(path) as file:
+        file.write(json.dumps(record, indent=2) + "\n")
     print(f"every setting, version and answer: {path}")
 
 

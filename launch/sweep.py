@@ -8,11 +8,13 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,10 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from data.storage import read_object, read_records, whole_file, writing
 from launch import ROOT
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Sweep(Callback):
@@ -49,36 +54,78 @@ def train_job(debug: bool) -> float | None:
         environment.pop("HYDRA_FULL_ERROR", None)  # which the sweep has set for itself
     job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
     record, log, start = directory / "job.json", directory / "output.log", time.perf_counter()
-    record.write_text(json.dumps(job))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with log.open("wb") as copy, subprocess.Popen(command, env=environment, **pipes) as process:
-        while piece := process.stdout.read1():  # not by lines: a progress bar is a single one
-            copy.write(piece)
-            sys.stderr.buffer.write(piece)
-            sys.stderr.flush()
-    job |= {"exit_code": process.returncode, "seconds": round(time.perf_counter() - start), "error": None}
-    if process.returncode:
+    _write(record, job)
+    exit_code, stopped = run_copied(command, environment, log)
+    job |= {"exit_code": exit_code, "seconds": round(time.perf_counter() - start), "error": None}
+    if stopped:
+        _write(record, job | {"error": f"stopped by {stopped.name}"})
+        if stopped == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + stopped)
+    if exit_code:
         # the first is the cause; its further lines are indented
         said = re.search(r"\w*error: .+(\n  .+)*", log.read_text(errors="replace"), re.IGNORECASE)
-        cause = said[0].removeprefix("error: ") if said else f"exit code {process.returncode}, see {log}"
+        cause = said[0].removeprefix("error: ") if said else f"exit code {exit_code}, see {log}"
         job["error"] = " ".join(cause.split())
-    record.write_text(json.dumps(job))
+    _write(record, job)
     metrics = last_metrics(directory)
     return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))
 
 
+def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, signal.Signals | None]:
+    """Run a command; copy what it prints to stderr and into a file.
+
+    The command gets its own session, so that it receives each signal once: torchrun does not survive a second one while
+    it ends its ranks. A second signal kills it; its ranks then end by themselves.
+
+    Returns:
+        Its exit code, and the signal that this process received meanwhile.
+
+    Raises:
+        OSError: the copy cannot be written; the command was killed.
+    """
+    received: list[signal.Signals] = []
+
+    def forward(number: int, _: Any) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL if received else number)
+        received.append(signal.Signals(number))
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with log.open("wb") as copy, subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        main = threading.current_thread() is threading.main_thread()  # not in a launcher that has threads
+        before = {number: signal.signal(number, forward) for number in FORWARDED} if main else {}
+        try:
+            while piece := process.stdout.read1():  # not by lines: a progress bar is a single one
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+                with writing(log):
+                    copy.write(piece)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return process.returncode, received[0] if received else None
+
+
+def _write(record: Path, job: dict[str, Any]) -> None:
+    with whole_file(record) as file:
+        json.dump(job, file)
+
+
 def last_metrics(run: Path) -> dict[str, float | None]:
     """The last values of train/loss and of all that validation measures, as far as the run came."""
-    file, last = run / "metrics.jsonl", {}
-    for line in file.read_text().splitlines(keepends=True) if file.is_file() else ():
-        if line.endswith("\n"):  # a kill can leave half of one
-            last |= json.loads(line)
+    last = {}
+    for record in read_records(run / "metrics.jsonl").objects:
+        last |= record
     return {name: value for name, value in last.items() if name == "train/loss" or name.startswith("val/")}
 
 
 def results(sweep: Path) -> list[dict[str, Any]]:
     """A row for each job: its number, the overrides that not all jobs have, how it ended, its last metrics."""
-    jobs = [json.loads(file.read_text()) | {"metrics": last_metrics(file.parent)} for file in sweep.rglob("job.json")]
+    jobs = [read_object(file) | {"metrics": last_metrics(file.parent)} for file in sweep.rglob("job.json")]
     return [
         {"job": job["job"]}
         | dict(each.partition("=")[::2] for each in job["overrides"] if not all(each in j["overrides"] for j in jobs))
@@ -104,8 +151,8 @@ def reported() -> Iterator[None]:
 def report(rows: list[dict[str, Any]], file: Path) -> None:
     """Write results as CSV and print them as a table, then a line for each job that failed."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with file.open("w", newline="") as table:
-        writer = csv.DictWriter(table, names)
+    with whole_file(file) as table:
+        writer = csv.DictWriter(table, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     shown = [name for name in names if name != "error" and not name.startswith("val/nll_t")]

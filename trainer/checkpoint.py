@@ -1,18 +1,15 @@
 """Checkpoints: written under a temporary name, visible only when whole.
 
-A checkpoint is a directory `step_00000500` with what torch.distributed.checkpoint writes and a `checkpoint.json`, which
-holds the step, the resolved configuration, the versions and the size of every file.
+A checkpoint is a directory `step_00000500` with the tensors that torch.distributed.checkpoint writes, and a
+`checkpoint.json` (trainer/manifest.py) with everything else.
 """
 
-import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from packaging.version import Version
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -32,18 +27,21 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from data.storage import UNFINISHED, find_full_disk, publish
 from diffllm import DiffLLM
+from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
+from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
 from trainer.world import World
 
-MANIFEST = "checkpoint.json"
-UNFINISHED = ".unfinished"
+LAST_SAVE_SECONDS = 4  # that a failing run gives a save that is under way
 
 
 @dataclass
 class TrainingState:
     """All that a step changes. Data position and learning rate are functions of the step, which the manifest holds.
 
-    Frozen weights are not part of it: they are read from where the run began.
+    Frozen weights are not part of it: they are read from where the run began. Neither are the optimizer's
+    hyperparameters: they are the configuration's.
     """
 
     model: DiffLLM
@@ -57,21 +55,23 @@ class TrainingState:
             moments["step"].zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Sharded tensors and plain values, as dcp takes them; loading into it fills it in place."""
-        options = StateDictOptions(ignore_frozen_params=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        """Sharded tensors, as dcp takes them; loading into it fills it in place."""
+        model, optimizer = get_state_dict(
+            self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
+        )
         return {
             "model": model,
-            "optimizer": optimizer,
+            "optimizer": {"state": optimizer["state"]},
             "rng": {f"rank_{self.world.rank}": _rng_state(self.world.device)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        current = get_optimizer_state_dict(self.model, self.optimizer)
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict={**current, **state["optimizer"]},
             options=StateDictOptions(strict=False),
         )
         rng = state["rng"][f"rank_{self.world.rank}"]
@@ -93,10 +93,16 @@ class Checkpoints:
     If `asynchronous`, the state is copied and the copy written in the background, while training goes on; what changes
     the state has to call `wait_for_copy` first. A checkpoint becomes visible when all ranks have written theirs, and
     whole older ones but the newest `keep` are then deleted.
+
+    Args:
+        broken: checkpoints that are not whole. They do not count, and stay to be looked at.
     """
 
-    def __init__(self, directory: Path, state: TrainingState, keep: int, asynchronous: bool):
+    def __init__(
+        self, directory: Path, state: TrainingState, keep: int, asynchronous: bool, broken: Iterable[Path] = ()
+    ):
         self.directory, self.state, self.keep, self.asynchronous = directory, state, keep, asynchronous
+        self._broken = set(broken)
         # Of its own, since it is used at the same time as the trainer's.
         self._group = dist.new_group(backend="gloo")
         cuda = state.world.device.type == "cuda"
@@ -108,6 +114,7 @@ class Checkpoints:
         self._copied: Future | None = None
         self._pending: Future | None = None
         self._target, self._manifest = directory, {}  # of what is pending
+        self._writer = DigestingWriter(directory)
 
     def save(self, step: int, manifest: dict[str, Any]) -> None:
         """Begin to write the checkpoint of a step. Collective.
@@ -119,7 +126,8 @@ class Checkpoints:
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
         self.state.world.on_main(self._discard)
         state = self.state.state_dict()
-        where = {"checkpoint_id": _unfinished(self._target), "process_group": self._group}
+        self._writer = DigestingWriter(_unfinished(self._target))
+        where = {"storage_writer": self._writer, "process_group": self._group}
         if self.asynchronous:
             if self.state.world.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the copy runs in a stream of its own
@@ -171,17 +179,22 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             if self.state.world.is_main:
                 self._discard()
+            newest = next((path for path in candidates(self.directory) if find_defect(path) is None), None)
+            advice = "Free space there" if find_full_disk(error) else "Mend that"
             raise OSError(
-                f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: "
-                f"{find_newest(self.directory)[0]}. Free space there and start again to resume from it"
+                f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: {newest}. "
+                f"{advice} and start again to resume from it"
             ) from error
 
     def close(self) -> None:
-        """Let what is being written end, as this rank sees it: the others may have failed."""
-        if self._pending is not None:
-            self._pending.exception()  # waits
+        """Let what is being written end, as this rank sees it: for a short time, as the others may have failed."""
+        if self._pending is None:
+            self._stager.close()
+            return
+        with suppress(TimeoutError):
+            self._pending.exception(LAST_SAVE_SECONDS)
             self.poll()
-        self._stager.close()
+            self._stager.close()
 
     def _discard(self) -> None:
         shutil.rmtree(_unfinished(self._target), ignore_errors=True)
@@ -191,96 +204,45 @@ class Checkpoints:
         unfinished = _unfinished(self._target)
         if not unfinished.exists():
             return
-        sizes = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-        (unfinished / MANIFEST).write_text(json.dumps({**self._manifest, "files": sizes}, indent=2))
-        _replace(unfinished, self._target)
-        # What is broken does not count, and stays to be looked at.
-        whole = [path for path in sorted(self.directory.glob("step_*")) if find_defect(path) is None]
-        for old in (*whole[: -self.keep], *self.directory.glob(f"*{UNFINISHED}")):
+        write_manifest(unfinished, self._manifest, self._writer.digests)
+        publish(unfinished, self._target)
+        self._broken.discard(self._target)
+        whole = [path for path in candidates(self.directory) if path not in self._broken and find_defect(path) is None]
+        for old in (*whole[self.keep :], *self.directory.glob(f"*{UNFINISHED}")):
             try:
                 shutil.rmtree(old)
             except OSError as error:
                 print(f"{old} could not be deleted: {error}", flush=True)
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A directory to write in that takes the place of `target` when all is written.
-
-    Raises:
-        OSError: it could not be written, as on a full disk; what was there before is untouched.
-    """
-    unfinished = _unfinished(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        yield unfinished
-        _replace(unfinished, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{target} could not be written: {error}") from error
-
-
 def _unfinished(target: Path) -> Path:
     return target.with_name(target.name + UNFINISHED)
 
 
-def _replace(unfinished: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(unfinished, target)
-
-
 def _reason(error: BaseException) -> str:
     """The operating system's words, out of what the ranks reported."""
+    if full := find_full_disk(error):
+        return full
     if isinstance(error, CheckpointException):
         return "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
     return str(error)
 
 
-def find_newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and what was skipped on the way and why."""
-    skipped = []
-    for candidate in sorted(directory.glob("step_*"), reverse=True):
-        defect = find_defect(candidate)
+def find_newest(directory: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run, and what was skipped on the way with the reason. Collective.
+
+    Every rank checks the digests of its share of the files.
+    """
+    skipped = {path: find_defect(path) for path in sorted(directory.glob(f"*{UNFINISHED}"))}
+    for candidate in world.on_main(lambda: candidates(directory)):
+        defect = world.on_main(lambda: find_defect(candidate))  # noqa: B023 — called at once
+        if defect is None:
+            damages = world.gather(find_damage(candidate, world.rank, world.size))
+            defect = next(filter(None, damages), None)
         if defect is None:
             return candidate, skipped
-        skipped.append(f"{candidate}: {defect}")
+        skipped[candidate] = defect
     return None, skipped
-
-
-def find_defect(checkpoint: Path) -> str | None:
-    """Why a directory is not a whole checkpoint; None if it is one."""
-    if not checkpoint.is_dir():
-        return "no such checkpoint directory"
-    if checkpoint.name.endswith(UNFINISHED):
-        return "half-written, the run stopped while saving it"
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return f"not a checkpoint, {MANIFEST} is missing or unreadable"
-    for name, size in files.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"half-written, {name} is missing or cut short"
-    return None
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """checkpoint.json of a whole checkpoint.
-
-    Raises:
-        ValueError: a newer version wrote it.
-    """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    writer, reader = manifest["versions"]["diffllm"], version("diffllm")
-    if Version(writer) > Version(reader):
-        raise ValueError(f"{checkpoint} was written by diffllm {writer}, this is {reader}: update to go on with it")
-    return manifest
-
-
-def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return directory / f"step_{step:08d}"
 
 
 def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
@@ -294,13 +256,13 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
     """
     values = state.state_dict()
     with _refusing_corrupt(checkpoint):
-        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        saved = SafeReader(checkpoint).read_metadata().state_dict_metadata
         check_shapes(checkpoint, saved, values["model"])
         # A rank or a kind of device that the run did not have keeps its own random state.
         rank = f"rank_{state.world.rank}"
         own = values["rng"][rank]
         values["rng"] = {rank: {kind: value for kind, value in own.items() if f"rng.{rank}.{kind}" in saved}}
-        dcp.load(values, checkpoint_id=checkpoint)
+        dcp.load(values, storage_reader=SafeReader(checkpoint), planner=TensorLoadPlanner())
     values["rng"][rank] = own | values["rng"].get(rank, {})
     state.load_state_dict(values)
     return read_manifest(checkpoint)
@@ -314,7 +276,7 @@ def load_weights(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
     """
     with _refusing_corrupt(checkpoint), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-        dcp.load({"model": weights}, checkpoint_id=checkpoint, no_dist=True)
+        dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), planner=TensorLoadPlanner(), no_dist=True)
 
 
 @contextmanager

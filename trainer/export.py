@@ -7,12 +7,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from data.storage import whole_directory
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
-from diffllm.sources import new_directory
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.config import Config, resolve
+from trainer.manifest import check_whole, read_manifest
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,11 +39,10 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
     """
     if dtype not in DTYPES:
         raise ValueError(f"{dtype}: weights are written as one of {', '.join(DTYPES)}")
-    if defect := checkpoint.find_defect(source):
-        raise ValueError(f"{source}: {defect}")
-    config = resolve(OmegaConf.create(checkpoint.read_manifest(source)["config"]))
+    check_whole(source)
+    config = resolve(OmegaConf.create(read_manifest(source)["config"]))
     config.model.attn_implementation = "sdpa"  # nothing is forwarded
-    with new_directory(directory) as unfinished:
+    with whole_directory(directory) as unfinished:
         model, tokenizer = load_trained(source, config)
         merged = merge_lora(model.state_dict(), config.model)
         weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in merged.items()}

@@ -3,6 +3,8 @@
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import Batch
 from data.report import save
+from data.storage import whole_directory
 from data.stream import Position
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
 from diffllm.modeling_diffllm import Restored
 from diffllm.weights import loss_denominator
-from trainer import checkpoint
 from trainer.build import (
     build_batches,
     build_lr_schedule,
@@ -29,11 +31,13 @@ from trainer.build import (
     frozen_dtype,
     set_lr,
 )
-from trainer.checkpoint import Checkpoints, TrainingState
+from trainer.checkpoint import Checkpoints, TrainingState, load
 from trainer.config import Config, share_of, to_dict, total_steps
+from trainer.ending import Deadline
 from trainer.forward import forward
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
+from trainer.manifest import path_of
 from trainer.memory import check_fits
 from trainer.metrics import MetricsLog
 from trainer.nonfinite import FailedStep, keep
@@ -42,6 +46,9 @@ from trainer.speed import Speed
 from trainer.tally import Tally
 from trainer.validation import validate
 from trainer.world import World, locked
+
+# What a run writes into its directory, beside checkpoints, which may be a link to another disk.
+WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_id", "nonfinite")
 
 
 class FSDPSFTTrainer:
@@ -100,17 +107,21 @@ class FSDPSFTTrainer:
             SystemExit: SIGTERM or SIGINT stopped the run.
         """
         settings = self.config.trainer
-        with locked(self.output_dir, self.world), Interruption() as self.interruption:
+        with locked(self.output_dir, self.world, *WRITTEN), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.world)
-            done = self._resume(state)
+            done, broken = self._resume(state)
             if not done and self.world.is_main:
                 save([report for _, report in self.rows.values()], self.output_dir)
             directory = self.output_dir / "checkpoints"
-            self.checkpoints = Checkpoints(directory, state, settings.keep_checkpoints, settings.async_checkpoints)
+            self.checkpoints = Checkpoints(
+                directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken
+            )
             try:
-                with MetricsLog(settings, to_dict(self.config), done, self.steps, enabled=self.world.is_main) as log:
-                    finished = self._train(done, log)
-                self.checkpoints.wait()
+                log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.world)
+                batches = self.train_batches.loader(range(done, self.steps))
+                with log, closing(batches), Deadline.on_error():
+                    finished = self._train(batches, done, log)
+                    self.checkpoints.wait()
             finally:
                 self.checkpoints.close()
                 if self.config.data.streaming:
@@ -119,10 +130,9 @@ class FSDPSFTTrainer:
                 self.export(self.output_dir / "hf")
                 self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
 
-    def _train(self, done: int, log: MetricsLog) -> bool:
+    def _train(self, batches: Iterator[list[Batch]], done: int, log: MetricsLog) -> bool:
         """Steps after the first `done`, until the last or a signal; whether it was the last."""
         settings = self.config.trainer
-        batches = self.train_batches.loader(range(done, self.steps))
         for step in range(done + 1, self.steps + 1):
             started = time.perf_counter()
             micro_batches = next(batches)
@@ -236,7 +246,7 @@ class FSDPSFTTrainer:
             FloatingPointError: `trainer.nonfinite=raise`, or too many such steps.
         """
         settings, checkpoints = self.config.trainer, self.output_dir / "checkpoints"
-        before = checkpoint.path_of(checkpoints, step - 1)
+        before = path_of(checkpoints, step - 1)
         self.optimizer.zero_grad()
         self.checkpoints.wait()
         if not self.world.on_main(before.exists):
@@ -266,26 +276,25 @@ class FSDPSFTTrainer:
     def _due(self, step: int, interval: int | None) -> bool:
         return step == self.steps or (interval is not None and step % interval == 0)
 
-    def _resume(self, state: TrainingState) -> int:
-        """Steps already done, restored from the checkpoint that `trainer.resume` names; 0 if there is none."""
-        path = self.world.on_main(self._find_checkpoint)
+    def _resume(self, state: TrainingState) -> tuple[int, dict[Path, str]]:
+        """Steps already done, restored from the checkpoint that `trainer.resume` names; 0 if there is none.
+
+        And the checkpoints of the run that are broken, with the reason.
+        """
+        directory = self.output_dir / "checkpoints"
+        path, skipped = find_checkpoint(directory, self.config.trainer.resume, self.world)
+        self._say(*(f"skipped {broken}: {reason}" for broken, reason in skipped.items()))
         if path is None:
-            return 0
-        manifest = checkpoint.load(path, state)
+            return 0, skipped
+        self.world.on_main(lambda: self.identity.check(path))
+        manifest = load(path, state)
         self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
         if self.config.data.streaming:
             self.train_batches.position = Position(**manifest["stream"])
         self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         if manifest["step"] >= self.steps:
             self._say("no step is left; the model is exported again")
-        return manifest["step"]
-
-    def _find_checkpoint(self) -> Path | None:
-        path, skipped = find_checkpoint(self.output_dir / "checkpoints", self.config.trainer.resume)
-        self._say(*(f"skipped {reason}" for reason in skipped))
-        if path is not None:
-            self.identity.check(path)
-        return path
+        return manifest["step"], skipped
 
     def _manifest(self, position: Position | None) -> dict[str, Any]:
         return self.identity.manifest(
@@ -299,7 +308,7 @@ class FSDPSFTTrainer:
         """Write the model and its tokenizer in the published format. Collective."""
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.world.is_main:
-            with checkpoint.replacing(directory) as unfinished:
+            with whole_directory(directory, replace=True) as unfinished:
                 self.model.save_pretrained(unfinished, merge_lora(full, self.config.model), self.tokenizer)
 
     def _account(self, done: int) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data import StreamedBatches, TrainBatches
-from trainer import checkpoint
+from trainer.checkpoint import find_newest
 from trainer.config import Config, differences, to_dict
+from trainer.manifest import candidates, check_version, check_whole, read_manifest
+from trainer.world import World
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Identity:
         Raises:
             ValueError: naming all that differs.
         """
-        saved = checkpoint.read_manifest(path)
+        check_version(path)
+        saved = read_manifest(path)
         found = differences(saved["config"], self.config)
         for name, here in asdict(self).items():
             if name != "config" and saved.get(name) != here:
@@ -47,22 +50,30 @@ class Identity:
             )
 
 
-def find_checkpoint(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `trainer.resume` names, None if there is none, and what was passed over and why.
+def find_checkpoint(directory: Path, resume: str, world: World) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint that `trainer.resume` names, None if there is none, and what was skipped and why. Collective.
 
     Raises:
-        ValueError: it names none, or would branch off inside the run that `directory` holds.
+        ValueError: it names none, would branch off inside the run that `directory` holds, or none there is whole.
     """
-    newest, skipped = checkpoint.find_newest(directory)
+    newest, skipped = find_newest(directory, world)
     if resume == "auto":
+        if newest is None and world.on_main(lambda: candidates(directory)):
+            reasons = "".join(f"\n{path}: {reason}" for path, reason in skipped.items())
+            raise ValueError(
+                f"{directory} holds checkpoints, but none that is whole: restore one, or train anew with "
+                f"trainer.resume=never{reasons}"
+            )
         return newest, skipped
-    if newest is not None and newest.resolve() != Path(resume).resolve():
+    if newest is not None and newest.resolve() != Path(resume).resolve():  # later ones would be taken for newer
         raise ValueError(
             f"trainer.resume={resume}, but {directory} holds the checkpoints of a run: "
             "give another trainer.experiment_name, or delete it"
         )
     if resume == "never":
-        return None, []
-    if defect := checkpoint.find_defect(Path(resume)):
-        raise ValueError(f"trainer.resume={resume}: {defect}")
-    return Path(resume), []
+        return None, skipped
+    try:
+        world.on_main(lambda: check_whole(Path(resume)))
+    except ValueError as error:
+        raise ValueError(f"trainer.resume={resume}: {error}") from error
+    return Path(resume), skipped

@@ -2,31 +2,90 @@
 
 import json
 import math
+import os
 import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data.storage import read_records, whole_file, writing
 from trainer.config import TrainerConfig
+from trainer.ending import PEER_SECONDS
+from trainer.world import World
+
+WANDB_SECONDS = 20  # that wandb has to answer when a run starts
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, appended.
+
+    After a resume the lines of the steps that are done again make way for the new ones, when the first of these comes:
+    a run that fails before leaves the file as it was.
+
+    Raises:
+        ValueError: a line of the file is broken; the message names it.
+    """
+
+    def __init__(self, path: Path, done: int):
+        self.path = path
+        records = read_records(path)
+        kept = [end for record, end in zip(*records, strict=True) if _step(record, path) <= done]
+        self._keep = kept[-1] if kept else 0
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a line.
+
+        Raises:
+            OSError: it cannot be written, or the file was deleted.
+        """
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise OSError(f"{self.path} was deleted or replaced while the run wrote to it; start it again")
+        with writing(self.path):
+            if self._keep is not None:
+                self._file.truncate(self._keep)
+                self._keep = None
+            line = (json.dumps(record) + "\n").encode()
+            while line:  # a nearly full disk takes a part, and refuses the next
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step(record: dict[str, Any], path: Path) -> int:
+    if not isinstance(record.get("step"), int):
+        raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
+    return record["step"]
 
 
 class MetricsLog:
-    """Takes the metrics of each step until it is closed; only the one that is enabled, on rank 0, writes anything.
+    """Takes the metrics of each step until it is closed; rank 0 alone writes anything. Collective to make.
 
-    After a resume the lines of steps that will be done again are removed, and the same wandb run goes on.
+    After a resume the same wandb run goes on.
+
+    Raises:
+        ValueError: a broken metrics.jsonl, or wandb that cannot be reached.
     """
 
-    def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, enabled: bool):
+    def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, world: World):
         self._file = self._bar = self._wandb = None
-        if not enabled:
-            return
-        directory = Path(config.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = _open_metrics(directory / "metrics.jsonl", done)
-        if "console" in config.logger:
+        world.on_main(lambda: self._open(config, settings, done))
+        if world.is_main and "console" in config.logger:
             self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True)
+
+    def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:
+        directory = Path(config.output_dir)
+        self._file = MetricsFile(directory / "metrics.jsonl", done)
         if "wandb" in config.logger:
             self._wandb = _wandb_run(config, settings, directory, done)
 
@@ -38,13 +97,22 @@ class MetricsLog:
             self._bar.close()
         if self._file is not None:
             self._file.close()
-        self._tell_wandb(lambda run: run.finish(exit_code=int(error[0] is not None)))
+        failed = error[0] is not None
+        finish = threading.Thread(
+            target=self._tell_wandb, args=(lambda run: run.finish(exit_code=int(failed)),), daemon=True
+        )
+        finish.start()
+        finish.join(PEER_SECONDS if failed else None)  # without a net it would take minutes
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step.
+
+        Raises:
+            OSError: metrics.jsonl cannot be written.
+        """
         if self._file is not None:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self._file.flush()
+            self._file.append({"step": step, **numbers})
         self._tell_wandb(lambda run: run.log(metrics, step=step))
         if self._bar is not None:
             loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
@@ -67,25 +135,31 @@ class MetricsLog:
             print(f"wandb gets no more of this run ({error}); metrics.jsonl does", flush=True)
 
 
-def _open_metrics(path: Path, done: int):
-    """The file, with the whole lines of the first `done` steps in it; a kill can leave half of one at the end."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-    path.write_text("".join(kept))
-    return path.open("a")
+def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int) -> Any:
+    """Start or continue the wandb run of this directory.
 
-
-def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int):
+    Raises:
+        ValueError: no key, or no answer.
+    """
     import wandb  # slow to import, and only needed here
 
     id_file = directory / "wandb_id"
     if not done or not id_file.is_file():
-        id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=config.project_name,
-        name=config.experiment_name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=directory,
-        config=settings,
-    )
+        with whole_file(id_file) as file:
+            file.write(secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project=config.project_name,
+            name=config.experiment_name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=directory,
+            config=settings,
+            settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"trainer.logger={config.logger}: wandb cannot be used ({reason}). `wandb login` gives it a key; "
+            "WANDB_MODE=offline keeps the run on disk for `wandb sync`; trainer.logger=[console] does without"
+        ) from error

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not finite: what it takes to run them again is kept."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from data.storage import whole_file
 from trainer.world import World
 
 
@@ -26,18 +27,27 @@ class FailedStep:
     def write(self, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"step_{self.step:08d}_rank_{self.rank}.pt"
-        torch.save(asdict(self), path)
+        with whole_file(path, "wb") as file:
+            torch.save(asdict(self), file)
         return path
 
     @classmethod
     def read(cls, path: Path) -> "FailedStep":
-        """
+        """Read what `write` has written. No code in the file runs.
+
         Raises:
-            ValueError: no such file.
+            ValueError: no such file, or another content.
         """
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a run writes them to OUTPUT_DIR/nonfinite")
-        return cls(**torch.load(path))
+        try:
+            content = torch.load(path, weights_only=True)
+        except Exception as error:  # a broken file ends in whatever fails first
+            raise ValueError(f"{path} cannot be read as a step that was not finite: it is broken") from error
+        names = {item.name for item in fields(cls)}
+        if not isinstance(content, dict) or content.keys() != names:
+            raise ValueError(f"{path} is no step that was not finite: it should hold {', '.join(sorted(names))}")
+        return cls(**content)
 
 
 def keep(failed: FailedStep, losses: list[Tensor], directory: Path, world: World) -> str:

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from data.loader import Batch
 from diffllm import DiffLLM
 from diffllm.loss import focal_of
-from trainer.checkpoint import find_defect
 from trainer.config import Config, resolve
 from trainer.export import load_trained
 from trainer.forward import forward
+from trainer.manifest import check_whole
 from trainer.nonfinite import FailedStep
 from trainer.world import World
 
@@ -28,8 +28,10 @@ def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]
     """
     failed = FailedStep.read(file)
     checkpoint = checkpoint or Path(failed.checkpoint)
-    if defect := find_defect(checkpoint):
-        raise ValueError(f"{checkpoint}: {defect}. Name another: python -m trainer.replay {file} CHECKPOINT")
+    try:
+        check_whole(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}. Name another: python -m trainer.replay {file} CHECKPOINT") from error
     config = resolve(OmegaConf.create(failed.config))
     model = load_trained(checkpoint, config)[0].to(failed.dtype)
     return [_run(model, row, failed.norm, config) for batch in failed.micro_batches for row in _rows(batch)]

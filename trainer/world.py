@@ -2,15 +2,23 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data.storage import refuse_links
+from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
+
+LOCK = ".lock"
+PATIENCE = timedelta(days=7)  # of a rank that is done, for the others
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,21 @@ def ranks_from_environment() -> tuple[int, int]:
 
 
 @contextmanager
-def locked(directory: Path, world: World) -> Iterator[None]:
+def locked(directory: Path, world: World, *written: str) -> Iterator[None]:
     """Keep a directory to this run. Collective.
 
+    Args:
+        written: names in the directory that the run will write.
+
     Raises:
-        ValueError: another run writes there.
+        ValueError: another run writes there, or one of the names cannot be written, such as a symbolic link.
     """
     with ExitStack() as held:
 
         def lock() -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((directory / ".lock").open("w"))
+            refuse_links(*(directory / name for name in (LOCK, *written)))
+            file = held.enter_context((directory / LOCK).open("a"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends
             except (BlockingIOError, PermissionError) as error:
@@ -79,7 +91,11 @@ def locked(directory: Path, world: World) -> Iterator[None]:
 
 @contextmanager
 def open_world() -> Iterator[World]:
-    """Join the process group; leave it at the end, so that another run can follow in this process."""
+    """Join the process group; leave it at the end, so that another run can follow in this process.
+
+    Of several ranks that fail, the first raises its error. The others leave with SystemExit a little later: they failed
+    alike, or because they lost the first.
+    """
     rank, size = ranks_from_environment()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -89,7 +105,55 @@ def open_world() -> Iterator[World]:
         device, backend = torch.device("cpu"), "gloo"
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
+    world = World(rank, size, device)
+    watch, together = _watch_peers(world), False
     try:
-        yield World(rank, size, device)
+        with Deadline.on_error():
+            yield world
+        together = True
+    except SystemExit:  # of all ranks alike
+        together = True
+        raise
+    except Exception as error:
+        if size > 1:
+            _leave_to_first(error, watch)
+        raise
     finally:
-        dist.destroy_process_group()
+        if together:
+            _wait_for_all(world, watch)
+        if together or device.type == "cpu":  # NCCL would wait for ranks that have failed
+            dist.destroy_process_group()
+
+
+def _watch_peers(world: World) -> PeerWatch | None:
+    """Watch the ranks of this machine, if torchrun started them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    here = os.environ["GROUP_RANK"]  # of this machine's torchrun
+    ranks = enumerate(world.gather((here, os.getpid())))
+    return PeerWatch({rank: process for rank, (group, process) in ranks if group == here and rank != world.rank})
+
+
+def _wait_for_all(world: World, watch: PeerWatch | None) -> None:
+    """Wait until all ranks have come to their end: one that leaves early would be taken for dead."""
+    if world.size > 1:
+        dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
+    if watch is not None:
+        watch.stop()
+
+
+def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:
+    """Leave it to the rank that failed first to speak.
+
+    Raises:
+        SystemExit: another rank was first.
+        OSError: another rank died without a word.
+    """
+    if not FirstError.claim(dist.distributed_c10d._get_default_store()):
+        time.sleep(SPEAK_SECONDS)
+        raise SystemExit(1) from error
+    if watch is not None and isinstance(error, RuntimeError):
+        for _ in range(10):  # torchrun takes a moment to notice
+            if dead := watch.dead():
+                raise OSError(f"rank {dead[0]} died without an error, as one does that is killed") from error
+            time.sleep(0.1)

@@ -24,7 +24,7 @@ SHAPE = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, 
 
 def stall(checkpoints: Checkpoints, step: int, state: TrainingState) -> float:
     """Seconds in which a save keeps the trainer waiting."""
-    manifest = {"versions": {"diffllm": "0"}}
+    manifest = {"versions": {"diffllm": "0"}, "config": {}, "skipped_steps": 0}
     started = time.perf_counter()
     checkpoints.save(step, manifest)
     stood = time.perf_counter() - started

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from diffllm import loss
+from trainer.checkpoint import find_newest
 from trainer.config import Config
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer.manifest import MANIFEST, read_manifest, write_manifest
 from trainer.world import open_world
 
 
@@ -38,6 +41,22 @@ def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
     with open_world() as world:
         for config in configs:
             FSDPSFTTrainer(config, world).fit()
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint, as a run finds it."""
+    with open_world() as world:
+        return find_newest(run / "checkpoints", world)[0]
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict], None]) -> None:
+    """Change checkpoint.json as another version, or a stranger, would have written it."""
+    manifest = read_manifest(checkpoint)
+    change(manifest)
+    digests = {name: file["xxh3"] for name, file in manifest.pop("files").items()}
+    del manifest["digest"]
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, manifest, digests)
 
 
 def losses(run: Path) -> list[float]:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from diffllm import new_model
 from tests.conftest import small_shape
-from tests.trainer.runs import losses, train, train_on_ranks, weights
-from trainer.checkpoint import find_newest, read_manifest
+from tests.trainer.runs import losses, newest, train, train_on_ranks, weights
 from trainer.export import export
+from trainer.manifest import read_manifest
 
 
 @pytest.fixture
@@ -47,14 +47,14 @@ def test_adapters_train_the_same_on_two_ranks_and_resume(lora_run, pretrained):
 
 def test_checkpoints_hold_adapters_and_exports_hold_them_merged(lora_run, pretrained, tmp_path):
     run = train(lora_run())
-    newest, _ = find_newest(run / "checkpoints")
-    saved = sum(read_manifest(newest)["files"].values())
+    trained_last = newest(run)
+    saved = sum(file["bytes"] for file in read_manifest(trained_last)["files"].values())
     assert saved < (pretrained / "model.safetensors").stat().st_size
     base, trained = load_file(pretrained / "model.safetensors"), weights(run)
     assert base.keys() == trained.keys()
     changed = {name for name in base if not torch.equal(base[name], trained[name])}
     assert changed == {name for name in base if name.endswith("_proj.weight")}
-    export(newest, tmp_path / "exported")
+    export(trained_last, tmp_path / "exported")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(tensor, exported[name]) for name, tensor in trained.items())
     assert json.loads((run / "hf" / "config.json").read_text())["model_type"] == "Dream"

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from diffllm.loss import masked_loss
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
-from trainer import checkpoint
+from trainer.dcp import SafeReader
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.replay import replay
 from trainer.world import open_world
@@ -100,9 +101,9 @@ def test_in_the_first_step_nothing_is_lost_either(small_run, fails, monkeypatch,
 def adam_steps(run):
     """How often Adam has stepped, as each parameter's state says."""
     directory = run / "checkpoints" / "step_00000006"
-    metadata = checkpoint.dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    metadata = SafeReader(directory).read_metadata().state_dict_metadata
     steps = {name: torch.tensor(0.0) for name in metadata if name.endswith(".step")}
-    checkpoint.dcp.load(steps, checkpoint_id=directory, no_dist=True)
+    dcp.load(steps, storage_reader=SafeReader(directory), no_dist=True)
     return [int(step) for step in steps.values()]
 
 

@@ -1,0 +1,111 @@
+"""checkpoint.json: what a checkpoint is of, and the digest of every file in it."""
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from data.storage import UNFINISHED, digest_bytes, digest_file, read_object
+
+MANIFEST = "checkpoint.json"
+FIELDS = {"step": int, "config": dict, "versions": dict, "files": dict, "skipped_steps": int}
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step_{step:08d}"
+
+
+def candidates(directory: Path) -> list[Path]:
+    """Checkpoints of a run, whole or broken, the newest first."""
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def write_manifest(checkpoint: Path, fields: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write checkpoint.json.
+
+    Args:
+        digests: XXH3 of the other files, by name.
+    """
+    files = {
+        file.name: {"bytes": file.stat().st_size, "xxh3": digests[file.name]} for file in sorted(checkpoint.iterdir())
+    }
+    rest = dumps({**fields, "files": files}, indent=2).removeprefix("{")
+    (checkpoint / MANIFEST).write_bytes(_signed(rest.encode()))
+
+
+def _signed(rest: bytes) -> bytes:
+    """A JSON object without its first brace, made whole by the digest of itself."""
+    return b'{\n  "digest": "' + digest_bytes(rest).encode() + b'",' + rest
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Read checkpoint.json.
+
+    Raises:
+        ValueError: there is none, it was changed, or lacks a field; the message names the file.
+    """
+    file = checkpoint / MANIFEST
+    manifest = read_object(file)
+    if missing := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
+        raise ValueError(f"{file} has no {', '.join(missing)}, or of another type than it should")
+    for name, recorded in manifest["files"].items():
+        if not (isinstance(recorded, dict) and recorded.keys() == {"bytes", "xxh3"} and Path(name).name == name):
+            raise ValueError(f"{file} has no size and digest of {name!r}: an older version wrote it")
+    content = file.read_bytes()
+    if content != _signed(content.partition(b'",')[2]):
+        raise ValueError(f"{file} was changed: its digest is of other content")
+    return manifest
+
+
+def check_version(checkpoint: Path) -> None:
+    """Refuse a checkpoint that a newer version wrote.
+
+    Raises:
+        ValueError: one did.
+    """
+    writer, reader = str(read_manifest(checkpoint)["versions"].get("diffllm")), version("diffllm")
+    if Version(writer) > Version(reader):
+        raise ValueError(f"{checkpoint} was written by diffllm {writer}, this is {reader}: update to go on with it")
+
+
+def find_defect(checkpoint: Path) -> str | None:
+    """Why a directory is not a whole checkpoint, as far as names and sizes tell; None if it is one."""
+    if not checkpoint.is_dir():
+        return "no such checkpoint directory"
+    if checkpoint.name.endswith(UNFINISHED):
+        return "half-written, the run stopped while saving it"
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except ValueError as error:
+        return f"not a checkpoint: {error}"
+    for name, recorded in files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != recorded["bytes"]:
+            return f"half-written, {name} is missing or cut short"
+    return None
+
+
+def find_damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Why files are not as they were written, None if they are. Reads all of them, or the share of one of the ranks."""
+    files = read_manifest(checkpoint)["files"]
+    for name in sorted(files)[rank::ranks]:
+        if digest_file(checkpoint / name) != files[name]["xxh3"]:
+            return f"{name} is damaged: its digest is not that of checkpoint.json"
+    return None
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse a directory that is not a whole checkpoint.
+
+    Raises:
+        ValueError: it is not, the message says why; or a newer version wrote it.
+    """
+    if defect := find_defect(checkpoint) or find_damage(checkpoint):
+        raise ValueError(f"{checkpoint}: {defect}")
+    check_version(checkpoint)
