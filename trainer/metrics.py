@@ -158,6 +158,7 @@ def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path,
             settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
     except wandb.Error as error:
+        wandb.teardown(exit_code=1)  # its last words come before the error
         reason = " ".join(str(error).split())
         raise ValueError(
             f"trainer.logger={config.logger}: wandb cannot be used ({reason}). `wandb login` gives it a key; "
