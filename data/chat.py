@@ -1,48 +1,119 @@
 """Rows into chats: the messages before an answer, and the answer to train on."""
 
+import difflib
+import json
 import reprlib
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 from data.readers import PlacedRow, listed
 
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.
 SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
+COMPLETION = "completion"  # another name of `response`
+ANSWERS = ("response", COMPLETION, "answer")
+SYSTEM = ("system", "system_prompt")  # of a row: its first message
+REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer: the thinking before it
+TRAINED = ("weight", "loss", "train")  # of an assistant's message: whether it is trained on
+METADATA = ("source", "difficulty", "metadata", "thinking_tokens", "answer_tokens")  # for curation and verifiers
+NAMES = (*SCHEMAS, *ANSWERS, *SYSTEM, "tools", *REASONING)  # that data.columns gives
 CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # by data.prepare, rows with such a field
 MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
-NOT_TEXT = ("tool_calls", "function_call", "images", "videos", "audio")  # what messages hold beside their content
+
+# Fields that the formats of chats, tools, preferences and grounded generation give a meaning that is not used here.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
+NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id")
+NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "chat_template_kwargs")
+NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions")
+# Common names of the two columns of a set, for the advice about data.columns.
+ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
+ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
 
 
 class Message(TypedDict):
     role: str
     content: str
+    trained: NotRequired[bool]  # false of an answer that is context only
 
 
 class Chat(TypedDict):
     prompt: list[Message]
     response: str
+    tools: NotRequired[list[dict[str, Any]]]  # for the chat template
 
 
-def to_chat(placed: PlacedRow) -> Chat:
+class Columns:
+    """Gives the columns of rows the names that schemas have for them, as data.columns says.
+
+    Args:
+        columns: of the files, by the names of the schemas.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None):
+        self.columns, self._known = columns or {}, set()
+
+    def __call__(self, placed: PlacedRow) -> PlacedRow:
+        """Return the row under the names of the schemas.
+
+        Raises:
+            ValueError: it has a field of such a name beside the column.
+        """
+        if not self.columns:
+            return placed
+        row, place = placed
+        self._known.update(row)
+        taken = {name: column for name, column in self.columns.items() if column in row}
+        others = {name: value for name, value in row.items() if name not in taken.values()}
+        for name, column in taken.items():
+            if is_given(others.get(name)):
+                raise ValueError(f"{place}: data.columns={{{name}: {column}}}, but the row also has a field '{name}'")
+        return PlacedRow(others | {name: row[column] for name, column in taken.items()}, place)
+
+    def check(self, optional: Collection[str] = ()) -> None:
+        """Refuse columns that no row had so far.
+
+        Args:
+            optional: names whose columns may be missing.
+
+        Raises:
+            ValueError: naming such a column.
+        """
+        for name, column in self.columns.items():
+            if self._known and column not in self._known and name not in optional:
+                close = difflib.get_close_matches(column, self._known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"columns are {listed(sorted(self._known))}"
+                raise ValueError(f"data.columns={{{name}: {column}}}: no row has a column '{column}'; {hint}")
+
+
+def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
     """A training row from any of the schemas.
 
     S1K: `question`, `answer` with its `<think>…</think>` (further fields such as `source`, `difficulty`,
     `thinking_tokens`, `answer_tokens` are for curation). Prompt and response: `prompt`, a text or the messages before
-    the answer, and `response`. Messages: `messages`, of which the last is the assistant's.
+    the answer, and `response` or `completion`, a text or one message. Messages: `messages`, of which the last is the
+    assistant's; the response is the last answer that is trained on.
+
+    Args:
+        used: names of fields that a formula reads.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type, or roles are out of order; the message names place
-            and field.
+        ValueError: a field is missing, empty or of the wrong type, roles are out of order, or a field with a meaning
+            would be ignored; the message names place and field.
     """
     row, place = placed
     schema = schema_of(row)
     if schema == "messages":
-        *prompt, last = _messages(row["messages"], "messages", "assistant", place)
-        return Chat(prompt=prompt, response=last["content"])
-    prompt, response = to_prompt(placed), _text(row, SCHEMAS[schema], place)
-    _check_thinking(response, f"{place}: field '{SCHEMAS[schema]}'", needed=schema == "question")
-    return Chat(prompt=prompt, response=response)
+        prompt, response = _split(_messages(row["messages"], "messages", "assistant", place), place)
+        prompt = _with_system(prompt, row, place)
+    else:
+        prompt, response = _prompt(row, place), _response(row, schema, place)
+    chat = Chat(prompt=prompt, response=response)
+    if tools := tools_of(placed):
+        chat["tools"] = tools
+    _refuse_ignored(placed, {*NOT_IN_ROWS, *TRAINED, *REASONING} - set(used))
+    return chat
 
 
 def to_prompt(placed: PlacedRow) -> list[Message]:
@@ -52,28 +123,57 @@ def to_prompt(placed: PlacedRow) -> list[Message]:
         ValueError: as `to_chat`.
     """
     row, place = placed
-    match schema_of(row):
-        case "messages":
-            messages = row["messages"]
-            answered = isinstance(messages, list) and messages and _role(messages[-1]) == "assistant"
-            return (
-                _messages(messages, "messages", "assistant", place)[:-1]
-                if answered
-                else _messages(messages, "messages", "user", place)
-            )
-        case "prompt" if isinstance(row.get("prompt"), str | None):
-            return [Message(role="user", content=_text(row, "prompt", place))]
-        case "prompt":
-            return _messages(row["prompt"], "prompt", "user", place)
-        case _:
-            return [Message(role="user", content=_text(row, "question", place))]
+    if schema_of(row) != "messages":
+        prompt = _prompt(row, place)
+    else:
+        messages = row["messages"]
+        answered = isinstance(messages, list) and messages and _role(messages[-1]) == "assistant"
+        prompt = _messages(messages, "messages", "assistant" if answered else "user", place)
+        prompt = _with_system(_split(prompt, place)[0] if answered else prompt, row, place)
+    _refuse_ignored(placed, NOT_IN_PROMPTS)
+    return prompt
+
+
+def tools_of(placed: PlacedRow) -> list[dict[str, Any]] | None:
+    """The tools of a row, for the chat template.
+
+    Raises:
+        ValueError: they are no list of objects.
+    """
+    row, place = placed
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: field 'tools' is not JSON ({error})") from error
+    if not is_given(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}: field 'tools' must be a list of objects, as JSON or as text, not {kind_of(tools)}")
+    return tools
 
 
 def schema_of(row: dict[str, Any]) -> str:
     """The field that says how a row is to be read; where there is none, that of the answer it has, or `question`."""
     asked = (field for field in SCHEMAS if row.get(field) is not None)
-    answered = (field for field, answer in SCHEMAS.items() if row.get(answer) is not None)
+    answered = (field for field in SCHEMAS if row.get(_answer_field(row, field)) is not None)
     return next(asked, None) or next(answered, "question")
+
+
+def unused(row: dict[str, Any]) -> list[str]:
+    """Columns that hold something and are neither of the row's schema nor known metadata.
+
+    A further field `name` of messages is written `messages[].name`.
+    """
+    schema = schema_of(row)
+    used = USED[schema]
+    names = [name for name, value in row.items() if name not in used and is_given(value)]
+    for field in (schema, _answer_field(row, schema)):
+        if isinstance(messages := row.get(field), list):
+            further = {name for message in messages for name in message.keys() - IN_MESSAGES if is_given(message[name])}
+            names += [f"{field}[].{name}" for name in sorted(further)]
+    return list(dict.fromkeys(names))
 
 
 def final_answer(response: str) -> str:
@@ -81,18 +181,166 @@ def final_answer(response: str) -> str:
     return response.rpartition(END_THINK)[2].strip()
 
 
+def with_thinking(thinking: str, answer: str) -> str:
+    """An answer behind the thinking that led to it, as S1K writes them.
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    if not answer.strip():
+        raise ValueError("there is no answer behind the thinking")
+    return "\n".join(filter(None, [THINK, thinking.strip(), END_THINK, answer.lstrip("\r\n")]))
+
+
+def system_of(row: dict[str, Any]) -> str | None:
+    """The system message that a row has beside its messages.
+
+    Raises:
+        ValueError: it is no text, or there are two that differ.
+    """
+    texts = {name: row[name] for name in SYSTEM if is_given(row.get(name))}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"field '{name}' must be text, not {kind_of(text)}")
+    if len({text.strip() for text in texts.values()}) > 1:
+        raise ValueError(f"fields {' and '.join(map(repr, texts))} differ: keep one system message")
+    return next(iter(texts.values()), None)
+
+
+def is_given(value: Any) -> bool:
+    """Whether a field holds something: not null, nor an empty text, list or object."""
+    return isinstance(value, int | float) or bool(value.strip() if isinstance(value, str) else value)
+
+
+USED = {
+    schema: frozenset([schema, answer, *SYSTEM, "tools", *METADATA, *more])
+    for (schema, answer), more in zip(SCHEMAS.items(), [(), (COMPLETION, *REASONING), REASONING], strict=True)
+}
+IN_MESSAGES = frozenset(["role", "content", *REASONING, *TRAINED])
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, for an error."""
+    return "null" if value is None else type(value).__name__
+
+
+def _answer_field(row: dict[str, Any], schema: str) -> str:
+    answer = SCHEMAS[schema]
+    return COMPLETION if answer == "response" and row.get(answer) is None and COMPLETION in row else answer
+
+
+def _prompt(row: dict[str, Any], place: str) -> list[Message]:
+    """The messages before the answer of a row that has it in a field of its own."""
+    schema = schema_of(row)
+    if schema == "prompt" and not isinstance(row.get("prompt"), str | None):
+        prompt = _messages(row["prompt"], "prompt", "user", place)
+    else:
+        prompt = [Message(role="user", content=_text(row, schema, place))]
+    return _with_system(prompt, row, place)
+
+
+def _response(row: dict[str, Any], schema: str, place: str) -> str:
+    field = _answer_field(row, schema)
+    what = f"{place}: field '{field}'"
+    if COMPLETION in row and field == "response" and is_given(row[COMPLETION]) and row[COMPLETION] != row[field]:
+        raise ValueError(f"{what} and field '{COMPLETION}' differ: keep one of them")
+    if schema == "prompt" and isinstance(row.get(field), list):
+        if len(row[field]) != 1:
+            raise ValueError(f"{what} has {len(row[field])} messages: it must be text, or one message, the assistant's")
+        _, response = _split(_messages(row[field], field, "assistant", place, first="assistant"), place)
+    else:
+        response = _text(row, field, place)
+    response = _with_reasoning(row, response, what)
+    _check_thinking(response, what, needed=schema == "question")
+    return response
+
+
+def _split(messages: list[Message], place: str) -> tuple[list[Message], str]:
+    """The last answer that is trained on, and what comes before it."""
+    answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+    last = max((i for i in answers if messages[i].get("trained", True)), default=None)
+    if last is None:
+        raise ValueError(f"{place}: no answer is trained on, {', '.join(TRAINED)} of each say so")
+    return messages[:last], messages[last]["content"]
+
+
+def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
+    try:
+        system = system_of(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if system is None:
+        return messages
+    message = Message(role="system", content=_well_formed(system, f"{place}: the system message"))
+    if not messages or messages[0]["role"] != "system":
+        return [message, *messages]
+    if messages[0]["content"].strip() != system.strip():
+        name = next(name for name in SYSTEM if is_given(row.get(name)))
+        raise ValueError(f"{place}: field '{name}' and the system message among the messages differ: keep one of them")
+    return messages
+
+
+def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
+    """An answer behind the thinking that its row or message has in a field of its own."""
+    texts = {name: holder[name] for name in REASONING if is_given(holder.get(name))}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{what}: its field '{name}' must be text, not {kind_of(text)}")
+        _well_formed(text, f"{what}: its field '{name}'")
+    distinct = {text.strip() for text in texts.values()}
+    if len(distinct) > 1:
+        raise ValueError(f"{what}: its fields {', '.join(texts)} differ: keep one of them")
+    for thinking in distinct:
+        if THINK in answer or END_THINK in answer:
+            before = answer.rpartition(END_THINK)[0]
+            own = before.partition(THINK)[2] if THINK in before else before
+            if own.strip() != thinking:
+                raise ValueError(f"{what} has a {THINK} of its own that differs from field '{next(iter(texts))}'")
+        else:
+            answer = with_thinking(thinking, answer)
+    return answer
+
+
+def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str]) -> None:
+    """Refuse columns with a meaning that is not used."""
+    row, place = placed
+    names = [name for name in unused(row) if name in meaningful]
+    names = [name for name in names if name not in TRAINED or not _counts_whole(name, row[name])]
+    if names:
+        raise ValueError(
+            f"{place}: {'fields' if names[1:] else 'field'} {', '.join(map(repr, names))} would be ignored: only the "
+            "text of messages and their tools are trained on; leave the column out, or use it in data.filter"
+        )
+
+
+def _counts_whole(name: str, value: Any) -> bool:
+    """Whether a mark of TRAINED beside a prompt leaves its answer as it is; `loss` may also be a measured number."""
+    return value == 1 if name == "weight" else value not in (0, False)
+
+
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
-        kinds = [CONVERTED[name] for name in row if name in CONVERTED]
-        advice = f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
         found = "null" if field in row else "missing"
         raise ValueError(
-            f"{place}: field '{field}' is {found}; a row has question and answer, prompt and response, or messages. "
-            f"Its fields are: {listed(list(row))}{advice}"
+            f"{place}: field '{field}' is {found}; a row has question and answer, prompt and response, or messages, or "
+            f"names for them in {_mapping(row)}. Its fields are: {listed(list(row))}{_converter(row)}"
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
     return _well_formed(row[field], f"{place}: field '{field}'")
+
+
+def _mapping(row: dict[str, Any]) -> str:
+    """A setting of data.columns, with the row's own columns where their names tell which they are."""
+    asked = next((name for name in ASKED if row.get(name) is not None), "QUESTION")
+    answer = next((name for name in ANSWERED if row.get(name) is not None), "ANSWER")
+    renamed = [f"{name}: {column}" for name, column in (("prompt", asked), ("response", answer)) if name != column]
+    return f"data.columns={{{', '.join(renamed)}}}"
+
+
+def _converter(row: dict[str, Any]) -> str:
+    kinds = [CONVERTED[name] for name in row if name in CONVERTED]
+    return f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
 
 
 def _check_thinking(answer: str, what: str, needed: bool = False) -> None:
@@ -125,29 +373,66 @@ def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
 
 
-def _messages(messages: Any, field: str, last: str, place: str) -> list[Message]:
+def _messages(messages: Any, field: str, last: str, place: str, first: str = "user") -> list[Message]:
     """Messages in which a system message may come first, then user and assistant in turn, up to one of `last`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{place}: field '{field}' must be a non-empty list of messages")
-    expected = "user"
+    expected, made = first, []
     for number, message in enumerate(messages, start=1):
-        role = _role(message)
+        role, what = _role(message), f"{place}: message {number} of '{field}'"
+        if role == "system" and not is_given(_joined(message.get("content"), what)):
+            continue  # as if it was not there
         if role == expected:
             expected = "assistant" if role == "user" else "user"
-        elif role != "system" or number > 1:
+        elif role != "system" or made:
             converted = " (`python -m data.prepare sharegpt` converts ShareGPT's)" if role in (None, "human") else ""
             raise ValueError(
-                f"{place}: message {number} of '{field}' has role {reprlib.repr(role)}, expected {expected!r}: a "
-                "system message may come first, then user and assistant in turn, each an object with role and "
-                f"content{converted}"
+                f"{what} has role {reprlib.repr(role)}, expected {expected!r}: a system message may come first, then "
+                f"user and assistant in turn, each an object with role and content{converted}"
             )
-        if more := [name for name in NOT_TEXT if message.get(name)]:
-            raise ValueError(f"{place}: message {number} of '{field}' has {listed(more)}: only text is trained on")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"{place}: message {number} of '{field}' has no text as its content")
-        content = _well_formed(message["content"], what := f"{place}: message {number} of '{field}'")
-        if role == "assistant":
-            _check_thinking(content, what)
+        made.append(_message(message, what))
     if _role(messages[-1]) != last:
         raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
-    return [Message(role=message["role"], content=message["content"]) for message in messages]
+    return made
+
+
+def _message(message: dict[str, Any], what: str) -> Message:
+    answered = message["role"] == "assistant"
+    ignored = NOT_IN_MESSAGES if answered else (*NOT_IN_MESSAGES, *REASONING)
+    if more := [name for name in ignored if is_given(message.get(name))]:
+        raise ValueError(f"{what} has {listed(more)}: only text is trained on")
+    content = _joined(message.get("content"), what)
+    if not isinstance(content, str):
+        raise ValueError(f"{what} has no text as its content: field 'content' must be text, not {kind_of(content)}")
+    content = _well_formed(content, what)
+    if not answered:
+        return Message(role=message["role"], content=content)
+    content = _with_reasoning(message, content, what)
+    _check_thinking(content, what)
+    made = Message(role="assistant", content=content)
+    if not _is_trained(message, what):
+        made["trained"] = False
+    return made
+
+
+def _joined(content: Any, what: str) -> Any:
+    """The text of content that is a list of parts; other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{what} has a part of type {reprlib.repr(kind)}: only text is trained on")
+    return "".join(part["text"] for part in content)
+
+
+def _is_trained(message: dict[str, Any], what: str) -> bool:
+    marks = {name: message[name] for name in TRAINED if message.get(name) is not None}
+    for name, value in marks.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError(f"{what} has {name}={reprlib.repr(value)}: must be 0, 1, true or false")
+    if len(set(map(bool, marks.values()))) > 1:
+        raise ValueError(
+            f"{what}: {', '.join(f'{name}={value}' for name, value in marks.items())} contradict each other"
+        )
+    return all(marks.values())

@@ -1,6 +1,9 @@
-"""Settings of the data road."""
+"""Settings for loading, curating and batching data."""
 
+import difflib
 from dataclasses import dataclass, field
+
+from data.chat import NAMES
 
 TRUNCATIONS = ("error", "right", "drop")
 CUTOFFS = ("min_pad", "random", "random_with_input_pad")
@@ -24,6 +27,8 @@ class DataConfig:
     # .jsonl, .json or .parquet files, folders of them, or hub ids; empty trains on generated equations
     train_files: list[str] = field(default_factory=list)
     val_files: list[str] = field(default_factory=list)  # likewise; empty with train_files given: no validation
+    # columns of the files by the names that a row has here, such as {prompt: query, response: output}
+    columns: dict[str, str] | None = None
     on_bad_row: str = "error"  # of a row that cannot be used: error | skip, with a line in the report
     loss_on: str = "last"  # answers that are trained on in a chat of several turns: last | all
     # of the training rows, a formula over their fields and over prompt_tokens, response_tokens, thinking_tokens and
@@ -62,6 +67,13 @@ class DataConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name, column in (self.columns or {}).items():
+            if name not in NAMES:
+                close = difflib.get_close_matches(name, NAMES, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}"
+                raise ValueError(f"data.columns={{{name}: {column}}}: no schema has a field {name}; {hint}")
+        if self.columns and len(set(self.columns.values())) < len(self.columns):
+            raise ValueError(f"data.columns={self.columns}: a column has one name, and one of these has several")
         for name in (
             "max_length",
             "train_batch_size",

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data.chat import final_answer
-from data.raw import with_thinking
+from data.chat import final_answer, with_thinking
 from data.readers import PlacedRow
 
 PREFIX = "reasoning_gym/"  # of the field `source`

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.chat import END_THINK, THINK, to_chat
+from data.chat import COMPLETION, SYSTEM, THINK, is_given, kind_of, system_of, to_chat, with_thinking
 from data.readers import PlacedRow, listed
 
 Row = dict[str, Any]
@@ -29,30 +29,19 @@ class RawSet:
     hub_id: str | None = None
 
 
-def with_thinking(thinking: str, answer: str) -> str:
-    """An answer behind the thinking that led to it, as S1K writes them.
-
-    Raises:
-        ValueError: there is no answer.
-    """
-    if not answer.strip():
-        raise ValueError("there is no answer behind the thinking")
-    return "\n".join(filter(None, [THINK, thinking.strip(), END_THINK, answer.strip()]))
-
-
 def from_s1k(row: Row) -> Row:
     """s1K (arXiv 2501.19393), s1K-1.1 with its separate columns, or rows that have their `<think>` already."""
-    if THINK in (row.get("answer") or ""):
+    if THINK in (_optional(row, "answer") or ""):
         return row
     if "deepseek_thinking_trajectory" in row:
-        thoughts, answer = [row["deepseek_thinking_trajectory"]], row["deepseek_attempt"]
+        thinking, answer = _text(row, "deepseek_thinking_trajectory"), _text(row, "deepseek_attempt")
     else:
-        thoughts, answer = row["thinking_trajectories"], row["attempt"]
-    if len(thoughts) != 1 or not thoughts[0].strip():
-        raise ValueError(f"the thinking is empty, or more than one text ({len(thoughts)})")
+        thinking, answer = _only(row, "thinking_trajectories"), _text(row, "attempt")
+    if not thinking.strip():
+        raise ValueError("the thinking is empty")
     return {
-        "question": row["question"],
-        "answer": with_thinking(thoughts[0], answer),
+        "question": _text(row, "question"),
+        "answer": with_thinking(thinking, answer.rstrip()),
         "source": row.get("source_type"),
         "subject": row.get("cot_type"),
         **_others(row, "question", "answer", "attempt", "cot", "thinking_trajectories", *S1K_ATTEMPTS, *OTHER_FORMS),
@@ -61,27 +50,34 @@ def from_s1k(row: Row) -> Row:
 
 def from_gsm8k(row: Row) -> Row:
     """GSM8K (arXiv 2110.14168): the worked answer is the thinking, without the calculator's marks."""
-    thinking, found, answer = row["answer"].rpartition("####")
+    thinking, found, answer = _text(row, "answer").rpartition("####")
     if not found:
         raise ValueError("field 'answer' has no #### before the final answer")
     thinking = re.sub(r"<<.*?>>", "", thinking).strip()
     return {
-        "question": row["question"],
-        "answer": with_thinking(thinking, answer),
+        **_others(row, *OTHER_FORMS),
+        "question": _text(row, "question"),
+        "answer": with_thinking(thinking, answer.strip()),
         "source": "gsm8k",
         "difficulty": len(thinking.splitlines()),  # steps
     }
 
 
 def from_alpaca(row: Row) -> Row:
-    """An instruction, with an input behind it if there is one, and an output; `system` and `history` come before."""
-    for name in ("instruction", "output"):
-        if not row[name].strip():
+    """An instruction, with an input behind it if there is one, and an output; `system` and `history` come before.
+
+    Dolly calls the input `context` and the output `response`.
+    """
+    output = _either(row, "output", "response")
+    for name in ("instruction", output):
+        if not _text(row, name).strip():
             raise ValueError(f"field '{name}' is empty")
-    question = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    turns = [turn for asked, answered in row.get("history") or [] for turn in (_user(asked), _assistant(answered))]
-    others = _others(row, "instruction", "input", "output", "system", "history", *OTHER_FORMS)
-    return {**others, "prompt": [*_system(row), *turns, _user(question)], "response": row["output"]}
+    more = _optional(row, _either(row, "input", "context"))
+    question = "\n\n".join(filter(None, [row["instruction"], more]))
+    turns = [_turn(role, text) for pair in _pairs(row) for role, text in zip(("user", "assistant"), pair, strict=True)]
+    used = ("instruction", "input", "context", "output", "response", "history")
+    prompt = [*_system(row), *turns, _turn("user", question)]
+    return {**_others(row, *used, *SYSTEM, *OTHER_FORMS), "prompt": prompt, "response": row[output]}
 
 
 def from_messages(row: Row) -> Row:
@@ -94,33 +90,89 @@ def from_messages(row: Row) -> Row:
     if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"field '{field}' must be a non-empty list of messages")
     if any("from" in turn for turn in turns):
-        if unknown := sorted({repr(turn["from"]) for turn in turns if turn["from"] not in SHAREGPT_ROLES}):
+        turns = [_from_sharegpt(turn, number) for number, turn in enumerate(turns, start=1)]
+        if unknown := sorted({repr(turn["role"]) for turn in turns} - set(map(repr, SHAREGPT_ROLES))):
             raise ValueError(f"a turn is from {', '.join(unknown)}, expected {', '.join(SHAREGPT_ROLES)}")
-        turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+        turns = [turn | {"role": SHAREGPT_ROLES[turn["role"]]} for turn in turns]
+    others = _others(row, "conversations")
     if turns[0].get("role") != "system":
-        turns = [*_system(row), *turns]
-    return {**_others(row, "conversations", "system"), "messages": turns}
+        turns, others = [*_system(row), *turns], _others(others, *SYSTEM)
+    return {**others, "messages": turns}
 
 
 def from_prompt_response(row: Row) -> Row:
     """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
-    return {**_others(row, *OTHER_FORMS), "prompt": row["prompt"], "response": row["response"]}
+    answer = _either(row, "response", COMPLETION)
+    for name in ("prompt", answer):
+        if not isinstance(row[name], list):
+            _text(row, name)
+    return {**_others(row, *OTHER_FORMS), "prompt": row["prompt"]}
+
+
+def _from_sharegpt(turn: Row, number: int) -> Row:
+    """A turn under the names of messages; its further fields are kept."""
+    try:
+        content = turn["value"] if isinstance(turn["value"], list) else _text(turn, "value")
+        return {**_others(turn, "from", "value"), "role": _text(turn, "from"), "content": content}
+    except KeyError as error:
+        raise ValueError(f"turn {number}: field {error} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"turn {number}: {error}") from error
 
 
 def _others(row: Row, *names: str) -> Row:
     return {name: value for name, value in row.items() if name not in names}
 
 
-def _user(text: str) -> Row:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Row:
-    return {"role": "assistant", "content": text}
+def _turn(role: str, text: str) -> Row:
+    return {"role": role, "content": text}
 
 
 def _system(row: Row) -> list[Row]:
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    text = system_of(row)
+    return [] if text is None else [_turn("system", text)]
+
+
+def _text(row: Row, name: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is something else.
+    """
+    if not isinstance(row[name], str):
+        raise ValueError(f"field '{name}' must be text, not {kind_of(row[name])}")
+    return row[name]
+
+
+def _optional(row: Row, name: str) -> str | None:
+    """A field that is text, or missing."""
+    return None if row.get(name) is None else _text(row, name)
+
+
+def _only(row: Row, name: str) -> str:
+    """The text of a list that must hold one."""
+    texts = row[name]
+    if not isinstance(texts, list):
+        raise ValueError(f"field '{name}' must be a list of text, not {kind_of(texts)}")
+    if len(texts) != 1:
+        raise ValueError(f"the thinking is empty, or more than one text ({len(texts)})")
+    return _text({name: texts[0]}, name)
+
+
+def _pairs(row: Row) -> list[list[str]]:
+    """What was asked and answered before."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("field 'history' must be a list of pairs of text")
+    return [[_text({"history": text}, "history") for text in pair] for pair in pairs]
+
+
+def _either(row: Row, name: str, other: str) -> str:
+    """The one of two names of the same field that a row has."""
+    if is_given(row.get(name)) and is_given(row.get(other)) and row[name] != row[other]:
+        raise ValueError(f"fields '{name}' and '{other}' differ: keep one of them")
+    return other if is_given(row.get(other)) and not is_given(row.get(name)) else name
 
 
 RAW_SETS = {

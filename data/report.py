@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import fill
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.readers import BadRows
+from data.readers import BadRows, listed
 from data.storage import read_object, whole_file
 from data.tokens import TokenRows
 
 FILE = "data_report.json"
 EXAMPLES = 3  # of each reason
+MAX_UNUSED = 1000  # columns
 PERCENTILES = (5, 50, 95, 99, 100)
 PARTS = ("prompt", "response", "thinking", "answer")
 
@@ -44,6 +46,8 @@ class Report:
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
     cut: Noted | None = None  # rows whose response lost its end, where that may be
     answerless: int = 0  # of them, rows with nothing left of the last answer
+    control_tokens: Noted = field(default_factory=Noted)  # rows read whose texts hold some
+    unused: dict[str, int] = field(default_factory=dict)  # rows read that have something in a column, by its name
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
     epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
     # rows by their number of tokens in each part; thinking and answer are those of the last answer
@@ -57,6 +61,12 @@ class Report:
     def add_bad(self, bad: BadRows) -> None:
         """Note the rows that cannot be used."""
         self.dropped = {"cannot be used": Noted(bad.count, bad.named), **self.dropped}
+
+    def add_unused(self, columns: Iterable[str]) -> None:
+        """Note the columns of a row that nothing used."""
+        for name in columns:
+            if name in self.unused or len(self.unused) < MAX_UNUSED:
+                self.unused[name] = self.unused.get(name, 0) + 1
 
     def keep(self, rows: TokenRows) -> None:
         """Count rows that are kept."""
@@ -102,11 +112,14 @@ class Report:
             if len(self.sources) > 1 or of_epoch != count:
                 lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
         cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut else {}
-        for reason, noted in {**self.dropped, **cut}.items():
+        control = {"with control tokens in their texts, which are text": self.control_tokens}
+        for reason, noted in {**self.dropped, **cut, **(control if self.control_tokens.count else {})}.items():
             share = f" ({noted.count / self.read:.1%})" if noted.count else ""
             more = noted.count - len(noted.examples)
             lines += [f"  {noted.count:,}{share} {reason}", *(f"    {example}" for example in noted.examples)]
             lines += [f"    and {more:,} more"] if more and noted.examples else []
+        if self.unused:
+            lines.append(f"  columns that were not used: {listed(list(self.unused))}")
         if tokens := self.tokens():
             lines.append("  " + " " * 10 + "".join(f"{f'{p} %':>8}" for p in PERCENTILES[:-1]) + f"{'longest':>9}")
             for part, found in tokens.items():
@@ -128,8 +141,8 @@ class Report:
             part: Counter({int(length): rows for length, rows in found.items()})
             for part, found in saved["lengths"].items()
         }
-        cut = saved["cut"] and Noted(**saved["cut"])
-        return cls(**saved | {"dropped": dropped, "cut": cut, "lengths": lengths})
+        cut, control = saved["cut"] and Noted(**saved["cut"]), Noted(**saved["control_tokens"])
+        return cls(**saved | {"dropped": dropped, "cut": cut, "control_tokens": control, "lengths": lengths})
 
 
 class Prepared(NamedTuple):

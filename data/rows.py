@@ -1,5 +1,6 @@
 """Rows ready to be trained on: curated, in tokens, and kept on disk for the next time."""
 
+import ast
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Chat, Message, schema_of, to_chat, to_prompt
+from data.chat import Chat, Columns, Message, schema_of, to_chat, to_prompt, unused
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
@@ -24,9 +25,9 @@ from data.readers import BadRows, PlacedRow
 from data.report import Noted, Prepared, Report
 from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
-FORMAT = 3  # of the files; others are not read
+FORMAT = 4  # of the files; others are not read
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
-KEYED = ("on_bad_row", "loss_on", "max_length", "truncation")
+KEYED = ("columns", "on_bad_row", "loss_on", "max_length", "truncation")
 KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
 
 _Chat = tuple[int, PlacedRow, Chat]  # with the number of its source
@@ -49,6 +50,7 @@ class Preparation:
         check_for_chats(tokenizer, config.loss_on)
         self.too_long = BadRows("Raise data.max_length, or set data.truncation=drop or right")
         self.filter = self.difficulty = None
+        self.columns = Columns(config.columns)
         if config.truncation == "right":
             self.report.cut = Noted()
         if curated and config.filter is not None:
@@ -57,18 +59,19 @@ class Preparation:
             self.report.dropped[self.filtered] = Noted()
         if curated and config.order == "curriculum":
             self.difficulty = Expression(config.difficulty, "data.difficulty", float)
+        self.in_formulas = _names(config.filter) | _names(config.difficulty)
         # by reason, in this order: what is to be said of a row that is left out, nothing of one that stays
         self.rules: dict[str, Callable[[Chat, str, Encoded], str | None]] = {}
         if config.truncation == "drop":
             self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
         if curated and config.decontaminate_files:
-            overlap = Overlap(_questions(config.decontaminate_files), config.decontaminate_words)
+            overlap = Overlap(_questions(config.decontaminate_files, self.columns), config.decontaminate_words)
             words = f"{config.decontaminate_words} words"
             self.rules[f"overlap in {words} with data.decontaminate_files"] = lambda chat, *_: overlap.find(chat)
         if curated and config.drop_duplicates != "none":
             duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
             reason = f"duplicates, data.drop_duplicates={config.drop_duplicates}"
-            self.rules[reason] = lambda chat, place, _: duplicates.find(chat, place)
+            self.rules[reason] = lambda chat, place, _: duplicates.find(_with_tools(chat), place)
         self.report.dropped |= {reason: Noted() for reason in self.rules}
 
     def batches(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[pa.RecordBatch]:
@@ -93,6 +96,7 @@ class Preparation:
         taken = sum(1 for _ in islice(chats, skip))
         if skip:
             self.bad.forget()
+            self.report.unused.clear()
         while parts := [(self._batch(part), len(part)) for part in _in_parts(islice(chats, size))]:
             batches, counts = zip(*parts, strict=True)
             taken += sum(counts)
@@ -102,8 +106,9 @@ class Preparation:
         """Refuse what came so far and cannot be used, unless the settings say what to do.
 
         Raises:
-            ValueError: naming the first rows of that kind, or a formula that can be of no row.
+            ValueError: naming the first rows of that kind, a formula that can be of no row, or a column of none.
         """
+        self.columns.check()
         for formula in filter(None, (self.filter, self.difficulty)):
             formula.check()
         if self.config.on_bad_row == "error":
@@ -125,15 +130,17 @@ class Preparation:
         for number, rows in enumerate(sources.values()):
             schema = None
             for placed in rows:
-                found = schema_of(placed.row)
                 try:
+                    named = self.columns(placed)
+                    found = schema_of(named.row)
                     if found != (schema or found):
                         raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
-                    chat = to_chat(placed)
+                    chat = to_chat(named, self.in_formulas)
                 except ValueError as error:
                     self.bad.add(error)
                 else:
                     schema = found
+                    self.report.add_unused(name for name in unused(named.row) if name not in self.in_formulas)
                     yield number, placed, chat
 
     def _batch(self, chats: list[_Chat]) -> pa.RecordBatch:
@@ -160,6 +167,8 @@ class Preparation:
                 self.bad.add(error)
                 continue
             self.report.read += 1
+            if row.control:
+                self.report.control_tokens.add(f"{place} {_excerpt(chat)}")
             fits = len(row.input_ids) <= limit
             if filtered:
                 self.report.drop(self.filtered, f"{place} {_excerpt(chat)}")
@@ -191,6 +200,7 @@ def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
         part.append(item)
         *_, chat = item
         characters += sum(len(message["content"]) for message in chat["prompt"]) + len(chat["response"])
+        characters += len(str(chat["tools"])) if "tools" in chat else 0
         if len(part) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             yield part
             part, characters = [], 0
@@ -289,13 +299,13 @@ def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenize
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _questions(files: Iterable[str]) -> Iterator[tuple[list[Message], str]]:
+def _questions(files: Iterable[str], columns: Columns) -> Iterator[tuple[list[Message], str]]:
     """What is asked in an evaluation set, and where."""
     bad = BadRows("This is of data.decontaminate_files, all questions of which are needed")
     for file in files:
         for placed in iterate(file, bad):
             try:
-                yield to_prompt(placed), placed.place
+                yield to_prompt(columns(placed)), placed.place
             except ValueError as error:
                 bad.add(error)
     bad.refuse()
@@ -306,6 +316,21 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     special = (tokenizer.special_tokens_map, tokenizer.split_special_tokens)
     content = [tokenizer.backend_tokenizer.to_str(), special, tokenizer.chat_template]
     return sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _names(formula: str | None) -> set[str]:
+    """Names in a formula, of which `Expression` refuses what cannot be read."""
+    try:
+        return {node.id for node in ast.walk(ast.parse(formula or "", mode="exec")) if isinstance(node, ast.Name)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+
+
+def _with_tools(chat: Chat) -> Chat:
+    """A chat whose tools are a message, so that what compares messages sees them."""
+    if "tools" not in chat:
+        return chat
+    return chat | {"prompt": [Message(role="tools", content=json.dumps(chat["tools"])), *chat["prompt"]]}
 
 
 def _counts(row: Encoded) -> dict[str, int]:

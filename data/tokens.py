@@ -1,10 +1,11 @@
 """Chats into token rows through the tokenizer's chat template."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha1
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ ONE_DAY = "".join(
         " }}{% endmacro %}",
     ]
 )
+EMPTY_THINKING = re.compile(rf"{THINK}\s*{END_THINK}\s*\Z")
+PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters without a meaning
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -45,6 +48,7 @@ class Encoded(NamedTuple):
     thinking_tokens: int  # of the last answer, without its tags; 0 where there are none
     answer_tokens: int  # of the last answer, after its thinking, without the end-of-sequence token
     thinking_end: int  # where the thinking ends
+    control: bool = False  # whether its texts hold control tokens, which are text
 
     def until(self, length: int) -> "Encoded":
         """What its first `length` tokens hold."""
@@ -179,16 +183,151 @@ def check_for_chats(tokenizer: PreTrainedTokenizerBase, loss_on: str = "last") -
         )
 
 
-def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str = "the prompt") -> list[int]:
-    """Tokens of a prompt, up to where the assistant begins; `place` names it in errors.
+class ControlTokens:
+    """Reads the control tokens that texts hold as text, so that only the chat template writes real ones.
+
+    Control tokens are the special tokens of the tokenizer, but for `<think>` and `</think>`. Transformers'
+    `sanitize_control_tokens` does not serve here: it takes the tags for control tokens where the template writes them,
+    drops characters, and does not tell where answers begin.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.special |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = _any_of(self.special)
+        self._control = _any_of(self.special.keys() - {THINK, END_THINK})
+
+    def hide(self, chat: Chat, place: str) -> tuple[Chat, dict[int, str] | None]:
+        """Put unused characters for the control tokens in a chat's texts.
+
+        One end-of-sequence token, or end of a turn, is dropped from the end of an answer.
+
+        Returns:
+            The chat, and for `str.translate` the tokens by their characters; None where the texts hold no token.
+
+        Raises:
+            ValueError: nothing else is in an answer.
+        """
+        if not any(map(self._control.search, _texts(chat))):
+            return chat, None
+        messages = [
+            message | {"content": self._without_end(message["content"], f"{place}: message {number} of the prompt")}
+            if message["role"] == "assistant"
+            else message
+            for number, message in enumerate(chat["prompt"], start=1)
+        ]
+        chat = chat | {"prompt": messages, "response": self._without_end(chat["response"], f"{place}: the response")}
+        taken = {self.tokenizer.get_chat_template(tools=chat.get("tools") or None), *_texts(chat)}
+        unused = (chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in taken))
+        characters: dict[str, str] = {}
+
+        def character(token: re.Match) -> str:
+            if token[0] not in characters:
+                characters[token[0]] = next(unused)
+            return characters[token[0]]
+
+        chat = _map_texts(chat, lambda text: self._control.sub(character, text))
+        return chat, {ord(character): token for token, character in characters.items()}
+
+    def ids(self, text: str, hidden: dict[int, str], place: str) -> tuple[list[int], list[int]]:
+        """Tokens of a text after `hide`, and where each begins in the text with its control tokens.
+
+        Raises:
+            ValueError: the tokenizer reads a control token as one even where it is told not to.
+        """
+        ids, starts, at = [], [], 0
+        for number, piece in enumerate(self._special.split(text)):
+            if number % 2:
+                ids, starts = [*ids, self.special[piece]], [*starts, at]
+            elif piece := piece.translate(hidden):
+                made, begins = self._as_text(piece, self._before if number else "")
+                if real := [token for token in hidden.values() if self.special[token] in made and token in piece]:
+                    raise ValueError(f"{place}: the tokenizer cannot read {real[0]!r} as text, leave it out")
+                ids, starts = ids + made, starts + [at + begin for begin in begins]
+            at += len(piece)
+        return ids, starts
+
+    def _as_text(self, text: str, before: str) -> tuple[list[int], list[int]]:
+        """Tokens and where they begin of a text that follows `before`."""
+        made = self.tokenizer(
+            before + text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        starts = [start - len(before) for start, _ in made["offset_mapping"]]
+        first = next((i for i, (_, end) in enumerate(made["offset_mapping"]) if end > len(before)), len(starts))
+        return made["input_ids"][first:], starts[first:]
+
+    @cached_property
+    def _before(self) -> str:
+        """What to put before a piece of a text, if the tokenizer begins texts with a space and pieces without."""
+        whole, alone = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"{self.tokenizer.eos_token}a", "a")
+        )
+        return "" if whole[1:] == alone else "\n"
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        end = turn_end(self.tokenizer)
+        ends = [self.tokenizer.eos_token, None if end is None else self.tokenizer.convert_ids_to_tokens(end)]
+        return tuple(filter(None, ends))
+
+    def _without_end(self, answer: str, what: str) -> str:
+        text = answer.rstrip()
+        end = next((end for end in self._ends if text.endswith(end)), None)
+        if end is None:
+            return answer
+        if not text.removesuffix(end).strip():
+            raise ValueError(f"{what} is empty but for {end}")
+        return text.removesuffix(end)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Any of the tokens, the longest that fits; of none, nothing."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
+
+
+def _texts(chat: Chat) -> Iterator[str]:
+    yield from (message["content"] for message in chat["prompt"])
+    yield chat["response"]
+    if chat.get("tools"):
+        found: list[str] = []
+        _map_texts(chat["tools"], lambda text: found.append(text) or text)
+        yield from found
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with all texts in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_texts(key, change): _map_texts(item, change) for key, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def prompt_ids(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    place: str = "the prompt",
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """Tokens of a prompt, up to where the assistant begins; control tokens in its texts are text.
+
+    Args:
+        place: names the prompt in errors.
+        tools: for the chat template.
 
     Raises:
-        ValueError: the tokenizer has no chat template, it refuses the messages, or their text has a mask token.
+        ValueError: the tokenizer has no chat template, or it refuses the messages or leaves out some of their text or
+            the tools.
     """
     check_for_chats(tokenizer)
-    ids = tokenizer(_render(messages, tokenizer, place), add_special_tokens=False)["input_ids"]
-    _refuse_masks(ids, tokenizer, place)
-    return ids
+    control = ControlTokens(tokenizer)
+    chat, hidden = control.hide(Chat(prompt=list(messages), response="", tools=tools or []), place)
+    text = _render_prompt(chat, tokenizer, place)
+    if hidden is None:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return control.ids(text, hidden, place)[0]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -215,34 +354,37 @@ def encode(
 
     Args:
         places: name the chats in errors.
-        loss_on: `last`, the last answer · `all`, every answer, the earlier ones as the template writes them, with the
-            mark that ends a turn.
+        loss_on: `last`, the last answer · `all`, every answer that is trained on, the earlier ones as the template
+            writes them, with the mark that ends a turn.
     """
     end = turn_end(tokenizer) if loss_on == "all" else None
     mark = "" if end is None else tokenizer.convert_ids_to_tokens(end)
-    parts: list[list[str] | ValueError] = []
-    for chat, place in zip(chats, places, strict=True):
+    control, eos = ControlTokens(tokenizer), tokenizer.eos_token_id
+    rows: dict[int, Encoded | ValueError] = {}
+    plain: dict[int, tuple[list[str], str]] = {}  # without control tokens, to be tokenized together
+    for i, (chat, place) in enumerate(zip(chats, places, strict=True)):
         try:
-            parts.append(_parts(chat, tokenizer, loss_on, place, mark))
+            chat, hidden = control.hide(chat, place)
+            parts, response = _parts(chat, tokenizer, loss_on, place, mark), chat["response"]
+            if hidden is None:
+                plain[i] = parts, response
+                continue
+            before = [control.ids(part, hidden, place)[0] for part in parts]
+            ids, starts = control.ids(response, hidden, place)
+            rows[i] = _join([*before, [*ids, eos]], *_count(response.translate(hidden), starts))._replace(control=True)
         except ValueError as error:
-            parts.append(error)
-    texts = [text for part in parts if isinstance(part, list) for text in part]
-    before = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    answers = tokenizer([chat["response"] for chat in chats], add_special_tokens=False, return_offsets_mapping=True)
-    encoded: list[Encoded | ValueError] = []
-    for i, (part, place) in enumerate(zip(parts, places, strict=True)):
-        if isinstance(part, ValueError):
-            encoded.append(part)
-            continue
-        pieces = [next(before) for _ in part]
-        counts = _count(chats[i]["response"], answers["offset_mapping"][i])
-        row = _join([*pieces, [*answers["input_ids"][i], tokenizer.eos_token_id]], *counts)
-        try:
-            _refuse_masks(row.input_ids, tokenizer, place)
-            encoded.append(row)
-        except ValueError as error:
-            encoded.append(error)
-    return encoded
+            rows[i] = error
+    if plain:
+        texts = [text for parts, _ in plain.values() for text in parts]
+        contexts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        responses = [response for _, response in plain.values()]
+        answers = tokenizer(responses, add_special_tokens=False, return_offsets_mapping=True)
+        for (i, (parts, response)), ids, offsets in zip(
+            plain.items(), answers["input_ids"], answers["offset_mapping"], strict=True
+        ):
+            before = [next(contexts) for _ in parts]
+            rows[i] = _join([*before, [*ids, eos]], *_count(response, [start for start, _ in offsets]))
+    return [rows[i] for i in range(len(chats))]
 
 
 def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str, mark: str) -> list[str]:
@@ -252,24 +394,21 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
         mark: what the template ends an answer with.
 
     Raises:
-        ValueError: the template writes earlier answers in another way than it wrote them when they came, or begins the
-            thinking that the answer has.
+        ValueError: the template writes earlier answers in another way than it wrote them when they came, or begins or
+            ends thinking where an answer does not.
     """
-    prompt = chat["prompt"]
-    whole = _render(prompt, tokenizer, place)
-    if whole.rstrip().endswith(THINK) and chat["response"].lstrip().startswith(THINK):
-        raise ValueError(
-            f"{place}: the chat template writes {THINK} before the answer, which has its own; choose another by "
-            "model.chat_template"
-        )
+    prompt, tools = chat["prompt"], chat.get("tools")
+    whole = _render_prompt(chat, tokenizer, place)
+    _check_thinking(whole, chat["response"], place)
     if loss_on == "last":
         return [whole]
     parts, done = [], 0
     for i, message in enumerate(prompt):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not message.get("trained", True):
             continue
-        before = _render(prompt[:i], tokenizer, place)
-        turn, content = _render(prompt[: i + 1], tokenizer, place, generation=False)[len(before) :], message["content"]
+        before, content = _render(prompt[:i], tokenizer, place, tools), message["content"]
+        _check_thinking(before, content, place)
+        turn = _render(prompt[: i + 1], tokenizer, place, tools, generation=False)[len(before) :]
         said, found, behind = turn.partition(content.strip())
         # some templates begin the next answer whether or not that is asked for
         if mark and mark in behind:
@@ -285,6 +424,26 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
     return [*parts, whole[done:]]
 
 
+def _check_thinking(before: str, answer: str, place: str) -> None:
+    """Refuse an answer that does not go on with the thinking as a rendered prompt leaves it."""
+    if before.rstrip().endswith(THINK):
+        if answer.lstrip().startswith(THINK):
+            raise ValueError(
+                f"{place}: the chat template writes {THINK} before the answer, which has its own; set "
+                "model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
+            )
+        if END_THINK not in answer:
+            raise ValueError(
+                f"{place}: the chat template writes {THINK} before the answer, which has no {END_THINK}; set "
+                "model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
+            )
+    elif EMPTY_THINKING.search(before) and (THINK in answer or END_THINK in answer):
+        raise ValueError(
+            f"{place}: the chat template writes {THINK}{END_THINK} before the answer, which has thinking of its own; "
+            "leave out model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
+        )
+
+
 def _join(pieces: list[list[int]], thinking_tokens: int, answer_tokens: int, thinking_end: int) -> Encoded:
     """Context and answers by turns, context first, into one row; `thinking_end` counts from the last answer."""
     bounds = np.cumsum([0, *map(len, pieces)]).tolist()
@@ -293,28 +452,54 @@ def _join(pieces: list[list[int]], thinking_tokens: int, answer_tokens: int, thi
     return Encoded(ids, bounds[1], context, thinking_tokens, answer_tokens, bounds[-2] + thinking_end)
 
 
-def _count(response: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-    """Tokens of the thinking, of the answer behind it, and up to where the thinking ends."""
+def _count(response: str, starts: Sequence[int]) -> tuple[int, int, int]:
+    """Tokens of the thinking, of the answer behind it, and up to where the thinking ends.
+
+    Args:
+        starts: where each token begins.
+    """
     thinking, end, _ = response.rpartition(END_THINK)
     if not end:
-        return 0, len(offsets), 0
-    starts = [start for start, _ in offsets]
+        return 0, len(starts), 0
     begin = thinking.find(THINK) + len(THINK) if THINK in thinking else 0
     bounds = [begin, len(thinking), len(thinking + end)]
     first, last, answer = np.searchsorted(starts, bounds).tolist()
     return last - first, len(starts) - answer, last
 
 
+def _render_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+    """What the template writes up to where the response begins.
+
+    Raises:
+        ValueError: the template refuses the messages, or leaves out some or the tools.
+    """
+    text = _render(chat["prompt"], tokenizer, place, tools := chat.get("tools"))
+    if tools and text == _render(chat["prompt"], tokenizer, place):
+        raise ValueError(
+            f"{place}: the chat template leaves out the tools of field 'tools'; choose another by model.chat_template, "
+            "or leave the column out"
+        )
+    return text
+
+
 def _render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, place: str, generation: bool = True
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    place: str,
+    tools: list[dict[str, Any]] | None = None,
+    generation: bool = True,
 ) -> str:
     roles = ", ".join(message["role"] for message in messages)
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=tools or None)
     if "strftime_now" in template:
         template = ONE_DAY + template
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, add_generation_prompt=generation, tokenize=False
+            list(messages),
+            tools=tools or None,
+            chat_template=template,
+            add_generation_prompt=generation,
+            tokenize=False,
         )
     except Exception as error:  # a template is a program: it ends in whatever fails first
         raise ValueError(f"{place}: the chat template refuses messages of {roles}: {error}") from error
@@ -325,8 +510,3 @@ def _render(
                 "another by model.chat_template"
             )
     return text
-
-
-def _refuse_masks(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
-        raise ValueError(f"{place}: the text contains the mask token {tokenizer.mask_token!r}")

@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 from data import generated
-from data.chat import final_answer, schema_of
+from data.chat import final_answer, to_chat
 from data.readers import PlacedRow
 
 NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
@@ -39,14 +39,12 @@ def check_verifiable(placed: PlacedRow) -> None:
 
 
 def reference(row: dict[str, Any]) -> str:
-    """The answer that a row has."""
-    match schema_of(row):
-        case "messages":
-            return row["messages"][-1]["content"]
-        case "prompt":
-            return row["response"]
-        case _:
-            return row["answer"]
+    """The answer that a row has, as it is trained on.
+
+    Raises:
+        ValueError: see `data.chat.to_chat`.
+    """
+    return to_chat(PlacedRow(row, "the row"))["response"]
 
 
 def _normal(answer: str) -> str | Decimal:

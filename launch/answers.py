@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import PlacedRow, prompt_ids, read_rows
-from data.chat import Message, to_prompt
+from data.chat import ANSWERS, Columns, Message, to_prompt, tools_of
 from data.storage import read_object, read_records, refuse_links, whole_file, writing
 from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
@@ -116,13 +116,16 @@ def answer_file(config: Config) -> None:
     directory = output.with_name(f"{output.name}.partial")
     refuse_links(output, directory)
     rows = read_rows([config.input])
-    chats = [to_prompt(placed) for placed in rows]
+    columns = Columns(config.data.columns)
+    named = [columns(placed) for placed in rows]
+    columns.check(optional=ANSWERS)
+    chats = [(to_prompt(placed), tools_of(placed)) for placed in named]
 
     with open_world() as world:
         model, tokenizer = load_for_sampling(config)
         prompts = [
-            np.array(prompt_ids(chat, tokenizer, placed.place), dtype=np.int32)
-            for placed, chat in zip(rows, chats, strict=True)
+            np.array(prompt_ids(messages, tokenizer, placed.place, tools), dtype=np.int32)
+            for placed, (messages, tools) in zip(rows, chats, strict=True)
         ]
         for placed, prompt in zip(rows, prompts, strict=True):
             check_fits(model, len(prompt), config.sampling, f"{placed.place}: a prompt")

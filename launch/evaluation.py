@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data import DataConfig, prompt_ids
-from data.chat import Message, to_chat
+from data.chat import Columns, Message, to_chat
 from data.equations import held_out_rows
 from data.files import iterate
 from data.readers import BadRows, PlacedRow
@@ -91,13 +91,17 @@ def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """What is asked, and how many rows cannot be."""
     bad, questions = BadRows("data.on_bad_row=skip leaves such rows out"), []
     files = [iterate(file, bad) for file in config.val_files] or [held_out_rows()]
+    columns = Columns(config.columns)
     for placed in chain.from_iterable(files):
         try:
-            messages = to_chat(placed)["prompt"]
+            placed = columns(placed)
+            chat = to_chat(placed)
             check_verifiable(placed)
-            questions.append(Question(placed, messages, prompt_ids(messages, tokenizer, placed.place)))
+            ids = prompt_ids(chat["prompt"], tokenizer, placed.place, chat.get("tools"))
+            questions.append(Question(placed, chat["prompt"], ids))
         except ValueError as error:
             bad.add(error)
+    columns.check()
     if config.on_bad_row == "error" or not questions:
         bad.refuse()
     if bad.count:

@@ -72,12 +72,98 @@ def test_fields_for_curation_stay_and_other_attempts_go():
 def test_what_comes_before_the_question_is_in_the_prompt():
     system = {"role": "system", "content": "Be brief."}
     turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
-    assert converted("messages", {"system": "Be long.", "messages": [system, USER, ASSISTANT]})["messages"][0] == system
+    assert (
+        converted("messages", {"system": "Be brief.", "messages": [system, USER, ASSISTANT]})["messages"][0] == system
+    )
+    with pytest.raises(ValueError, match="raw:1: field 'system' and the system message"):
+        converted("messages", {"system": "Be long.", "messages": [system, USER, ASSISTANT]})
     row = converted("sharegpt", {"system": "Be brief.", "conversations": turns})
     assert row["messages"] == [system, USER, ASSISTANT]
     raw = {"instruction": "And 3+3?", "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]}
     row = converted("alpaca", raw)
     assert row == {"prompt": [system, USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}], "response": "6"}
+
+
+RAW = {
+    "s1k": {"question": "2+2?", "thinking_trajectories": ["Two twos."], "attempt": "4"},
+    "gsm8k": {"question": "2+2?", "answer": "Two twos.\n#### 4"},
+    "alpaca": {"instruction": "2+2?", "output": "4"},
+    "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "prompt_response": {"prompt": "2+2?", "response": "4"},
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_message_of_a_row_comes_first(name, field):
+    chat = to_chat(PlacedRow(converted(name, RAW[name] | {field: "Be brief."}), "made:1"))
+    assert chat["prompt"] == [{"role": "system", "content": "Be brief."}, USER]
+    assert to_chat(PlacedRow(converted(name, RAW[name] | {field: None}), "made:1"))["prompt"] == [USER]
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_what_means_something_is_not_lost_in_conversion(name):
+    tools = [{"name": "add"}]
+    assert to_chat(PlacedRow(converted(name, RAW[name] | {"tools": tools}), "made:1"))["tools"] == tools
+    with pytest.raises(ValueError, match="raw:1: field 'images'"):
+        converted(name, RAW[name] | {"images": ["a.png"]})
+
+
+def test_the_weight_of_a_turn_stays():
+    turns = [*RAW["sharegpt"]["conversations"], {"from": "human", "value": "3+3?"}]
+    turns.append({"from": "gpt", "value": "7", "weight": 0})
+    chat = to_chat(PlacedRow(converted("sharegpt", {"conversations": turns}), "made:1"))
+    assert chat == {"prompt": [USER], "response": "4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("s1k", "question"),
+        ("s1k", "attempt"),
+        ("s1k", "answer"),
+        ("gsm8k", "question"),
+        ("gsm8k", "answer"),
+        ("alpaca", "instruction"),
+        ("alpaca", "input"),
+        ("alpaca", "output"),
+        ("prompt_response", "prompt"),
+        ("prompt_response", "response"),
+        *((name, "system") for name in RAW),
+    ],
+)
+def test_a_number_where_text_belongs(name, field):
+    with pytest.raises(ValueError, match=f"^raw:1: field '{field}' must be text, not int$"):
+        converted(name, RAW[name] | {field: 3})
+
+
+@pytest.mark.parametrize("value", [None, 3, 0.5, {}])
+@pytest.mark.parametrize(
+    ("name", "field", "row"),
+    [
+        ("alpaca", "output", lambda value: {"instruction": "a", "output": value}),
+        ("gsm8k", "answer", lambda value: {"question": "a", "answer": value}),
+        ("s1k", "thinking_trajectories", lambda value: RAW["s1k"] | {"thinking_trajectories": [value]}),
+        ("alpaca", "history", lambda value: RAW["alpaca"] | {"history": [["a", value]]}),
+        ("sharegpt", "from", lambda value: {"conversations": [{"from": value, "value": "a"}]}),
+        ("messages", "content", lambda value: {"messages": [USER, {"role": "assistant", "content": value}]}),
+    ],
+)
+def test_what_is_no_text_where_text_belongs(name, field, row, value):
+    kind = "null" if value is None else type(value).__name__
+    with pytest.raises(ValueError, match=rf"^raw:1: .*field '{field}' must be text, not {kind}$"):
+        converted(name, row(value))
+
+
+def test_dolly_is_a_kind_of_alpaca():
+    row = converted("alpaca", {"instruction": "Who?", "context": "Ann sang.", "response": "Ann", "category": "qa"})
+    assert row == {"prompt": [{"role": "user", "content": "Who?\n\nAnn sang."}], "response": "Ann", "category": "qa"}
+
+
+def test_the_first_line_of_an_answer_keeps_its_indentation():
+    row = converted("s1k", RAW["s1k"] | {"attempt": "\n    return 4\n"})
+    assert row["answer"] == "<think>\nTwo twos.\n</think>\n    return 4"
 
 
 def test_an_input_follows_its_instruction():
@@ -105,6 +191,13 @@ def test_an_input_follows_its_instruction():
         ("sharegpt", {"conversations": "Hi"}, "raw:1: field 'conversations' must be a non-empty list"),
         ("s1k", {"question": "?", "thinking_trajectories": ["a"], "attempt": ""}, "raw:1: there is no answer behind"),
         ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "2", "context": "3", "output": "4"},
+            "'input' and 'context' differ",
+        ),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, "raw:1: turn 1: field 'value' is missing"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}, "field 'history' must be a list of pairs"),
     ],
 )
 def test_raw_rows_that_are_not_of_the_set(name, raw, message):

@@ -362,7 +362,7 @@ class TestBadRows:
     def test_skipped_ones_are_in_the_report(self, tokenizer, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(
             json.dumps(row()).encode() + b'\n{"question": "\xff"}\n{"question": "a", "question": "b"}\n[]\n'
-            b'{"prompt": "a", "response": "b"}\n' + json.dumps(row("a <|mask|>")).encode() + b"\n"
+            b'{"prompt": "a", "response": "b"}\n' + json.dumps(row("a", images=["b"])).encode() + b"\n"
         )
         config = DataConfig(cache_dir=str(tmp_path / "cache"), on_bad_row="skip")
         for _ in range(2):  # made, and read again

@@ -71,11 +71,6 @@ def test_dropping_every_row_is_an_error(tokenizer):
         tokenize([placed()], tokenizer, 5, "drop")
 
 
-def test_the_mask_token_in_a_text(tokenizer):
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: the text contains the mask token '<\|mask\|>'"):
-        tokenize([placed("What is <|mask|>?")], tokenizer, 100)
-
-
 def test_a_tokenizer_without_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):
@@ -107,8 +102,3 @@ def test_a_template_that_refuses_a_role(tokenizer):
     refusing.chat_template = "{{ raise_exception('system role not supported') }}"
     with pytest.raises(ValueError, match="the prompt: the chat template refuses messages of system: system role not"):
         prompt_ids([{"role": "system", "content": "Be brief."}], refusing)
-
-
-def test_a_prompt_with_a_mask_would_be_filled_in(tokenizer):
-    with pytest.raises(ValueError, match=r"the prompt: the text contains the mask token '<\|mask\|>'"):
-        prompt_ids([{"role": "user", "content": "a <|mask|>"}], tokenizer)
