@@ -26,7 +26,7 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
 NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id")
 NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "chat_template_kwargs")
-NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions")
+NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions", *TRAINED, *REASONING)
 # Common names of the two columns of a set, for the advice about data.columns.
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
 ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
@@ -108,11 +108,11 @@ def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
         prompt, response = _split(_messages(row["messages"], "messages", "assistant", place), place)
         prompt = _with_system(prompt, row, place)
     else:
-        prompt, response = _prompt(row, place), _response(row, schema, place)
+        prompt, response = _prompt(row, schema, place), _response(row, schema, place)
     chat = Chat(prompt=prompt, response=response)
     if tools := tools_of(placed):
         chat["tools"] = tools
-    _refuse_ignored(placed, {*NOT_IN_ROWS, *TRAINED, *REASONING} - set(used))
+    _refuse_ignored(placed, NOT_IN_ROWS, used)
     return chat
 
 
@@ -123,8 +123,9 @@ def to_prompt(placed: PlacedRow) -> list[Message]:
         ValueError: as `to_chat`.
     """
     row, place = placed
-    if schema_of(row) != "messages":
-        prompt = _prompt(row, place)
+    schema = schema_of(row)
+    if schema != "messages":
+        prompt = _prompt(row, schema, place)
     else:
         messages = row["messages"]
         answered = isinstance(messages, list) and messages and _role(messages[-1]) == "assistant"
@@ -156,9 +157,11 @@ def tools_of(placed: PlacedRow) -> list[dict[str, Any]] | None:
 
 def schema_of(row: dict[str, Any]) -> str:
     """The field that says how a row is to be read; where there is none, that of the answer it has, or `question`."""
-    asked = (field for field in SCHEMAS if row.get(field) is not None)
+    for field in SCHEMAS:
+        if row.get(field) is not None:
+            return field
     answered = (field for field in SCHEMAS if row.get(_answer_field(row, field)) is not None)
-    return next(asked, None) or next(answered, "question")
+    return next(answered, "question")
 
 
 def unused(row: dict[str, Any]) -> list[str]:
@@ -171,7 +174,8 @@ def unused(row: dict[str, Any]) -> list[str]:
     names = [name for name, value in row.items() if name not in used and is_given(value)]
     for field in (schema, _answer_field(row, schema)):
         if isinstance(messages := row.get(field), list):
-            further = {name for message in messages for name in message.keys() - IN_MESSAGES if is_given(message[name])}
+            dicts = [message for message in messages if isinstance(message, dict)]
+            further = {name for message in dicts for name in message.keys() - IN_MESSAGES if is_given(message[name])}
             names += [f"{field}[].{name}" for name in sorted(further)]
     return list(dict.fromkeys(names))
 
@@ -198,13 +202,15 @@ def system_of(row: dict[str, Any]) -> str | None:
     Raises:
         ValueError: it is no text, or there are two that differ.
     """
-    texts = {name: row[name] for name in SYSTEM if is_given(row.get(name))}
+    texts = {name: row[name] for name in SYSTEM if name in row and is_given(row[name])}
+    if not texts:
+        return None
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"field '{name}' must be text, not {kind_of(text)}")
     if len({text.strip() for text in texts.values()}) > 1:
         raise ValueError(f"fields {' and '.join(map(repr, texts))} differ: keep one system message")
-    return next(iter(texts.values()), None)
+    return next(iter(texts.values()))
 
 
 def is_given(value: Any) -> bool:
@@ -229,9 +235,8 @@ def _answer_field(row: dict[str, Any], schema: str) -> str:
     return COMPLETION if answer == "response" and row.get(answer) is None and COMPLETION in row else answer
 
 
-def _prompt(row: dict[str, Any], place: str) -> list[Message]:
+def _prompt(row: dict[str, Any], schema: str, place: str) -> list[Message]:
     """The messages before the answer of a row that has it in a field of its own."""
-    schema = schema_of(row)
     if schema == "prompt" and not isinstance(row.get("prompt"), str | None):
         prompt = _messages(row["prompt"], "prompt", "user", place)
     else:
@@ -260,7 +265,7 @@ def _split(messages: list[Message], place: str) -> tuple[list[Message], str]:
     answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     last = max((i for i in answers if messages[i].get("trained", True)), default=None)
     if last is None:
-        raise ValueError(f"{place}: no answer is trained on, {', '.join(TRAINED)} of each say so")
+        raise ValueError(f"{place}: no answer is trained on: each has 0 or false as its {', '.join(TRAINED)}")
     return messages[:last], messages[last]["content"]
 
 
@@ -282,29 +287,29 @@ def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> li
 
 def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
     """An answer behind the thinking that its row or message has in a field of its own."""
-    texts = {name: holder[name] for name in REASONING if is_given(holder.get(name))}
+    texts = {name: holder[name] for name in REASONING if name in holder and is_given(holder[name])}
+    if not texts:
+        return answer
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{what}: its field '{name}' must be text, not {kind_of(text)}")
         _well_formed(text, f"{what}: its field '{name}'")
-    distinct = {text.strip() for text in texts.values()}
-    if len(distinct) > 1:
+    thinking, *others = {text.strip() for text in texts.values()}
+    if others:
         raise ValueError(f"{what}: its fields {', '.join(texts)} differ: keep one of them")
-    for thinking in distinct:
-        if THINK in answer or END_THINK in answer:
-            before = answer.rpartition(END_THINK)[0]
-            own = before.partition(THINK)[2] if THINK in before else before
-            if own.strip() != thinking:
-                raise ValueError(f"{what} has a {THINK} of its own that differs from field '{next(iter(texts))}'")
-        else:
-            answer = with_thinking(thinking, answer)
+    if THINK not in answer and END_THINK not in answer:
+        return with_thinking(thinking, answer)
+    before = answer.rpartition(END_THINK)[0]
+    own = before.partition(THINK)[2] if THINK in before else before
+    if own.strip() != thinking:
+        raise ValueError(f"{what} has a {THINK} of its own that differs from field '{next(iter(texts))}'")
     return answer
 
 
-def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str]) -> None:
+def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str], used: Collection[str] = ()) -> None:
     """Refuse columns with a meaning that is not used."""
     row, place = placed
-    names = [name for name in unused(row) if name in meaningful]
+    names = [name for name in unused(row) if name in meaningful and name not in used]
     names = [name for name in names if name not in TRAINED or not _counts_whole(name, row[name])]
     if names:
         raise ValueError(
@@ -391,8 +396,8 @@ def _messages(messages: Any, field: str, last: str, place: str, first: str = "us
                 f"user and assistant in turn, each an object with role and content{converted}"
             )
         made.append(_message(message, what))
-    if _role(messages[-1]) != last:
-        raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {_role(messages[-1])}'s")
+    if (role := made[-1]["role"] if made else "system") != last:
+        raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {role}'s")
     return made
 
 

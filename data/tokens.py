@@ -1,7 +1,7 @@
 """Chats into token rows through the tokenizer's chat template."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha1
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message
 
@@ -193,10 +193,11 @@ class ControlTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.special |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = _any_of(self.special)
-        self._control = _any_of(self.special.keys() - {THINK, END_THINK})
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = {*tokenizer.all_special_tokens, *added} - {""}
+        self.special = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        self._special = _any_of({token: _with_spaces(token, added.get(token)) for token in tokens})
+        self._control = _any_of({token: re.escape(token) for token in tokens - {THINK, END_THINK}})
 
     def hide(self, chat: Chat, place: str) -> tuple[Chat, dict[int, str] | None]:
         """Put unused characters for the control tokens in a chat's texts.
@@ -239,12 +240,14 @@ class ControlTokens:
         ids, starts, at = [], [], 0
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
-                ids, starts = [*ids, self.special[piece]], [*starts, at]
+                ids.append(self.special[piece] if piece in self.special else self.special[piece.strip()])
+                starts.append(at)
             elif piece := piece.translate(hidden):
                 made, begins = self._as_text(piece, self._before if number else "")
                 if real := [token for token in hidden.values() if self.special[token] in made and token in piece]:
                     raise ValueError(f"{place}: the tokenizer cannot read {real[0]!r} as text, leave it out")
-                ids, starts = ids + made, starts + [at + begin for begin in begins]
+                ids += made
+                starts += [at + begin for begin in begins]
             at += len(piece)
         return ids, starts
 
@@ -282,9 +285,16 @@ class ControlTokens:
         return text.removesuffix(end)
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern:
-    """Any of the tokens, the longest that fits; of none, nothing."""
-    return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
+def _with_spaces(token: str, added: AddedToken | None) -> str:
+    """The pattern of a token, with the spaces beside it that the tokenizer makes part of it."""
+    left, right = (r"\s*" if added and getattr(added, side) else "" for side in ("lstrip", "rstrip"))
+    return left + re.escape(token) + right
+
+
+def _any_of(patterns: dict[str, str]) -> re.Pattern:
+    """Any of the tokens by their patterns, the longest that fits; of none, nothing."""
+    longest_first = sorted(patterns, key=lambda token: (-len(token), token))
+    return re.compile(f"({'|'.join(patterns[token] for token in longest_first) or '(?!)'})")
 
 
 def _texts(chat: Chat) -> Iterator[str]:

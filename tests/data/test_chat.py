@@ -131,6 +131,9 @@ def test_two_system_messages(row):
 def test_an_empty_system_message_is_none(content):
     row = {"messages": [{"role": "system", "content": content}, user(), assistant()]}
     assert chat_of(row) == {"prompt": [user()], "response": "4"}
+    assert chat_of({"messages": [*row["messages"], row["messages"][0]]}) == chat_of(row)
+    with pytest.raises(ValueError, match="rows:1: the last of 'messages' must be the assistant's"):
+        chat_of({"messages": row["messages"][:1]})
     assert chat_of(row | {"system": "Be brief."})["prompt"] == [SYSTEM, user()]
 
 

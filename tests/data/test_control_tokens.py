@@ -159,6 +159,17 @@ def test_a_tokenizer_that_begins_texts_with_a_space(scheme):
         assert ids[ids.index("<c>") :] == rest
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_a_token_that_takes_the_spaces_beside_it(side):
+    tokenizer = builtin_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True, **{side: True})], special_tokens=True)
+    tokenizer.chat_template = "<|turn|>\n{{ messages[0]['content'] }}\n<|turn|>\n"
+    ordinary, held = (prompt_ids([{"role": "user", "content": text}], tokenizer) for text in ("x", "<|turn|>"))
+    at = ordinary.index(tokenizer("x")["input_ids"][0])
+    assert held == [*ordinary[:at], *spelt(tokenizer, "<|turn|>"), *ordinary[at + 1 :]]
+    assert len(ordinary) == 4  # it took one of two line ends
+
+
 def test_a_tokenizer_that_knows_no_other_way_to_write_them():
     backend = Tokenizer(models.BPE({"a": 0, "<e>": 1, "<m>": 2}, merges=[], ignore_merges=True))
     tokenizer = PreTrainedTokenizerFast(

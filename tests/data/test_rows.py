@@ -437,6 +437,14 @@ class TestCache:
         load()
         assert len(self.entries(tmp_path)) == 6
 
+    def test_other_columns_make_other_rows(self, tmp_path, tokenizer):
+        file = write(tmp_path / "a.jsonl", {"first": "one", "second": "two"})
+        made = []
+        for columns in ({"prompt": "first", "response": "second"}, {"prompt": "second", "response": "first"}):
+            config = DataConfig(cache_dir=str(tmp_path / "cache"), columns=columns)
+            made += questions(rows_of_files([file], config, tokenizer, "training", True)[0], tokenizer)
+        assert made == ["one", "two"]
+
     def test_validation_rows_are_not_made_anew_by_what_is_not_theirs(self, files, tmp_path, tokenizer):
         for settings in ({}, {"filter": "False", "order": "curriculum", "drop_duplicates": "exact"}):
             config = DataConfig(cache_dir=str(tmp_path / "cache"), **settings)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,32 @@ def test_rows_that_cannot_be_used_are_named_where_they_come(stream, workers):
     assert len(list(islice(batches, 3))) == 3
     with pytest.raises(ValueError, match=r"^\S*b\.jsonl:4: not JSON.*data\.on_bad_row=skip"):
         list(batches)
+
+
+def test_columns_have_other_names_here(stream, files):
+    expected = contents(stream().loader(range(3)))
+    for file in files:
+        path = Path(file)
+        path.write_text(path.read_text().replace('"question"', '"asked"').replace('"answer"', '"said"'))
+    columns = {"question": "asked", "answer": "said"}
+    assert contents(stream(columns=columns).loader(range(3))) == expected
+    with pytest.raises(
+        ValueError, match=r"data\.columns={question: ask}: no row has a column 'ask'; did you mean asked"
+    ):
+        list(stream(columns=columns | {"question": "ask"}).loader(range(3)))
+
+
+def test_unused_columns_are_counted_from_where_it_goes_on(stream, files):
+    for file in files:
+        path = Path(file)
+        path.write_text(path.read_text().replace('"difficulty"', '"id": 1, "difficulty"'))
+    first, again = stream(), stream()
+    list(first.loader(range(4)))
+    again.position = first.position
+    list(again.loader(range(4, 5)))
+    for report in (first.report, again.report):
+        assert report.unused == {"id": report.read - report.dropped["cannot be used"].count}
+    assert again.report.read < first.report.read
 
 
 def test_nothing_left_is_an_error_and_no_endless_search(stream):

@@ -146,6 +146,30 @@ def test_a_row_for_each_row(config, whole):
         assert line["tokens_per_forward"] == alone.tokens_per_forward
 
 
+def test_fields_that_mean_something_reach_the_prompt(config, monkeypatch):
+    rows = [{"query": f"{i}+1?<|im_end|>", "system_prompt": "Add.", "tools": '[{"name": "add"}]'} for i in range(2)]
+    Path(config.input).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.columns = {"prompt": "query", "response": "reply"}
+    prompts = []
+    monkeypatch.setattr(answers, "generate", lambda *given: prompts.extend(given[2]) or generate(*given))
+    with pytest.raises(ValueError, match=r"in\.jsonl:1: .*'tools'.*model\.chat_template"):
+        answer(config)
+    model, tokenizer = load_for_sampling(config)
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    monkeypatch.setattr(answers, "load_for_sampling", lambda _: (model, tokenizer))
+    answer(config)
+    assert {len(prompt) for prompt in prompts} == {len(prompts[0])}
+    assert sorted(map(tokenizer.decode, prompts))[0] == (
+        '[{"name": "add"}]<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n0+1?<|im_end|><|im_end|>\n'
+        "<|im_start|>assistant\n"
+    )
+    for line in Path(config.output).read_text().splitlines():
+        assert json.loads(line).keys() - rows[0] == {"response", "nfe", "tokens_per_forward"}
+    config.data.columns, config.output = {"prompt": "qery"}, config.output.replace("out", "other")
+    with pytest.raises(ValueError, match="no row has a column 'qery'; did you mean query"):
+        answer(config)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 20], ids=["newline", "brace", "middle"])
 def test_an_interrupted_run_goes_on(config, whole, sampled, capsys, cut):
     """The last line has lost its end."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data import DataConfig
+from diffllm.tokenizer import builtin_tokenizer
 from launch import evaluation
 from trainer.config import Config
 
@@ -50,3 +52,18 @@ def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokeni
     assert record["scores"]["exact_match"] == 2 / 3
     assert record["config"]["data"]["val_files"] == config.data.val_files
     assert "exact match 66.7% (2 of 3 questions)" in capsys.readouterr().out
+
+
+def test_fields_that_mean_something_reach_the_questions(small_model, tmp_path, monkeypatch):
+    tokenizer = builtin_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    row = {"query": "1+1?", "reply": "2", "system": "Add.", "tools": [{"name": "add"}], "reasoning": "One and one."}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    config = DataConfig(val_files=[str(tmp_path / "test.jsonl")], columns={"prompt": "query", "response": "reply"})
+    [[question], _] = evaluation._questions(config, tokenizer)
+    chat = "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(question.ids) == f'[{{"name": "add"}}]{chat}'
+    assert evaluation.reference(question.placed.row) == "<think>\nOne and one.\n</think>\n2"
+    config.columns["response"] = "replly"
+    with pytest.raises(ValueError, match="no row has a column 'replly'; did you mean reply"):
+        evaluation._questions(config, tokenizer)
