@@ -23,10 +23,11 @@ MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
 
 # Fields that the formats of chats, tools, preferences and grounded generation give a meaning that is not used here.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MASKS = ("assistant_masks", "completion_mask")
 NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
 NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id")
 NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "chat_template_kwargs")
-NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions", *TRAINED, *REASONING)
+NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions", *MASKS, *TRAINED, *REASONING)
 # Common names of the two columns of a set, for the advice about data.columns.
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
 ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
@@ -88,12 +89,11 @@ class Columns:
 
 
 def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
-    """A training row from any of the schemas.
+    """Return a row of any schema as a chat.
 
-    S1K: `question`, `answer` with its `<think>…</think>` (further fields such as `source`, `difficulty`,
-    `thinking_tokens`, `answer_tokens` are for curation). Prompt and response: `prompt`, a text or the messages before
-    the answer, and `response` or `completion`, a text or one message. Messages: `messages`, of which the last is the
-    assistant's; the response is the last answer that is trained on.
+    S1K: `question`, `answer` with its `<think>…</think>` (METADATA is for curation). Prompt and response: `prompt`, a
+    text or the messages before the answer, and `response` or `completion`, a text or one message. Messages:
+    `messages`, up to the assistant's; the response is the last answer that is trained on.
 
     Args:
         used: names of fields that a formula reads.
@@ -117,7 +117,7 @@ def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
 
 
 def to_prompt(placed: PlacedRow) -> list[Message]:
-    """The messages before the answer of a row of any schema, whether or not it has one.
+    """Return the messages before the answer of a row of any schema, whether or not it has an answer.
 
     Raises:
         ValueError: as `to_chat`.

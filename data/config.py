@@ -27,7 +27,7 @@ class DataConfig:
     # .jsonl, .json or .parquet files, folders of them, or hub ids; empty trains on generated equations
     train_files: list[str] = field(default_factory=list)
     val_files: list[str] = field(default_factory=list)  # likewise; empty with train_files given: no validation
-    # columns of the files by the names that a row has here, such as {prompt: query, response: output}
+    # columns of the files by the names of a row's fields, such as {prompt: query, response: output}; null: by their own
     columns: dict[str, str] | None = None
     on_bad_row: str = "error"  # of a row that cannot be used: error | skip, with a line in the report
     loss_on: str = "last"  # answers that are trained on in a chat of several turns: last | all

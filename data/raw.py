@@ -154,7 +154,7 @@ def _only(row: Row, name: str) -> str:
     """The text of a list that must hold one."""
     texts = row[name]
     if not isinstance(texts, list):
-        raise ValueError(f"field '{name}' must be a list of text, not {kind_of(texts)}")
+        raise ValueError(f"field '{name}' must be text, not {kind_of(texts)}, in a list of one")
     if len(texts) != 1:
         raise ValueError(f"the thinking is empty, or more than one text ({len(texts)})")
     return _text({name: texts[0]}, name)

@@ -37,7 +37,7 @@ class Noted:
 
 @dataclass
 class Report:
-    """An account of one set of rows, which takes no more memory if they are more."""
+    """Row statistics in constant memory."""
 
     name: str
     read: int = 0
@@ -46,8 +46,8 @@ class Report:
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
     cut: Noted | None = None  # rows whose response lost its end, where that may be
     answerless: int = 0  # of them, rows with nothing left of the last answer
-    control_tokens: Noted = field(default_factory=Noted)  # rows read whose texts hold some
-    unused: dict[str, int] = field(default_factory=dict)  # rows read that have something in a column, by its name
+    control_tokens: Noted = field(default_factory=Noted)  # rows read with control tokens in their texts
+    unused: dict[str, int] = field(default_factory=dict)  # rows read with something in a column that nothing used
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
     epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
     # rows by their number of tokens in each part; thinking and answer are those of the last answer

@@ -90,7 +90,7 @@ class Preparation:
     ) -> Iterator[tuple[TokenRows, int]]:
         """The tokens of `size` chats at a time, after the first `skip`, and how many chats came up to their end.
 
-        Nothing is checked. What is skipped is in no account.
+        Does not raise on bad rows. Skipped rows are not counted.
         """
         chats = self._chats(sources)
         taken = sum(1 for _ in islice(chats, skip))
@@ -124,7 +124,7 @@ class Preparation:
         return report
 
     def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[_Chat]:
-        """Rows as chats, each with the number of its source, whose rows are of the schema of the first that is one."""
+        """Yield (source index, row, chat). All rows of a source use the schema of its first valid row."""
         for name in sources:
             self.report.sources.setdefault(name, 0)
         for number, rows in enumerate(sources.values()):
@@ -186,7 +186,7 @@ class Preparation:
                 )
 
     def _left_out(self, chat: Chat, place: str, row: Encoded) -> tuple[str, str] | None:
-        """Why, and what of this row. A duplicate is one of a row that is kept, so it is looked for last."""
+        """Return (reason, note) if a rule drops the row. Duplicates are checked last, against kept rows only."""
         return next(((reason, note) for reason, rule in self.rules.items() if (note := rule(chat, place, row))), None)
 
     def _length_beyond(self, chat: Chat, place: str, row: Encoded) -> str | None:

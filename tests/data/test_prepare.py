@@ -93,6 +93,8 @@ RAW = {
     "prompt_response": {"prompt": "2+2?", "response": "4"},
 }
 
+DEEPSEEK = {"question": "2+2?", "deepseek_thinking_trajectory": "Two twos.", "deepseek_attempt": "4"}
+
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("field", ["system", "system_prompt"])
@@ -145,6 +147,10 @@ def test_a_number_where_text_belongs(name, field):
         ("alpaca", "output", lambda value: {"instruction": "a", "output": value}),
         ("gsm8k", "answer", lambda value: {"question": "a", "answer": value}),
         ("s1k", "thinking_trajectories", lambda value: RAW["s1k"] | {"thinking_trajectories": [value]}),
+        ("s1k", "deepseek_attempt", lambda value: DEEPSEEK | {"deepseek_attempt": value}),
+        ("s1k", "deepseek_thinking_trajectory", lambda value: DEEPSEEK | {"deepseek_thinking_trajectory": value}),
+        ("prompt_response", "content", lambda value: {"prompt": [USER | {"content": value}], "response": "4"}),
+        ("sharegpt", "value", lambda value: {"conversations": [{"from": "human", "value": value}]}),
         ("alpaca", "history", lambda value: RAW["alpaca"] | {"history": [["a", value]]}),
         ("sharegpt", "from", lambda value: {"conversations": [{"from": value, "value": "a"}]}),
         ("messages", "content", lambda value: {"messages": [USER, {"role": "assistant", "content": value}]}),
@@ -195,6 +201,11 @@ def test_an_input_follows_its_instruction():
             "alpaca",
             {"instruction": "Add.", "input": "2", "context": "3", "output": "4"},
             "'input' and 'context' differ",
+        ),
+        (
+            "s1k",
+            {"question": "?", "thinking_trajectories": 3, "attempt": "4"},
+            "'thinking_trajectories' must be text, not",
         ),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "raw:1: turn 1: field 'value' is missing"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}, "field 'history' must be a list of pairs"),
