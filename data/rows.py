@@ -65,7 +65,9 @@ class Preparation:
         if config.truncation == "drop":
             self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
         if curated and config.decontaminate_files:
-            overlap = Overlap(_questions(config.decontaminate_files, self.columns), config.decontaminate_words)
+            overlap = Overlap(
+                _questions(config.decontaminate_files, Columns(config.columns)), config.decontaminate_words
+            )
             words = f"{config.decontaminate_words} words"
             self.rules[f"overlap in {words} with data.decontaminate_files"] = lambda chat, *_: overlap.find(chat)
         if curated and config.drop_duplicates != "none":

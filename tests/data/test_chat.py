@@ -263,6 +263,8 @@ class TestColumns:
         tokens, _ = prepared(tokenizer, *rows, columns=COLUMNS, decontaminate_files=[str(path)])
         assert "4+4?" in decoded(tokenizer, tokens)
         assert len(tokens) == 1
+        with pytest.raises(ValueError, match="no row has a column 'query'"):  # none that is trained on
+            prepared(tokenizer, ROWS[0], columns={"prompt": "query"}, decontaminate_files=[str(path)])
 
     @pytest.mark.parametrize(
         ("columns", "message"),
