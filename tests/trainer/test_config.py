@@ -64,16 +64,6 @@ def test_a_list_of_one_needs_no_brackets():
     assert config.trainer.logger == ["wandb"]
 
 
-def test_columns_are_named_on_the_command_line():
-    config = resolved("data.columns={prompt: query, response: output}")
-    assert config.data.columns == {"prompt": "query", "response": "output"}
-    assert resolved().data.columns is None
-    with pytest.raises(ValueError, match=r"data\.columns={promt: query}: .*did you mean prompt\?"):
-        resolved("data.columns={promt: query}")
-    changed = differences(to_dict(resolved()), config)
-    assert "data.columns.prompt is None there and query here" in changed
-
-
 def test_the_published_command_line_is_understood():
     config = resolved(
         "data.micro_batch_size_per_gpu=4",
@@ -168,3 +158,13 @@ def test_shape_settings_do_not_matter_where_a_checkpoint_has_its_own():
     assert differences(saved, config) == ["model.hidden_size is 128 there and 256 here"]
     config.model.path = saved["model"]["path"] = "somewhere"
     assert differences(saved, config) == []
+
+
+def test_columns_are_named_on_the_command_line():
+    config = resolved("data.columns={prompt: query, response: output}")
+    assert config.data.columns == {"prompt": "query", "response": "output"}
+    assert resolved().data.columns is None
+    with pytest.raises(ValueError, match=r"data\.columns={promt: query}: .*did you mean prompt\?"):
+        resolved("data.columns={promt: query}")
+    changed = differences(to_dict(resolved()), config)
+    assert "data.columns.prompt is None there and query here" in changed
