@@ -425,7 +425,7 @@ def _joined(content: Any, what: str) -> Any:
     if not isinstance(content, list):
         return content
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = part.get("type") if isinstance(part, dict) else kind_of(part)
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"{what} has a part of type {reprlib.repr(kind)}: only text is trained on")
     return "".join(part["text"] for part in content)
