@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from data import prompt_ids
 from diffllm import ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
 from tests.conftest import small_shape
@@ -24,18 +25,16 @@ def nameless(request, tmp_path):
     return tmp_path / "source"
 
 
-def test_the_tokenizer_names_the_mask_of_the_model(nameless, small_run, tmp_path):
+def test_the_tokenizer_names_the_mask_of_the_model(nameless, tmp_path):
     assert load_tokenizer(nameless).mask_token is None
     model, tokenizer = build_model(ModelConfig(path=str(nameless)))
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mask|>", model.mask_token_id)
     model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
     assert load_tokenizer(tmp_path / "out").mask_token == "<|mask|>"
 
-    row = {"question": "What is <|mask|>?", "answer": "<think>Hm.</think>A token."}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    files = [str(tmp_path / "rows.jsonl")]
-    with pytest.raises(ValueError, match=r"the text contains the mask token '<\|mask\|>'"):
-        train(small_run(model__path=str(nameless), data__train_files=files))
+    ids = prompt_ids([{"role": "user", "content": "What is <|mask|>?"}], tokenizer)
+    assert "<|mask|>" in tokenizer.decode(ids)
+    assert model.mask_token_id not in ids
 
 
 def test_a_tokenizer_with_another_mask(nameless):
