@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
 from data.readers import BadRows, PlacedRow
 from data.report import Noted, Prepared, Report
+from data.storage import read_object, whole_directory
 from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
 FORMAT = 4  # of the files; others are not read
@@ -248,22 +247,15 @@ def rows_of_files(
     if not directory.exists():
         with FileLock(f"{directory}.lock", mode=0o666):  # also other users' processes wait
             if not directory.exists():
-                unfinished = Path(f"{directory}.unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-                unfinished.mkdir()
-                try:
+                with whole_directory(directory) as unfinished:
                     _build(files, config, tokenizer, name, curated, unfinished)
                     if _key(files, config, tokenizer, curated) != key:
                         raise ValueError("data.train_files or data.val_files changed while they were read: start again")
-                    os.rename(unfinished, directory)
-                except BaseException:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                    raise
     try:
-        report = json.loads((directory / "report.json").read_text())
+        report = read_object(directory / "report.json")
         rows = _mapped(directory)
-        if len(rows) != report["kept"]:
-            raise ValueError(f"{len(rows)} of {report['kept']} rows are there")
+        if len(rows) != report.get("kept"):
+            raise ValueError(f"{len(rows)} of {report.get('kept')} rows are there")
     except (ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{directory}: these tokenized rows cannot be read ({error}); delete the directory") from error
     return Prepared(rows, Report.from_json(report | {"name": name}))

@@ -118,13 +118,14 @@ def writing(path: str | Path) -> Iterator[None]:
     """Name the file or directory, and the cause, where writing it fails.
 
     Raises:
-        OSError: in the place of what the operating system, Arrow, safetensors or torch raised.
+        OSError: in the place of what the operating system, Arrow, safetensors or torch raised. An error of another file
+            that was read meanwhile stays as it is.
     """
     try:
         yield
     except Exception as error:
-        full = find_full_disk(error)
-        if full or isinstance(error, OSError):
+        full, other = find_full_disk(error), getattr(error, "filename", None)
+        if full or (isinstance(error, OSError) and str(other or path).startswith(str(path))):
             message = f"{path} could not be written: {full or error}"
             raise OSError(getattr(error, "errno", None) or errno.EIO, message) from error
         raise

@@ -510,7 +510,7 @@ class TestCache:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("data.rows.os.rename", interrupted)
+            patch.setattr("os.rename", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 load()
         assert self.entries(tmp_path) == []
