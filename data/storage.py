@@ -174,8 +174,7 @@ def read_records(path: Path) -> Records:
         ValueError: another line is not a JSON object; the message names it.
     """
     content = path.read_bytes() if path.exists() else b""
-    whole = content.rstrip(b"\0")
-    whole = whole[: whole.rfind(b"\n") + 1]
+    whole = _without_torn_end(content)
     if torn := len(content) - len(whole):
         print(f"{path}: its torn end of {torn} bytes is dropped", file=sys.stderr, flush=True)
     objects, ends, end = [], [], 0
@@ -192,6 +191,54 @@ def read_records(path: Path) -> Records:
         objects.append(record)
         ends.append(end)
     return Records(objects, ends)
+
+
+def _without_torn_end(content: bytes) -> bytes:
+    """Whole lines; a power cut can leave NULs behind them."""
+    written = content.rstrip(b"\0")
+    return written[: written.rfind(b"\n") + 1]
+
+
+class AppendedRecords:
+    """A .jsonl file that is appended to.
+
+    Args:
+        keep: bytes of the file that stay; the others make way when the first record comes, not before. By default all
+            whole lines.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, keep: int | None = None):
+        self.path = path
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
+        self._keep = len(_without_torn_end(path.read_bytes())) if keep is None else keep
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record.
+
+        Raises:
+            OSError: it cannot be written, or the file was deleted.
+        """
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise OSError(f"{self.path} was deleted or replaced while it was written to; start the same command again")
+        line = (json.dumps(record) + "\n").encode()
+        with writing(self.path):
+            if self._keep is not None:
+                self._file.truncate(self._keep)
+                self._keep = None
+            while line:  # a nearly full disk takes a part, and refuses the next
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def read_object(path: Path) -> dict[str, Any]:

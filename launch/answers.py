@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from hashlib import sha1
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from data import PlacedRow, prompt_ids, read_rows
 from data.chat import ANSWERS, Columns, Message, to_prompt, tools_of
-from data.storage import read_object, read_records, refuse_links, whole_file, writing
+from data.storage import AppendedRecords, read_object, read_records, refuse_links, whole_file
 from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
@@ -202,13 +203,11 @@ def _append(file: Path, responses: Iterable[Response]) -> None:
     """Append responses as they come, in the place of an end that a kill has torn.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: they cannot be written, or the file was deleted.
     """
-    whole = max(read_records(file).ends, default=0)
-    with writing(file), file.open("a", buffering=1) as lines:
-        lines.truncate(whole)
+    with closing(AppendedRecords(file)) as lines:
         for response in responses:
-            lines.write(json.dumps(asdict(response)) + "\n")
+            lines.append(asdict(response))
 
 
 def _read(directory: Path) -> dict[int, Response]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.storage import read_records, whole_file, writing
+from data.storage import AppendedRecords, read_records, whole_file
 from trainer.config import TrainerConfig
 from trainer.ending import PEER_SECONDS
 from trainer.world import World
@@ -19,53 +18,21 @@ from trainer.world import World
 WANDB_SECONDS = 20  # that wandb has to answer when a run starts
 
 
-class MetricsFile:
-    """metrics.jsonl: one line a step, appended.
+def open_metrics(path: Path, done: int) -> AppendedRecords:
+    """Open metrics.jsonl, one line a step, to go on after the first `done`.
 
-    After a resume the lines of the steps that are done again make way for the new ones, when the first of these comes:
-    a run that fails before leaves the file as it was.
+    The lines of the steps that are done again make way when the first of these comes. A run that fails before leaves
+    the file as it was.
 
     Raises:
         ValueError: a line of the file is broken; the message names it.
     """
-
-    def __init__(self, path: Path, done: int):
-        self.path = path
-        records = read_records(path)
-        kept = [end for record, end in zip(*records, strict=True) if _step(record, path) <= done]
-        self._keep = kept[-1] if kept else 0
-        with writing(path):
-            self._file = path.open("ab", buffering=0)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write a line.
-
-        Raises:
-            OSError: it cannot be written, or the file was deleted.
-        """
-        try:
-            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            there = False
-        if not there:
-            raise OSError(f"{self.path} was deleted or replaced while the run wrote to it; start it again")
-        with writing(self.path):
-            if self._keep is not None:
-                self._file.truncate(self._keep)
-                self._keep = None
-            line = (json.dumps(record) + "\n").encode()
-            while line:  # a nearly full disk takes a part, and refuses the next
-                line = line[self._file.write(line) :]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _step(record: dict[str, Any], path: Path) -> int:
-    if not isinstance(record.get("step"), int):
-        raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
-    return record["step"]
+    records = read_records(path)
+    for record in records.objects:
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
+    kept = [end for record, end in zip(*records, strict=True) if record["step"] <= done]
+    return AppendedRecords(path, kept[-1] if kept else 0)
 
 
 class MetricsLog:
@@ -85,7 +52,7 @@ class MetricsLog:
 
     def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:
         directory = Path(config.output_dir)
-        self._file = MetricsFile(directory / "metrics.jsonl", done)
+        self._file = open_metrics(directory / "metrics.jsonl", done)
         if "wandb" in config.logger:
             self._wandb = _wandb_run(config, settings, directory, done)
 

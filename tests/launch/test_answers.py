@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -280,6 +281,50 @@ def test_an_output_that_exists_is_left_alone(config, whole, sampled):
         answer(config)
     assert Path(config.output).read_text() == "precious"
     assert sampled == []
+
+
+def test_a_directory_that_is_deleted_in_mid_run_is_an_error(config, monkeypatch):
+    def deleting(*arguments):
+        for count, response in enumerate(generate(*arguments)):
+            if count == 2:
+                shutil.rmtree(config.output + ".partial")
+            yield response
+
+    monkeypatch.setattr(answers, "generate", deleting)
+    with pytest.raises(OSError, match=r"rank0-of-1\.jsonl was deleted"):
+        answer(config)
+
+
+@pytest.mark.parametrize("line", ["null", "[1, 2]", "{}", '{"name": 3}', '{"name": 1, "other": 2}'])
+def test_a_broken_line_of_an_interrupted_run_is_named(config, line):
+    directory = interrupt(config, 3)
+    file = directory / "rank0-of-1.jsonl"
+    file.write_text(line + "\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"rank0-of-1\.jsonl.*delete that line"):
+        answer(config)
+
+
+@pytest.mark.parametrize("content", ["", "null", "[1, 2]", "{"])
+def test_a_broken_run_json_is_named(config, content):
+    (interrupt(config, 3) / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json (cannot be read as JSON|is not a JSON object)"):
+        answer(config)
+
+
+def test_fields_of_a_row_are_kept_when_it_is_answered_again(config, tmp_path):
+    """A gold answer and figures of another model, under the names that the output has itself."""
+    row = {"question": "Solve 3x = 6", "reference": "2", "nfe": 7, "response": "5"}
+    Path(config.input).write_text(json.dumps(row) + "\n")
+    for turn in range(2):
+        answer(config)
+        Path(config.output).rename(tmp_path / f"{turn}.jsonl")
+        config.input = str(tmp_path / f"{turn}.jsonl")
+    first, second = (json.loads((tmp_path / f"{turn}.jsonl").read_text()) for turn in range(2))
+    assert first["reference"] == second["reference"] == "2"
+    assert (first["input_nfe"], first["input_reference"]) == (7, "5")
+    assert second["input_input_reference"] == first["response"]
+    assert (second["input_nfe"], second["input_input_nfe"]) == (7, first["nfe"])
+    assert second["nfe"] == first["nfe"]
 
 
 HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
