@@ -11,8 +11,11 @@ from typing import Any
 from huggingface_hub import constants, get_session, is_offline_mode
 from pyarrow import ArrowException
 
-from data.readers import READERS, BadRows, PlacedRow, listed
+from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
+from data.readers import BadRows, PlacedRow, listed, read_json, read_jsonl
 
+# By the end of a file's name; each yields the readable rows, the others go to `bad`.
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 ENDS = 2**20  # bytes at both ends of a file
 HUB_SECONDS = 10  # in which it has to answer
 SPLITS = "train|test|validation|valid|val|dev"
@@ -115,9 +118,9 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
     if path.is_dir() and not (path / "dataset_info.json").exists():
         return [reader for file in _files(path, split) for reader in _readers(file, stream)]
     if path.is_dir():
-        return [lambda bad: _read_dataset(str(name), _saved(path))]
+        return [lambda bad: _read_dataset(str(name), _saved(path), bad)]
     if not path.exists():
-        return [lambda bad: _read_dataset(str(name), _hub(str(name), stream))]
+        return [lambda bad: _read_dataset(str(name), _hub(str(name), stream), bad)]
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: data files end in {', '.join(READERS)}")
     return [lambda bad: READERS[path.suffix.lower()](path, bad)]
@@ -168,14 +171,30 @@ def _several(folder: Path, splits: list[str]) -> str:
     return f"name one of its splits: {names}" if names else "no name of a file in it has a split"
 
 
-def _read_dataset(name: str, dataset: Any) -> Iterator[PlacedRow]:
+def _read_dataset(name: str, dataset: Any, bad: BadRows) -> Iterator[PlacedRow]:
     number = 0
     try:
-        for row in dataset:
+        for row in _measured(dataset):
             number += 1
-            yield PlacedRow(row, f"{name}:{number}")
+            place = f"{name}:{number}"
+            if isinstance(row, dict):
+                yield PlacedRow(row, place)
+            else:
+                bad.add(f"{place}: {row}")
     except _dataset_errors() as error:
         raise ValueError(f"{name}: the data set cannot be read beyond row {number} ({error})") from error
+
+
+def _measured(dataset: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of a data set; in place of a row that is too large, the reason."""
+    if not hasattr(dataset, "select"):  # a stream: its rows are Python objects already
+        yield from dataset
+        return
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        part = dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset))))
+        reasons = too_large(part.with_format("arrow")[:])
+        rows = iter(part.select([i for i in range(len(part)) if i not in reasons]) if reasons else part)
+        yield from (reasons.get(i) or next(rows) for i in range(len(part)))
 
 
 def _dataset_errors() -> tuple[type[Exception], ...]:

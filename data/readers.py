@@ -7,11 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import pyarrow.parquet
-from pyarrow import ArrowException, RecordBatch
-
-MAX_LINE = 2**24  # bytes of a row in a .jsonl file: what is longer has lost its line ends
-ROWS_AT_ONCE = 1000  # of a parquet file
+MAX_LINE = 2**24  # bytes of a row; a longer line of a .jsonl file has lost its line ends
 NAMED = 10
 
 
@@ -58,7 +54,8 @@ class BadRows:
         return "\n".join([f"{self.count} rows cannot be used:", *self.named, *more])
 
 
-def _read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+def read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    """Yield the readable rows of a file with a JSON object a line; the others go to `bad`."""
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_LINE):
@@ -94,11 +91,12 @@ def _parse(line: bytes, place: str, bad: BadRows) -> Iterator[PlacedRow]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError(_twice(name for name, _ in pairs))
+        raise ValueError(twice(name for name, _ in pairs))
     return row
 
 
-def _twice(names: Iterable[str]) -> str:
+def twice(names: Iterable[str]) -> str:
+    """Name those that come more than once."""
     return f"{listed([name for name, count in Counter(names).items() if count > 1])} given twice"
 
 
@@ -108,7 +106,12 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:NAMED])}{more}"
 
 
-def _read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+def read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
+    """Yield the readable rows of a file with a list in JSON; the others go to `bad`.
+
+    Raises:
+        ValueError: it is something else, or cut short.
+    """
     content, number = file.read_bytes(), 0
     try:
         text = content.decode(json.detect_encoding(content), errors="surrogateescape")
@@ -140,32 +143,3 @@ def _elements(text: str) -> Iterator[str]:
             raise ValueError(f"expected , or ] at character {at}")
     if text[at + 1 :].strip():
         raise ValueError(f"something follows the list, at character {at + 1}")
-
-
-def _read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise ValueError(f"{file}: {_twice(names)}")
-        number = 0
-        for batch in parquet.iter_batches(ROWS_AT_ONCE):
-            yield from _of_batch(batch, str(file), number, bad)
-            number += len(batch)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({error})") from error
-
-
-def _of_batch(batch: RecordBatch, name: str, before: int, bad: BadRows) -> Iterator[PlacedRow]:
-    for i in range(len(batch)):
-        place = f"{name}:{before + i + 1}"
-        try:
-            [row] = batch.slice(i, 1).to_pylist()
-        except (ValueError, OverflowError, ArrowException) as error:  # such as text that is not UTF-8
-            bad.add(f"{place}: cannot be read ({error})")
-        else:
-            yield PlacedRow(row, place)
-
-
-# By the end of a file's name; each gives the readable rows, the others go to `bad`.
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
