@@ -10,15 +10,18 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from simpleeval import EvalWithCompoundTypes, InvalidExpression, NameNotDefined
+from simpleeval import InvalidExpression, NameNotDefined
 
 from data.chat import Chat, Message
+from data.evaluator import FUNCTIONS, Evaluator, check_syntax
 from data.readers import listed
 
 SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash
-FUNCTIONS = {"len": len}
-BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift)
+NOT_COMPUTED = (
+    *(InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError),
+)
 VALUES = {bool: "true or false", float: "a finite number"}
 CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: a character is a word
 WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[-+*/=<>^%]")
@@ -27,14 +30,14 @@ WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[-+*/=<>^%]")
 class Expression:
     """A formula over the fields of a row, such as `source == 'math' and thinking_tokens < 1500`.
 
-    Comparisons, arithmetic, `and`, `or`, `not`, `in`, lists and `len`; nothing of it can reach beyond the row.
+    data/README.md lists what it may hold. It cannot reach beyond the row, change it, or take long.
 
     Args:
         setting: what it was given as.
         kind: of its value, bool or float.
 
     Raises:
-        ValueError: it cannot be read, or has other functions or operators.
+        ValueError: it cannot be read, or holds something else.
     """
 
     def __init__(self, text: str, setting: str, kind: type):
@@ -43,17 +46,15 @@ class Expression:
             self._parsed = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self.said} cannot be read: {getattr(error, 'msg', error)}") from error
-        nodes = list(ast.walk(self._parsed))
-        called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        if unknown := sorted(called - FUNCTIONS.keys()):
-            raise ValueError(f"{self.said}: no function {listed(unknown)}, there is {listed(list(FUNCTIONS))}")
-        if any(isinstance(node, BITWISE) for node in nodes):
-            raise ValueError(f"{self.said}: has & | ^ ~ << or >>, of bits; write and, or, not, < or >")
-        names = [node for node in nodes if isinstance(node, ast.Name)]
+        try:
+            check_syntax(self._parsed)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.said}: {error}") from error
+        names = [node for node in ast.walk(self._parsed) if isinstance(node, ast.Name)]
         own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # of comprehensions
-        self._names = {node.id for node in names} - own - called
+        self._names = {node.id for node in names} - own - FUNCTIONS.keys()
         self._known, self._failure, self._worked = set(), None, False
-        self._evaluator = EvalWithCompoundTypes(functions=dict(FUNCTIONS))
+        self._evaluator = Evaluator()
 
     def __call__(self, row: dict[str, Any], place: str) -> bool | float:
         """Its value for a row.
@@ -68,8 +69,9 @@ class Expression:
             wanted = isinstance(value, bool) if self.kind is bool else _is_number(value)
             if not wanted:
                 raise TypeError(f"must be {VALUES[self.kind]}, it is {reprlib.repr(value)}")
-        except (InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else str(error).rstrip(".")
+        except NOT_COMPUTED as error:
+            said = str(error).rstrip(".") or type(error).__name__
+            reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else said
             fields = listed([name for name in row if name.isidentifier()])
             failure = ValueError(f"{place}: {self.said}: {reason}. Fields of the row: {fields}")
             self._failure = self._failure or failure
