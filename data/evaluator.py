@@ -10,8 +10,11 @@ from data.readers import listed
 
 FUNCTIONS = {"len": len}
 METHODS = {
-    str: ("startswith", "endswith", "count", "find", "lower", "upper", "strip", "lstrip", "rstrip", "split")
-    + ("splitlines", "removeprefix", "removesuffix", "isalpha", "isalnum", "isdigit", "isspace", "islower", "isupper"),
+    str: (
+        *("startswith", "endswith", "count", "find", "lower", "upper", "strip", "lstrip", "rstrip", "split"),
+        *("splitlines", "removeprefix", "removesuffix", "isalpha", "isalnum", "isdigit", "isspace", "islower"),
+        "isupper",
+    ),
     list: ("count", "index"),
     dict: ("get", "keys", "values", "items"),
 }

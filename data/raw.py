@@ -53,7 +53,7 @@ def from_gsm8k(row: Row) -> Row:
     thinking, found, answer = _text(row, "answer").rpartition("####")
     if not found:
         raise ValueError("field 'answer' has no #### before the final answer")
-    thinking = re.sub(r"<<.*?>>", "", thinking).strip()
+    thinking = "\n".join(map(_without_marks, thinking.split("\n"))).strip()
     return {
         **_others(row, *OTHER_FORMS),
         "question": _text(row, "question"),
@@ -61,6 +61,12 @@ def from_gsm8k(row: Row) -> Row:
         "source": "gsm8k",
         "difficulty": len(thinking.splitlines()),  # steps
     }
+
+
+def _without_marks(line: str) -> str:
+    # Behind the last >> no mark can end: to look for its end from each << there would take quadratic time.
+    marked, end, rest = line.rpartition(">>")
+    return re.sub("<<.*?>>", "", marked + end) + rest
 
 
 def from_alpaca(row: Row) -> Row:

@@ -27,6 +27,7 @@ from data.storage import read_object, read_records, whole_file, writing
 from launch import ROOT
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # its further lines are indented
 
 
 class Sweep(Callback):
@@ -63,8 +64,7 @@ def train_job(debug: bool) -> float | None:
             raise KeyboardInterrupt
         raise SystemExit(128 + stopped)
     if exit_code:
-        # the first is the cause; its further lines are indented
-        said = re.search(r"\w*error: .+(\n  .+)*", log.read_text(errors="replace"), re.IGNORECASE)
+        said = ERROR.search(log.read_text(errors="replace"))  # the first is the cause
         cause = said[0].removeprefix("error: ") if said else f"exit code {exit_code}, see {log}"
         job["error"] = " ".join(cause.split())
     _write(record, job)
