@@ -15,7 +15,7 @@ from data.storage import whole_directory
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, split_gguf
+from diffllm.sources import first_line, local, split_gguf
 from diffllm.tokenizer import MASK_TOKEN, check_tokenizer, load_tokenizer, name_mask
 
 
@@ -25,6 +25,7 @@ def needs_adapting(source: str) -> bool:
     Raises:
         ValueError: no checkpoint there, or an unknown family.
     """
+    source = local(source)
     if split_gguf(source)[1]:
         return True
     published, family = read_config(source)
@@ -51,6 +52,7 @@ def adapt(
         ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, a mask token that
             texts or the chat template hold, or a diffusion model already.
     """
+    source = local(source)
     if not needs_adapting(source):
         raise ValueError(f"{source}: this is a diffusion model already, it can be model.path as it is")
     published, family = read_config(source)

@@ -1,5 +1,6 @@
 """Models from checkpoints, or from scratch."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from diffllm.config import ModelConfig
 from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, is_gguf, on_hub, readable, split_gguf, unexpected_in_gguf
+from diffllm.sources import first_line, is_gguf, local, on_hub, readable, split_gguf, unexpected_in_gguf
 
+ROPE = ("rope_scaling", "rope_parameters")
+ROPE_ALIASES = ("default", "su", "mrope")  # which some configurations have, and Transformers takes as another
+ROPE_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+JSON = {str: "text", dict: "an object"}
 HEAD_OF_ITS_OWN = (
     "{}: config.json has tie_word_embeddings=true, but the head in the file is not the embedding; set it to false"
 )
@@ -31,7 +37,7 @@ def load_model(
         ValueError: no checkpoint there, an unknown family, no mask token (an autoregressive checkpoint: see
             `diffllm.adapt`), or weights that are missing, unexpected or of another shape than config.json says.
     """
-    source = str(path_or_name)
+    source = local(path_or_name)
     published, family = read_config(source)
     check_ids(published, source)
     return DiffLLM(load_decoder(source, published, family, dtype, attn_implementation), family, published, source)
@@ -45,7 +51,7 @@ def empty_model(
     Raises:
         ValueError: as `load_model`, as far as config.json goes.
     """
-    source = str(path_or_name)
+    source = local(path_or_name)
     published, family = read_config(source)
     check_ids(published, source)
     lm = _on_meta(source, published, family, dtype, attn_implementation)
@@ -86,7 +92,7 @@ def load_decoder(
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
     _on_meta(source, published, family, torch.float32, attn_implementation)  # what fails now is not the weights' fault
     unexpected = unexpected_in_gguf(source) if file else []
-    with readable(source, "the weights", Exception):
+    with readable(source, "the weights"):
         lm, report = family.model_class.from_pretrained(
             directory,
             config=family.config(published),
@@ -138,6 +144,7 @@ def read_config(source: str) -> tuple[dict[str, Any], Family]:
             raise OSError("it is empty, or there is none")
     if not isinstance(published, dict):
         raise ValueError(f"{source}: config.json is not a JSON object")
+    check_values(published, source)
     family = family_of(published, source)
     if file:
         published = {key: value for key, value in published.items() if not key.startswith("_")}
@@ -145,6 +152,46 @@ def read_config(source: str) -> tuple[dict[str, Any], Family]:
     if "auto_map" in published and not Path(source).is_dir():
         published["auto_map"] = on_hub(published["auto_map"], source)
     return published, family
+
+
+def check_values(published: dict[str, Any], source: str) -> None:
+    """Refuse values of a config.json that Transformers would take, or whose error would not name them.
+
+    Raises:
+        ValueError: naming the key and its value.
+    """
+    for key, value in _numbers(published):
+        if not math.isfinite(value):
+            raise ValueError(f"{source}: config.json has {key}={value}: must be a finite number")
+    for key, kind in (("model_type", str), ("auto_map", dict), *((key, dict) for key in ROPE)):
+        if not isinstance(value := published.get(key), kind | None):
+            raise ValueError(f"{source}: config.json has {key}={value!r}: must be {JSON[kind]}")
+    for key in ROPE:
+        rope = published.get(key) or {}
+        layers = [part for part in rope.values() if isinstance(part, dict)]  # each kind of layer may have its own
+        for settings in layers or [rope]:
+            _check_rope(settings, f"{source}: config.json has {key}={rope}")
+
+
+def _check_rope(rope: dict[str, Any], what: str) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in (*ROPE_INIT_FUNCTIONS, *ROPE_ALIASES):
+        raise ValueError(f"{what}: rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
+    factor = rope.get("factor")
+    wanted = kind in ROPE_WITH_FACTOR or factor is not None
+    if wanted and not (isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0):
+        raise ValueError(f"{what}: factor must be a positive number")
+
+
+def _numbers(published: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the floats of nested objects and lists, each with the key at the top."""
+    parts = list(published.items())
+    while parts:
+        key, value = parts.pop()
+        if isinstance(value, dict | list):
+            parts += [(key, part) for part in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, float):
+            yield key, value
 
 
 def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
@@ -223,5 +270,5 @@ def _building(source: str, attn_implementation: str) -> Iterator[None]:
             "or use sdpa"
         ) from error
     except Exception as error:  # it takes values as they come: nonsense ends in whatever fails first
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{source}: config.json does not describe a model that can be made ({reason})") from error

@@ -1,6 +1,7 @@
 """Where checkpoints are: a directory, a GGUF file, or the hub."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session, is_offline_mode
-from safetensors import SafetensorError
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SECONDS = 10  # in which it has to answer
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not brought yet
+TEXTS = ("merges.txt", "chat_template.jinja")
+FILES = {  # of a directory, by what is read from them
+    "the tokenizer": ("*token*.json", "vocab.json", "chat_template.json"),
+    "the weights": ("*.safetensors", "*.safetensors.index.json", GENERATION_CONFIG_NAME),
+}
+MOST_NAMED = 6
 GGUF_PACKAGES = ("gguf", "accelerate")
 GGUF_ROPE = ("rope_freqs", "rope_factors")  # weights that scale rotary frequencies
 
@@ -26,29 +33,72 @@ def split_gguf(source: str) -> tuple[str, str | None]:
     return (str(path.parent), path.name) if is_gguf(source) else (source, None)
 
 
+def local(source: str | Path) -> str:
+    """A source as text, with the user's home for a `~` at its beginning."""
+    return os.path.expanduser(source)
+
+
 @contextmanager
-def readable(source: str, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what reading `model.path` raises into a ValueError that says what was tried and what to do.
+def readable(source: str, what: str) -> Iterator[None]:
+    """Turn any error of reading `model.path` into a ValueError with the file at fault and what to do.
+
+    The libraries take files as they come: a broken one ends in whatever fails first.
 
     Args:
-        errors: further ones that mean that it cannot be read.
+        what: that is read, a key of FILES.
     """
     gguf = is_gguf(source)
     if gguf:
         _check_gguf(source)
     elif Path(source).is_file():
         raise ValueError(f"model.path={source}: a model is a directory, a hub id or a .gguf file")
+    for name in TEXTS:  # which would be taken as they are
+        _refuse_pointer(Path(source) / name)
     silence = None if Path(source).exists() or not HUB_ID.fullmatch(source) else ask_hub()
     try:
         yield
     except Exception as error:
-        # Transformers' readers of GGUF take the bytes as they come: a broken file ends in whatever fails first.
-        if not gguf and not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, *errors)):
-            raise
+        files = _files(source, what)
+        for file in files:
+            _check_file(file)
         reason = f"{'the file' if gguf else what} cannot be read ({first_line(error)})"
+        if 0 < len(files) <= MOST_NAMED:
+            reason += f" from {', '.join(file.name for file in files)}"
         if silence:
             reason = f"{silence}; {reason}"
         raise ValueError(f"model.path={source}: {_advice(source, reason)}") from error
+
+
+def _files(source: str, what: str) -> list[Path]:
+    return [file for pattern in FILES.get(what, (what,)) for file in sorted(Path(source).glob(pattern))]
+
+
+def _check_file(file: Path) -> None:
+    """Refuse a file that is none, a git-lfs pointer, or by its name JSON and no object.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: is not a file")
+    _refuse_pointer(file)
+    if file.suffix == ".json":
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: not JSON in UTF-8 ({first_line(error)})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: not a JSON object")
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raises:
+    ValueError: a git-lfs pointer.
+    """
+    if file.is_file():
+        with file.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{file}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
 def _advice(source: str, reason: str) -> str:
@@ -94,6 +144,7 @@ def is_gguf(source: str) -> bool:
 def _check_gguf(source: str) -> None:
     if not Path(source).is_file():
         raise ValueError(f"model.path={source}: no such file")
+    _refuse_pointer(Path(source))
     if missing := [name for name in GGUF_PACKAGES if find_spec(name) is None]:
         raise ValueError(f"model.path={source}: reading it needs {', '.join(missing)}: pip install 'diffllm[gguf]'")
 
@@ -143,7 +194,7 @@ def generation_settings(source: str | None) -> dict[str, Any]:
     """The generation_config.json of a checkpoint, empty if there is none.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: it is no JSON object, or its eos_token_id is no token.
     """
     if source is None or is_gguf(source):
         return {}
@@ -154,9 +205,12 @@ def generation_settings(source: str | None) -> dict[str, Any]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        settings = json.loads(Path(file).read_text()) if file else {}
+        settings = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{source}: {GENERATION_CONFIG_NAME} is not a JSON object")
+    ends = settings.get("eos_token_id")
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends]) if token is not None):
+        raise ValueError(f"{source}: {GENERATION_CONFIG_NAME} has eos_token_id={ends!r}: must be a token, or a list")
     return settings
 
 
@@ -169,4 +223,5 @@ def copy_code(source: str | None, directory: Path) -> None:
 
 def first_line(error: Exception) -> str:
     """What an error says, without the rest."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return (said or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from diffllm.sources import on_hub, readable, split_gguf
+from diffllm.sources import local, on_hub, readable, split_gguf
 
 MASK_TOKEN = "<|mask|>"
 THINKING = ("<think>", "</think>")
@@ -71,12 +71,19 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint; no remote code runs.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, it cannot be read, or it is code of the checkpoint's own.
     """
-    source = str(path_or_name)
+    source = local(path_or_name)
     directory, file = split_gguf(source)
-    with readable(source, "the tokenizer", ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file, padding_side="left")
+    with readable(source, "the tokenizer"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, gguf_file=file, padding_side="left", trust_remote_code=False
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError("it is code of the checkpoint's own, and remote code does not run") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
         raise ValueError(f"model.path={source}: no tokenizer files there")
     tokenizer.name_or_path = source
