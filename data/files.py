@@ -1,6 +1,7 @@
 """Files, folders and hub data sets into rows, each with the place it came from."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -16,6 +17,8 @@ from data.readers import BadRows, PlacedRow, listed, read_json, read_jsonl
 
 # By the end of a file's name; each yields the readable rows, the others go to `bad`.
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not brought yet
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream; one that is cut between batches would be read as if whole
 ENDS = 2**20  # bytes at both ends of a file
 HUB_SECONDS = 10  # in which it has to answer
 SPLITS = "train|test|validation|valid|val|dev"
@@ -100,12 +103,13 @@ def outline(name: str | Path) -> list[tuple[str, int, str]]:
 
 
 def _place(name: str | Path) -> tuple[Path, str | None]:
-    """Where a name is to be found here, and the split that it asks for of a folder."""
+    """Path of a name, the user's home for its `~`, and the split that it asks for of a folder."""
+    name = os.path.expanduser(name)
     path = Path(name)
-    folder, colon, split = str(name).rpartition(":")
-    if path.exists() or not colon or not Path(folder).is_dir() or (Path(folder) / "dataset_info.json").exists():
+    folder, colon, split = name.rpartition(":")
+    if path.exists() or not colon or not Path(folder).is_dir() or _is_saved(Path(folder)):
         return path, None
-    if (Path(folder) / "dataset_dict.json").exists():
+    if (Path(folder) / "dataset_dict.json").exists() or _is_saved(Path(folder) / split):
         return Path(folder) / split, None
     return Path(folder), split
 
@@ -113,9 +117,8 @@ def _place(name: str | Path) -> tuple[Path, str | None]:
 def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterator[PlacedRow]]]:
     path, split = _place(name)
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path}: {_several(path, splits)}")
-    if path.is_dir() and not (path / "dataset_info.json").exists():
+        raise ValueError(f"{path}: {_several(path, _splits(path))}")
+    if path.is_dir() and not _is_saved(path):
         return [reader for file in _files(path, split) for reader in _readers(file, stream)]
     if path.is_dir():
         return [lambda bad: _read_dataset(str(name), _saved(path), bad)]
@@ -123,6 +126,7 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
         return [lambda bad: _read_dataset(str(name), _hub(str(name), stream), bad)]
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: data files end in {', '.join(READERS)}")
+    _refuse_pointer(path)
     return [lambda bad: READERS[path.suffix.lower()](path, bad)]
 
 
@@ -132,7 +136,7 @@ def _files(folder: Path, split: str | None = None) -> list[Path]:
     Raises:
         ValueError: there are none, more than one set, or some that cannot be read.
     """
-    if (folder / "dataset_info.json").exists():
+    if _is_saved(folder):
         return sorted(folder.rglob("*.arrow"))
     every = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
     files = [file for file in every if file.suffix.lower() in READERS and file.name != "dataset_infos.json"]
@@ -203,10 +207,70 @@ def _dataset_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, OverflowError, RuntimeError, ArrowException, DatasetsError)
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a folder, which may have lost a file since."""
+    return (folder / "dataset_info.json").exists() or ((folder / "state.json").exists() and any(folder.glob("*.arrow")))
+
+
 def _saved(folder: Path) -> Any:
+    """A data set that `datasets` saved.
+
+    Raises:
+        ValueError: a file of it is missing, cut short or no JSON object.
+    """
     from datasets import load_from_disk  # slow to import, and seldom needed
 
-    return load_from_disk(str(folder))
+    for file in sorted(folder.glob("*.arrow")):
+        _refuse_pointer(file)
+        with file.open("rb") as content:
+            content.seek(-min(len(ARROW_END), file.stat().st_size), os.SEEK_END)
+            if content.read() != ARROW_END:
+                raise ValueError(f"{file}: it is cut short; copy it again")
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # it takes its files as they come
+        for name in ("dataset_info.json", "state.json"):
+            _object(folder / name)
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{folder}: the saved data set cannot be read ({reason}); save it again") from error
+
+
+def _splits(folder: Path) -> list[str]:
+    """The splits of several data sets saved in one folder.
+
+    Raises:
+        ValueError: its file does not name them.
+    """
+    splits = _object(folder / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise ValueError(f"{folder}/dataset_dict.json: has splits={splits!r}: must be a list of names")
+    return splits
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    _refuse_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: must be a JSON object, this is {type(content).__name__}")
+    return content
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raises:
+    ValueError: git-lfs has not brought the file yet.
+    """
+    if file.is_file():
+        with file.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{file}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
 def _hub_id(name: str) -> tuple[str, str | None, str]:

@@ -155,6 +155,95 @@ def test_what_datasets_saved(tmp_path):
             read_rows([tmp_path / name])
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A data set that was saved in two batches."""
+    Dataset.from_list([ROW] * 2000).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"null", b"[1, 2]", b"{", b"\xff", b"[" * 100_000, POINTER],
+    ids=lambda content: repr(content)[:12],
+)
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "dataset_dict.json"])
+def test_a_saved_data_set_with_a_broken_file(name, content, saved):
+    file = saved / name
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_bytes(content)
+    if content is None and "dict" in name:
+        assert len(read_rows([saved])) == 2000
+        return
+    with pytest.raises(ValueError, match=str(file)) as error:
+        read_rows([saved])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *(("state.json", {"_data_files": files}) for files in (None, 3, [], [{}], [{"filename": "other.arrow"}])),
+        ("state.json", {"_split": 3}),
+        ("state.json", {"_format_type": "nope"}),
+        *(("dataset_info.json", {"features": features}) for features in (3, {"other": {"_type": "Value"}}, {"a": 3})),
+    ],
+    ids=str,
+)
+def test_a_saved_data_set_that_describes_another(name, changes, saved):
+    (saved / name).write_text(json.dumps(json.loads((saved / name).read_text()) | changes))
+    with pytest.raises(ValueError, match=str(saved)) as error:
+        read_rows([saved])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("splits", [None, 3, [1], {}])
+def test_splits_that_are_no_names(splits, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(ValueError, match=r"dataset_dict\.json: has splits="):
+        read_rows([tmp_path])
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.99, "a batch", "a pointer", "missing"])
+def test_a_saved_data_set_that_is_cut(share, saved):
+    [file] = saved.glob("*.arrow")
+    content = file.read_bytes()
+    if share == "missing":
+        file.unlink()
+    elif share == "a batch":  # what ends there can be read
+        file.write_bytes(content.removesuffix(b"\xff\xff\xff\xff\0\0\0\0"))
+    else:
+        file.write_bytes(POINTER if share == "a pointer" else content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match="git lfs pull" if share == "a pointer" else str(saved)) as error:
+        read_rows([saved])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "folder/a.jsonl"])
+def test_a_file_that_git_lfs_has_not_brought(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: a git-lfs pointer.*`git lfs pull`"):
+        read_rows([tmp_path / name.split("/")[0]])
+
+
+def test_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.jsonl", json.dumps(ROW))
+    for name in ("~/folder/train.jsonl", "~/folder", "~/folder:train"):
+        assert len(read_rows([name])) == 1
+        assert digest(name) == digest(name.replace("~", str(tmp_path)))
+        assert len(outline(name)) == 1
+    with pytest.raises(ValueError, match="~/nothing: no such file or folder"):
+        read_rows(["~/nothing"])
+
+
 def test_invalid_utf8_is_named_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:1: not JSON"):
