@@ -89,7 +89,7 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
         ValueError: `path` exists and is not empty, unless `replace`.
         OSError: it cannot be written, as on a full disk; what was there before is untouched.
     """
-    path = Path(path).resolve()
+    path = Path(path).expanduser().resolve()
     if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists: delete it, or name another directory")
     unfinished = path.with_name(path.name + UNFINISHED)

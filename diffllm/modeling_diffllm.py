@@ -22,7 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from diffllm.families import Family, has_window, switch_off_causality
 from diffllm.loss import Focal, masked_loss
-from diffllm.sources import copy_code, generation_settings
+from diffllm.sources import copy_code, generation_settings, local
 from diffllm.tokenizer import save_tokenizer
 from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
 
@@ -299,7 +299,7 @@ class DiffLLM(nn.Module):
             state_dict: full tensors by their names in this module; its own by default.
             max_shard_size: of a file; more of them come with an index.
         """
-        directory = Path(directory)
+        directory = Path(local(directory))
         directory.mkdir(parents=True, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         published = {

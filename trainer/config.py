@@ -3,6 +3,7 @@
 import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from os.path import expanduser
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,11 @@ OPTIMIZERS = ("adamw", "adamw_8bit")
 NONFINITE = ("raise", "skip")
 MODES = ("answer", "chat")
 DEFAULT_MICRO_BATCH_SIZE = 8
+PATHS = (
+    *("model.path", "model.chat_template"),
+    *(f"data.{name}" for name in ("train_files", "val_files", "decontaminate_files", "cache_dir")),
+    *("trainer.output_dir", "trainer.resume", "input", "output"),
+)
 
 
 @dataclass
@@ -177,11 +183,22 @@ def resolve(composed: DictConfig) -> Config:
         for group, name in lists:
             if isinstance(value := plain.get(group, {}).get(name), str):
                 plain[group][name] = [value]  # a list of one may be written without brackets
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        return _at_home(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
     except ConfigKeyError as error:
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+
+
+def _at_home(config: Config) -> Config:
+    """Replace `~` at the beginning of paths: on a command line most shells leave it as it is."""
+    for name in PATHS:
+        group, _, field_name = name.rpartition(".")
+        owner = getattr(config, group) if group else config
+        value = getattr(owner, field_name)
+        if value is not None:
+            setattr(owner, field_name, [*map(expanduser, value)] if isinstance(value, list) else expanduser(value))
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffllm import load_model, new_model
+from diffllm.adapt import needs_adapting
 from diffllm.loading import empty_model
-from diffllm.tokenizer import load_tokenizer
+from diffllm.tokenizer import load_tokenizer, save_tokenizer
 from tests.conftest import GOLDEN, small_shape
 from trainer.parallel import read_weights
 
@@ -214,6 +215,19 @@ class TestBadCheckpoints:
     def test_no_tokenizer(self, copy):
         with pytest.raises(ValueError, match="no tokenizer files there"):
             load_tokenizer(copy)
+
+
+def test_the_home_of_the_user(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(GOLDEN / "dream_tiny", tmp_path / "copy")
+    save_tokenizer(tokenizer, tmp_path / "copy")
+    assert load_model("~/copy").source == empty_model("~/copy").source == str(tmp_path / "copy")
+    assert load_tokenizer("~/copy").name_or_path == str(tmp_path / "copy")
+    assert not needs_adapting("~/copy")
+    load_model("~/copy").save_pretrained("~/saved")
+    assert (tmp_path / "saved" / "config.json").exists()
+    with pytest.raises(ValueError, match=f"model.path={tmp_path}/nothing: no such directory"):
+        load_model("~/nothing")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer(tokenizer):

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 import launch.cli  # noqa: F401 - registers the defaults
 from launch.cli import CONF
-from trainer.config import Config, differences, resolve, share_of, to_dict
+from trainer.config import PATHS, Config, differences, resolve, share_of, to_dict
 from trainer.config import DataConfig as DataSettings
 
 
@@ -48,6 +48,17 @@ def test_a_model_chooses_its_sampling_unless_the_command_line_does(overrides, tr
 def test_the_base_model_of_llada_fills_one_block_and_the_others_several():
     models = ("llada_8b", "llada_8b_instruct", "llada_1_5")
     assert [resolved(f"model={name}").sampling.block_length for name in models] == [None, 32, 32]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_begin_at_the_home_of_the_user(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    found = config = resolved(f"{name}='~/x'")
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == (["/home/user/x"] if name.endswith("files") else "/home/user/x")
+    assert config.trainer.project_name == "diffllm"
+    assert resolved("model.path='a/~b'").model.path == "a/~b"
 
 
 def test_yaml_sets_what_it_says():
