@@ -74,7 +74,9 @@ def adapt(
         "vocab_size": lm.config.vocab_size,
     }
     check_ids(published, source)
-    return DiffLLM(lm, family, published, source), tokenizer
+    model = DiffLLM(lm, family, published, source)
+    model.set_tokenizer(tokenizer)
+    return model, tokenizer
 
 
 @torch.no_grad()

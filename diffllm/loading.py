@@ -229,7 +229,9 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
     with torch.random.fork_rng(devices=[]), _building("model", config.attn_implementation):
         torch.manual_seed(seed)
         lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
-    return DiffLLM(lm, family, published)
+    model = DiffLLM(lm, family, published)
+    model.set_tokenizer(tokenizer)
+    return model
 
 
 def check_ids(published: dict[str, Any], source: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,17 @@ from diffllm.families import Family, has_window, switch_off_causality
 from diffllm.loss import Focal, masked_loss
 from diffllm.sources import copy_code, generation_settings, local
 from diffllm.tokenizer import save_tokenizer
-from sampling import CanvasCache, Filling, LogitsHook, SampleOutput, SamplingConfig, Tokens, TokensHook, sample
+from sampling import (
+    CanvasCache,
+    Filling,
+    LogitsHook,
+    SampleOutput,
+    SamplingConfig,
+    Tokens,
+    TokensHook,
+    ids_without_token,
+    sample,
+)
 
 
 class Restored(NamedTuple):
@@ -45,6 +56,7 @@ class DiffLLM(nn.Module):
         source: where it was loaded from.
         generation: its generation_config.json, empty if there is none.
         mask_token_id, pad_token_id, eos_token_id: from that config.
+        unnamed_ids: those of its vocabulary that its tokenizer lacks, where that is known; they are never sampled.
         windowed: some layers attend to the positions nearby only.
         unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
         masked_loss: `diffllm.loss.masked_loss`, or another with the same arguments.
@@ -61,6 +73,7 @@ class DiffLLM(nn.Module):
         self.eos_token_id: int = published["eos_token_id"]
         pad = published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.unnamed_ids: tuple[int, ...] = ()
         self.windowed = has_window(lm.config)
         self.unpad = "flash" in lm.config._attn_implementation
         self.masked_loss = masked_loss
@@ -82,7 +95,11 @@ class DiffLLM(nn.Module):
     @property
     def special_tokens(self) -> Tokens:
         """What the sampler must know of the vocabulary."""
-        return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,))
+        return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,), forbidden=self.unnamed_ids)
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Learn from the model's tokenizer which ids of its vocabulary have no token."""
+        self.unnamed_ids = ids_without_token(tokenizer, self.vocab_size)
 
     def forward(
         self,
@@ -212,6 +229,7 @@ class DiffLLM(nn.Module):
         streamer: BaseStreamer | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> SampleOutput | Tensor:
         """Generate by unmasking, with the arguments of Dream's `diffusion_generate` (arXiv 2508.15487).
@@ -230,6 +248,7 @@ class DiffLLM(nn.Module):
             logits_processor: called with the canvases [N, L] and logits [N, V] of N masked positions.
             stopping_criteria: asked for each token that has nothing masked before it, with all up to it [1, n] and None
                 for the scores; what follows the end becomes end-of-sequence tokens.
+            tokenizer: the model's, whose ids alone are committed; needed only after `load_model`, which reads none.
             settings: further fields of `sampling.SamplingConfig`, such as `block_length`.
 
         Returns:
@@ -253,6 +272,9 @@ class DiffLLM(nn.Module):
             stop_at_eos=stop_at_eos,
             **settings,
         )
+        special = self.special_tokens
+        if tokenizer is not None:
+            special = replace(special, forbidden=ids_without_token(tokenizer, self.vocab_size))
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
         context = self.lm.config.max_position_embeddings
         if longest + max_new_tokens > context:
@@ -272,7 +294,7 @@ class DiffLLM(nn.Module):
             self,
             input_ids,
             config,
-            self.special_tokens,
+            special,
             attention_mask,
             history=output_history,
             tokens_hook=generation_tokens_hook_func,

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import turn_end
 from diffllm import DiffLLM
-from sampling import Canvas, Filled, SamplingConfig, Tokens, fill
+from sampling import Canvas, Filled, SamplingConfig, Tokens, fill, ids_without_token
 from trainer.build import build_model
 from trainer.config import Config
 
@@ -104,5 +104,6 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
         forbidden += ids
     # published models also end with what ended a turn or padded an answer in their training
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
-    eos = dict.fromkeys(token for token in ends if token is not None)
-    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), tuple(forbidden))
+    unnamed = ids_without_token(tokenizer, model.vocab_size)
+    eos = dict.fromkeys(token for token in ends if token is not None and token not in unnamed)
+    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), (*forbidden, *unnamed))

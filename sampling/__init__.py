@@ -2,7 +2,7 @@
 
 from sampling.batch import Denoiser
 from sampling.cache import CanvasCache
-from sampling.canvas import Canvas, Tokens, left_pad, trim
+from sampling.canvas import Canvas, Tokens, ids_without_token, left_pad, trim
 from sampling.config import SamplingConfig
 from sampling.filling import Filling
 from sampling.infill import Infilled, Template, infill, infill_templates
@@ -26,6 +26,7 @@ __all__ = [
     "TokensHook",
     "choose",
     "fill",
+    "ids_without_token",
     "infill",
     "infill_templates",
     "left_pad",

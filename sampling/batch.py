@@ -180,8 +180,7 @@ class Batch:
         if self.config.min_new_tokens:
             early = column - self.starts[row] < self.config.min_new_tokens
             logits[:, self.eos] = logits[:, self.eos].masked_fill(early[:, None], -torch.inf)
-        logits[:, self.never] = -torch.inf
-        return logits
+        return logits.index_fill_(1, self.never, -torch.inf)
 
     def _there(self, array: np.ndarray) -> Tensor:
         """An array on the model's device."""

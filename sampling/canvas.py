@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Tokens:
     mask: int
     eos: tuple[int, ...] = ()  # end a row, where `stop_at_eos`; the first fills what is left of it
     stop: tuple[tuple[int, ...], ...] = ()  # sequences that end a row
-    forbidden: tuple[int, ...] = ()  # never committed
+    forbidden: tuple[int, ...] = ()  # never committed: those that the settings name, and `ids_without_token`
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Canvas:
     def after(cls, prompt: Sequence[int], new_tokens: int, mask: int, name: int = 0) -> "Canvas":
         """`new_tokens` masks after a prompt."""
         return cls([*prompt, *[mask] * new_tokens], len(prompt), name)
+
+
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
+    """Ids of a model's vocabulary that its tokenizer lacks: rows that fill it up at its end, or gaps."""
+    return tuple(sorted({*range(vocab_size)} - {*tokenizer.get_vocab().values()}))
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from sampling.batch import Denoiser
-from sampling.canvas import Canvas, Tokens
+from sampling.canvas import Canvas, Tokens, ids_without_token
 from sampling.config import SamplingConfig
 from sampling.likelihood import Score, score_positions
 from sampling.reverse import fill
@@ -165,6 +165,7 @@ def infill_templates(
         ValueError: the mask token is in a text, or `samples` is out of range.
     """
     barred = {*special.forbidden, *special.eos, special.mask, *tokenizer.all_special_ids}
+    barred |= {*ids_without_token(tokenizer, model.vocab_size)}
     inside = replace(special, eos=(), stop=(), forbidden=tuple(sorted(barred)))
     names = range(len(templates)) if names is None else names
     tried = [template.canvases(tokenizer, special.mask, name) for template, name in zip(templates, names, strict=True)]

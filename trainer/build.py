@@ -43,6 +43,7 @@ def build_model(
         load = empty_model if empty else load_model
         model = load(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
+        model.set_tokenizer(tokenizer)
         if tokenizer.mask_token is None:  # so that texts with the mask in them are refused
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
     if config.mask_token not in (None, tokenizer.mask_token):
