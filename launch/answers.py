@@ -67,6 +67,8 @@ def answer_prompt(config: Config) -> None:
     print(response.text)
     if not response.text:
         print("the response is empty: the model ended it at once", file=sys.stderr)
+    elif not response.text.strip():
+        print("the response is white space only", file=sys.stderr)
 
 
 def fill_template(config: Config) -> None:

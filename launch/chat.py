@@ -4,7 +4,7 @@ import re
 import readline  # noqa: F401 — lets `input` edit its line and recall those before
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import groupby
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffllm import DiffLLM
 from launch.answers import check_alone
 from launch.generate import Response, check_fits, load_for_sampling, response_of, special_tokens
 from sampling import Canvas, Filling, SamplingConfig, fill
+from sampling.config import TEXTS, unescape
 from trainer.config import Config, nearest
 
 HELP = """\
@@ -192,10 +193,14 @@ class Chat:
         if name not in names:
             raise ValueError(f"{name}: no such setting; {nearest(name, names)}")
         try:
-            change = OmegaConf.from_dotlist([f"{name}={value}"])
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.config), change))
+            change = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
+            if name in TEXTS and isinstance(change[name], str):
+                change[name] = [change[name]]  # a list of one may be written without brackets
+            typed = OmegaConf.merge(OmegaConf.structured(SamplingConfig), change)
+            changed = OmegaConf.to_container(typed, resolve=True)[name]
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"sampling.{name}={value}: {str(error).splitlines()[0]}") from error
+        config = replace(self.config, **{name: unescape(name, changed) if name in TEXTS else changed})
         special_tokens(self.model, self.tokenizer, config)
         self.config = config
         self.say(f"{name} is {getattr(config, name)}")

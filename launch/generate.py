@@ -1,8 +1,9 @@
 """Prompts in, responses out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -75,10 +76,10 @@ def check_fits(model: DiffLLM, prompt_length: int, config: SamplingConfig, what:
 
 
 def response_of(filled: Filled, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
-    """A response as text, up to its end."""
+    """A response as text, up to its end; its white space is part of it."""
     text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
-    return Response(filled.canvas.name, text[:end].strip(), filled.new_tokens, filled.nfe, filled.tokens_per_forward)
+    return Response(filled.canvas.name, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:
@@ -92,7 +93,8 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
             raise ValueError(f"sampling.stop={config.stop}: {text!r} cannot be written in the model's tokens")
-        stop.append(tuple(ids))
+        if tokenizer.decode(ids) == text:  # else they may stand for another: `completed` finds the text itself
+            stop.append(tuple(ids))
     forbidden = []
     for text in config.forbidden:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -106,4 +108,17 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
     unnamed = ids_without_token(tokenizer, model.vocab_size)
     eos = dict.fromkeys(token for token in ends if token is not None and token not in unnamed)
-    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), (*forbidden, *unnamed))
+    completed = stops_in(tokenizer, config.stop) if config.stop else None
+    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), (*forbidden, *unnamed), completed)
+
+
+def stops_in(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[np.ndarray], bool]:
+    """Find stop strings in the text of a response: there they may share tokens with what is around them."""
+    # A character has up to 4 tokens. One more keeps the blank that some tokenizers drop in front of a text.
+    window = 4 * max(map(len, stop)) + 1
+
+    def completed(response: np.ndarray) -> bool:
+        text = tokenizer.decode(response[-window:].tolist())
+        return any(string in text for string in stop)
+
+    return completed

@@ -1,8 +1,9 @@
 """The canvas: the tokens of a row, those to fill masked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ class Tokens:
     eos: tuple[int, ...] = ()  # end a row, where `stop_at_eos`; the first fills what is left of it
     stop: tuple[tuple[int, ...], ...] = ()  # sequences that end a row
     forbidden: tuple[int, ...] = ()  # never committed: those that the settings name, and `ids_without_token`
+    completed: Callable[[np.ndarray], bool] | None = None  # whether the last of a response's tokens [N] ends it
 
 
 @dataclass(frozen=True)

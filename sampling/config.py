@@ -1,5 +1,6 @@
 """Settings of the reverse process."""
 
+import re
 from dataclasses import dataclass, field
 
 ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy", "left_to_right")
@@ -8,6 +9,8 @@ SCHEDULED = ("linear", "cosine", "even")
 ADAPTIVE = ("threshold", "factor", "entropy_bound")
 CONFIDENCES = ("unscaled", "scaled")
 CACHES = ("none", "prefix", "dual", "delayed")
+TEXTS = ("stop", "forbidden")  # fields that `unescape` reads where they are typed
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 @dataclass
@@ -40,6 +43,7 @@ class SamplingConfig:
     cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
+    # On the command line and in YAML \n, \t, \r, \\ and \uXXXX stand for characters in these two.
     stop: list[str] = field(default_factory=list)  # a row ends at the first of these strings likewise
     forbidden: list[str] = field(default_factory=list)  # tokens that are never committed
     cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
@@ -90,3 +94,20 @@ class SamplingConfig:
     def adaptive(self) -> bool:
         """Whether the model's sureness decides how many tokens a step commits, not a schedule."""
         return self.transfer in ADAPTIVE
+
+
+def unescape(name: str, texts: list[str]) -> list[str]:
+    r"""Make characters of \n, \t, \r, \\ and \uXXXX in the texts of field `name`; other backslashes stay.
+
+    Raises:
+        ValueError: half of a surrogate pair.
+    """
+
+    def character(escape: re.Match) -> str:
+        return ESCAPES[escape[1]] if escape[1] else chr(int(escape[2], 16))
+
+    read = [re.sub(r"\\(?:([ntr\\])|u([0-9A-Fa-f]{4}))", character, text) for text in texts]
+    try:
+        return [text.encode("utf-16", "surrogatepass").decode("utf-16") for text in read]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"sampling.{name}={texts}: half of a surrogate pair; write both, or the character") from error

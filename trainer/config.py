@@ -13,6 +13,7 @@ from data import DataConfig, Share
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
 from sampling import SamplingConfig
+from sampling.config import TEXTS, unescape
 
 LR_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -183,11 +184,14 @@ def resolve(composed: DictConfig) -> Config:
         for group, name in lists:
             if isinstance(value := plain.get(group, {}).get(name), str):
                 plain[group][name] = [value]  # a list of one may be written without brackets
-        return _at_home(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
+        config = _at_home(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
     except ConfigKeyError as error:
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    for name in TEXTS:
+        setattr(config.sampling, name, unescape(name, getattr(config.sampling, name)))
+    return config
 
 
 def _at_home(config: Config) -> Config:

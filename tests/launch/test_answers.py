@@ -25,7 +25,7 @@ from diffllm import ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from launch import answers
 from launch.answers import answer
-from launch.generate import generate, load_for_sampling, special_tokens
+from launch.generate import Response, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from trainer.config import Config
@@ -386,6 +386,22 @@ def test_a_template_is_filled_in(config, capsys):
     assert text.startswith("3x")
     assert "=9, x=" in text
     assert text.endswith("!\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the response is empty: the model ended it at once\n"),
+        (" ", "the response is white space only\n"),
+        ("\n\t\n", "the response is white space only\n"),
+        (" a\n", ""),
+    ],
+)
+def test_a_response_in_which_nothing_is_seen(config, tokenizer, monkeypatch, capsys, text, message):
+    monkeypatch.setattr(answers, "load_for_sampling", lambda config: (None, tokenizer))
+    monkeypatch.setattr(answers, "generate", lambda *_: [Response(0, text, 1, 1, 1.0)])
+    answer(replace(config, input=None, output=None, prompt="Hi"))
+    assert capsys.readouterr() == (text + "\n", message)
 
 
 @pytest.mark.parametrize(

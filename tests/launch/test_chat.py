@@ -91,10 +91,15 @@ def test_a_setting_is_changed(talk, config, line):
 def test_values_have_types(talk):
     talk.hear("/set top_p 0.5", "/set block_length 4", "/set block_length null", "/set alg low_confidence")
     talk.hear('/set stop ["a, b", "=c"]', "/set stop_at_eos false")
+    assert talk.config.stop == ["a, b", "=c"]
+    talk.hear(r"/set stop \n\n")
+    assert talk.config.stop == ["\n\n"]
+    talk.hear(r'/set stop ["\n\n", \\n, é]', "/set steps 3", r"/set forbidden \t")
     assert talk.config.top_p == 0.5
     assert talk.config.block_length is None
     assert talk.config.alg == "maskgit_plus"
-    assert talk.config.stop == ["a, b", "=c"]
+    assert talk.config.stop == ["\n\n", r"\n", "é"]
+    assert talk.config.forbidden == ["\t"]
     assert talk.config.stop_at_eos is False
 
 

@@ -177,7 +177,7 @@ def test_train_sample_evaluate(script, tmp_path):
     assert all(row["nfe"] == 2 for row in rows)
     assert script("sample.py", model, "prompt=What is ${x}?", *quick)[0] == 0
     alone = script("sample.py", model, "prompt=Solve 3x+5=20", *quick)[1]
-    assert alone.strip() == rows[0]["response"]
+    assert alone == rows[0]["response"] + "\n"
 
     code, out, err = script("evaluate.py", model, "trainer.experiment_name=run", *quick)
     assert code == 0, err

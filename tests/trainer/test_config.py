@@ -2,6 +2,7 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import launch.cli  # noqa: F401 - registers the defaults
@@ -73,6 +74,32 @@ def test_a_list_of_one_needs_no_brackets():
     config = resolved("data.train_files=a.jsonl", "trainer.logger=wandb")
     assert config.data.train_files == ["a.jsonl"]
     assert config.trainer.logger == ["wandb"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r'["\n\n"]', ["\n\n"]),
+        ('["\n\n"]', ["\n\n"]),
+        (r"\n\n", ["\n\n"]),
+        (r"[a\tb,'\r']", ["a\tb", "\r"]),
+        (r"['\\n','a\\\\b']", [r"\n", r"a\\b"]),
+        (r"['\begin','a\ b']", [r"\begin", r"a\ b"]),
+        (r'["\u00e9\u4F60","\ud83d\ude00"]', ["é你", "😀"]),
+        (r'["\u12","\U0001F600"]', [r"\u12", r"\U0001F600"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("field", ["stop", "forbidden"])
+def test_characters_that_a_shell_cannot_type(field, typed, meant):
+    assert getattr(resolved(f"sampling.{field}={typed}").sampling, field) == meant
+    texts = OverridesParser.create().parse_override(f"x={typed}").value()  # as they stand in a YAML file
+    assert getattr(resolved(sampling={field: texts}).sampling, field) == meant
+
+
+def test_half_a_character():
+    with pytest.raises(ValueError, match=r"sampling\.stop=\['\\\\ud83d'\]: half of a surrogate pair"):
+        resolved(r"sampling.stop=['\ud83d']")
 
 
 def test_the_published_command_line_is_understood():
