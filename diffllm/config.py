@@ -1,6 +1,7 @@
 """Settings of the model and of the forward process."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 FAMILY_NAMES = ("dream", "llada")
 T_SAMPLERS = ("importance", "stratified", "uniform")
@@ -34,6 +35,7 @@ class ModelConfig:
     mask_token: str | None = None
     # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # its variables, as {enable_thinking: false}
     family: str = "dream"  # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
     hidden_size: int = 128
     intermediate_size: int = 384

@@ -1,9 +1,16 @@
 """Tokenizers: a checkpoint's own, or the built-in one."""
 
 import json
+import math
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -34,6 +41,8 @@ CHAT_TEMPLATES = {
     "llada": "<|startoftext|>" + _HEADERS,
     "gemma": GEMMA,
 }
+# Names in chat templates whose values Transformers gives, beside those of the special tokens.
+OF_TRANSFORMERS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
@@ -133,6 +142,83 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
             "template, or null for the tokenizer's own"
         )
     tokenizer.chat_template = text
+
+
+def set_template_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
+    """Give variables of the chat template, such as `enable_thinking`, values that hold where none is given.
+
+    They become part of the template, and so reach all that renders it, also from an exported tokenizer.
+
+    Raises:
+        ValueError: no template, a variable that it does not take, or a value that Jinja cannot write.
+    """
+    if not values:
+        return
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"model.chat_template_kwargs={dict(values)}: the tokenizer has no chat template; name one by "
+            "model.chat_template"
+        )
+    taken = template_variables(tokenizer.get_chat_template()) - {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    for name in values:
+        if name not in taken:
+            near = get_close_matches(name, taken, n=2) or sorted(taken)
+            raise ValueError(
+                f"model.chat_template_kwargs={dict(values)}: the chat template takes no {name!r}; it takes "
+                f"{', '.join(near) or 'nothing but the messages'}"
+            )
+    # Templates are read with trim_blocks, which drops the last newline; then the template begins a line as it did.
+    given = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in values.items()
+    )
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {name: given + text for name, text in tokenizer.chat_template.items()}
+    else:
+        tokenizer.chat_template = given + tokenizer.chat_template
+
+
+class _Generation(Extension):
+    """Reads `{% generation %}…{% endgeneration %}`, by which templates mark answers for Transformers."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def template_variables(template: str) -> set[str]:
+    """Names that a chat template takes from who renders it, beside those of Transformers.
+
+    Raises:
+        ValueError: it is no Jinja.
+    """
+    environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    try:
+        return meta.find_undeclared_variables(environment.parse(template)) - OF_TRANSFORMERS
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it.
+
+    Raises:
+        ValueError: a number that is not finite, or a value of another type than JSON has.
+    """
+    match value:
+        case None | True | False:
+            return str(value).lower()
+        case str() | int():
+            return repr(value)
+        case float() if math.isfinite(value):
+            return repr(value)
+        case list():
+            return f"[{', '.join(map(_literal, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    raise ValueError(f"model.chat_template_kwargs: {value!r} cannot be written in a chat template")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:

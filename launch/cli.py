@@ -34,7 +34,9 @@ from trainer.world import ranks_from_environment
 CONF = ROOT / "conf"
 
 # Plain values, not the dataclasses: a wrong one is then reported by `resolve`, the same way wherever it came from.
-ConfigStore.instance().store("defaults", OmegaConf.to_container(OmegaConf.structured(Config)))
+DEFAULTS = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # its names are those of the template
+ConfigStore.instance().store("defaults", DEFAULTS)
 OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
 
 

@@ -14,7 +14,14 @@ from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, needs_adapting
 from diffllm.loading import empty_model
-from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer, check_tokenizer, load_tokenizer, set_chat_template
+from diffllm.tokenizer import (
+    MASK_TOKEN,
+    builtin_tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    set_chat_template,
+    set_template_variables,
+)
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
 
 VAL_SEED = 0
@@ -32,7 +39,7 @@ def build_model(
         empty: leave the weights of a diffusion checkpoint on the meta device, for `trainer.parallel.shard` to read.
 
     Raises:
-        ValueError: see `load_model`, `load_tokenizer`, `check_tokenizer`, `adapt` and `new_model`.
+        ValueError: see `load_model`, `new_model`, `adapt`, and those of `diffllm.tokenizer`.
     """
     if config.path is None:
         tokenizer = builtin_tokenizer()
@@ -50,6 +57,7 @@ def build_model(
         raise ValueError(f"model.mask_token={config.mask_token}: the model has {tokenizer.mask_token}; leave it out")
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
+    set_template_variables(tokenizer, config.chat_template_kwargs)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
     return model, tokenizer
 

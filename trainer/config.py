@@ -246,7 +246,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
         for key, value in tree.items():
             name = prefix + key
             if name not in free:
-                leaves |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+                group = isinstance(value, dict) and not prefix  # dicts within a group are values of a setting
+                leaves |= flat(value, f"{name}.") if group else {name: value}
         return leaves
 
     # A setting that an older version did not have has its default there.

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffllm.tokenizer import builtin_tokenizer, check_tokenizer, load_tokenizer, save_tokenizer, set_chat_template
+from data.rows import tokenizer_digest
+from data.tokens import prompt_ids
+from diffllm.tokenizer import (
+    builtin_tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    set_chat_template,
+    set_template_variables,
+)
 
 TOKENIZER = builtin_tokenizer()
 
@@ -113,3 +122,104 @@ def test_what_a_tokenizer_needs():
         check_tokenizer(nameless, TOKENIZER.pad_token_id, len(TOKENIZER))
     with pytest.raises(ValueError, match="smaller than the 1256 tokens"):
         check_tokenizer(TOKENIZER, TOKENIZER.mask_token_id, 1000)
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+TEMPLATES = {
+    "qwen": "{%- for message in messages %}{{ message.content }}{% endfor %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{%- endif %}",
+    "llama": "{%- if not enable_thinking is defined %}\n  {%- set enable_thinking = true %}\n{%- endif %}"
+    "{{ messages[0].content }}{{ '' if enable_thinking else '<think></think>' }}",
+    "macro": "{% macro end() %}{% if enable_thinking == false %}<think></think>{% endif %}{% endmacro %}"
+    "{% for message in messages %}{{ message['content'] }}{{ end() }}{% break %}{% endfor %}",
+    "marked": "{% for message in messages %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{{ '<think></think>' if enable_thinking is false }}{% endfor %}",
+}
+
+
+def templated(template):
+    tokenizer = builtin_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def text_of(tokenizer, **variables):
+    return tokenizer.apply_chat_template(CHAT, tokenize=False, **variables)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_variable_of_the_template_reaches_all_that_renders_it(template, tmp_path):
+    tokenizer = templated(template)
+    digest = tokenizer_digest(tokenizer)
+    assert text_of(tokenizer) == "Hi"
+    set_template_variables(tokenizer, {"enable_thinking": False})
+    assert tokenizer_digest(tokenizer) != digest
+    save_tokenizer(tokenizer, tmp_path)
+    for each in (tokenizer, load_tokenizer(tmp_path)):
+        assert text_of(each) == "Hi<think></think>"
+        assert each.decode(prompt_ids(CHAT, each)) == "Hi<think></think>"
+        assert text_of(each, enable_thinking=True) == "Hi"
+        set_template_variables(each, {"enable_thinking": True})  # the last one counts
+        assert text_of(each) == "Hi"
+
+
+def test_no_variables_leave_the_template_alone():
+    tokenizer = templated(None)
+    set_template_variables(tokenizer, {})
+    assert tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("begin", ["", "\n", "\n\n", "  ", "\t{% if x %}{% endif %}\n", "{#- a -#}\n a"])
+def test_a_template_begins_as_it_did(begin):
+    tokenizer = templated(begin + "{{ messages[0].content }}{{ x }}")
+    before = text_of(tokenizer, x=1)
+    set_template_variables(tokenizer, {"x": 1})
+    assert text_of(tokenizer) == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+)
+
+
+@given(JSON)
+def test_a_variable_may_have_any_value_of_json(value):
+    tokenizer = templated("{{ x | tojson }}{{ messages[0].content }}")
+    set_template_variables(tokenizer, {"x": value})
+    assert json.loads(text_of(tokenizer).removesuffix("Hi")) == value
+
+
+def test_several_templates_all_get_the_variables():
+    tokenizer = templated({"default": TEMPLATES["qwen"], "tool_use": "{{ enable_thinking }}", "rag": "-"})
+    set_template_variables(tokenizer, {"enable_thinking": False})
+    assert text_of(tokenizer) == "Hi<think></think>"
+    assert text_of(tokenizer, chat_template="tool_use") == "False"
+    assert text_of(tokenizer, chat_template="rag") == "-"
+
+
+@pytest.mark.parametrize(
+    ("template", "values", "words"),
+    [
+        (TEMPLATES["qwen"], {"enable_thinkin": False}, ["'enable_thinkin'", "takes enable_thinking"]),
+        (TEMPLATES["qwen"], {"tone": 1}, ["'tone'", "takes enable_thinking"]),
+        (TEMPLATES["qwen"], {"messages": []}, ["'messages'"]),
+        (TEMPLATES["qwen"], {"a b": 1}, ["'a b'"]),
+        ("{{ bos_token }}{{ tools }}{{ messages }}", {"bos_token": "x"}, ["'bos_token'", "nothing but the messages"]),
+        ("{{ bos_token }}{{ tools }}{{ messages }}", {"tools": []}, ["'tools'"]),
+        ("{{ messages }}{{ add_generation_prompt }}", {"add_generation_prompt": False}, ["'add_generation_prompt'"]),
+        ("{% set x = 1 %}{{ x }}{{ messages }}", {"x": 2}, ["'x'"]),
+        ("{{ strftime_now('%Y') }}{{ raise_exception() }}", {"strftime_now": "2024"}, ["'strftime_now'"]),
+        ("{{ x }}", {"x": float("inf")}, ["inf cannot be written"]),
+        ("{{ x }}", {"x": [{"a": object}]}, ["class 'object'", "cannot be written"]),
+        ("{% if x %}", {"x": 1}, ["the chat template cannot be read", "endif"]),
+        (None, {"x": 1}, ["no chat template", "model.chat_template"]),
+    ],
+    ids=str,
+)
+def test_variables_that_a_template_does_not_take(template, values, words):
+    with pytest.raises(ValueError, match="chat") as refusal:
+        set_template_variables(templated(template), values)
+    assert "\n" not in str(refusal.value)
+    for word in words:
+        assert word in str(refusal.value)

@@ -15,6 +15,18 @@ from trainer.build import build_model
 from trainer.export import export
 
 
+def test_variables_of_the_chat_template_go_into_the_export(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}{{ tone }}")
+    config = small_shape(chat_template=str(tmp_path / "mine.jinja"), chat_template_kwargs={"tone": "!"})
+    model, tokenizer = build_model(config)
+    model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
+    chat, path = [{"role": "user", "content": "Hi"}], str(tmp_path / "out")
+    for each in (tokenizer, build_model(ModelConfig(path=path))[1]):
+        assert each.apply_chat_template(chat, tokenize=False) == "Hi!"
+    with pytest.raises(ValueError, match=r"model\.chat_template_kwargs=.*takes no 'tome'; it takes tone"):
+        build_model(ModelConfig(path=path, chat_template_kwargs={"tome": "?"}))
+
+
 @pytest.fixture(params=["dream", "llada"])
 def nameless(request, tmp_path):
     """A checkpoint whose tokenizer does not name its mask, as LLaDA's does not."""

@@ -189,6 +189,23 @@ def test_what_makes_a_run_another_one():
     assert differences(saved, config) == ["optim.lr is 0.001 there and 0.002 here", "seed is 0 there and 1 here"]
 
 
+@pytest.mark.parametrize(
+    ("there", "here"), [({}, {"a": False}), ({}, {"a": None}), ({"a": 1}, {"b": 1}), ({"a": {"b": 1}}, {"a": {"b": 2}})]
+)
+def test_a_chat_template_with_other_variables_is_another_run(there, here):
+    config, other = resolved(model={"chat_template_kwargs": there}), resolved(model={"chat_template_kwargs": here})
+    assert differences(to_dict(config), config) == []
+    assert differences(to_dict(config), other) == [f"model.chat_template_kwargs is {there} there and {here} here"]
+    saved = to_dict(config)
+    del saved["model"]["chat_template_kwargs"]  # by an older version
+    assert bool(differences(saved, config)) is bool(there)
+
+
+def test_variables_of_a_chat_template_on_the_command_line():
+    config = resolved('model.chat_template_kwargs={enable_thinking: false, date: "a, b", tools: [x, {y: null}]}')
+    assert config.model.chat_template_kwargs == {"enable_thinking": False, "date": "a, b", "tools": ["x", {"y": None}]}
+
+
 def test_shape_settings_do_not_matter_where_a_checkpoint_has_its_own():
     config = Config()
     saved = to_dict(config)
