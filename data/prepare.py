@@ -5,7 +5,6 @@ response, or messages, and says what became of every row.
 """
 
 import json
-import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
@@ -19,21 +18,17 @@ from data.raw import RAW_SETS, convert
 from data.readers import BadRows, PlacedRow
 from data.report import Report
 from data.storage import whole_file
+from data.terminal import ending_in_one_line, printable
 
 ROWS = 1000
 
 
 def main(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
     hub_logging.set_verbosity_error()  # else its attempts to reach the hub come before what they came to
-    try:
+    with ending_in_one_line("stopped by SIGINT, nothing is written"):
+        options = _parser().parse_args(arguments)
         print(prepare(options).text())
-        print(f"rows: {options.output}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped by SIGINT, nothing is written", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        print(printable(f"rows: {options.output}"))
 
 
 def prepare(options: Namespace) -> Report:

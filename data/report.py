@@ -12,6 +12,7 @@ import numpy as np
 
 from data.readers import BadRows, listed
 from data.storage import read_object, whole_file
+from data.terminal import printable
 from data.tokens import TokenRows
 
 FILE = "data_report.json"
@@ -127,7 +128,7 @@ class Report:
                 lines.append(f"  {part:10}" + "".join(f"{value:8,}" for value in most) + f"{longest:9,} tokens")
         if self.padding_share is not None:
             lines.append(f"  {self.padding_share:.1%} of the positions will be padding")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

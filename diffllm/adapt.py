@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.storage import whole_directory
+from data.terminal import ending_in_one_line, printable
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
@@ -133,14 +134,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "mask_token", nargs="?", default=MASK_TOKEN, help=f"one that nothing uses, or a new one; default: {MASK_TOKEN}"
     )
-    options = parser.parse_args(arguments)
-    try:
+    with ending_in_one_line():
+        options = parser.parse_args(arguments)
         with whole_directory(options.directory) as unfinished:
             model, tokenizer = adapt(options.source, options.mask_token, dtype="auto")
             model.save_pretrained(unfinished, tokenizer=tokenizer)
-        print(f"model: {options.directory}, its mask is {tokenizer.mask_token}, token {model.mask_token_id}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        mask = f"its mask is {tokenizer.mask_token}, token {model.mask_token_id}"
+        print(printable(f"model: {options.directory}, {mask}"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data import PlacedRow, prompt_ids, read_rows
 from data.chat import ANSWERS, Columns, Message, to_prompt, tools_of
 from data.storage import AppendedRecords, read_object, read_records, refuse_links, whole_file
+from data.terminal import for_stdout, printable
 from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
@@ -64,7 +65,7 @@ def answer_prompt(config: Config) -> None:
     model, tokenizer = load_for_sampling(config)
     prompt = prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
     [response] = generate(model, tokenizer, [prompt], config.sampling)
-    print(response.text)
+    print(for_stdout(response.text))
     if not response.text:
         print("the response is empty: the model ended it at once", file=sys.stderr)
     elif not response.text.strip():
@@ -87,7 +88,7 @@ def fill_template(config: Config) -> None:
     if length > (context := model.lm.config.max_position_embeddings):
         raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
     [filled] = infill_templates(model, tokenizer, [template], config.sampling, special)
-    print(filled.text)
+    print(for_stdout(filled.text))
 
 
 def check_alone(what: str) -> None:
@@ -141,7 +142,7 @@ def answer_file(config: Config) -> None:
             )  # the longest first: memory that is too little shows at once
             names = todo[world.rank :: world.size]
             if world.is_main and done:
-                print(f"{directory}: {len(done)} of {len(rows)} rows are done", file=sys.stderr)
+                print(printable(f"{directory}: {len(done)} of {len(rows)} rows are done"), file=sys.stderr)
             responses = generate(model, tokenizer, [prompts[name] for name in names], config.sampling, names)
             label = f"rank 0 of {world.size}" if world.size > 1 else None
             responses = tqdm(responses, label, len(names), unit="row", disable=not world.is_main)

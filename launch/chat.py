@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from data import prompt_ids
 from data.chat import Message
+from data.terminal import printable
 from diffllm import DiffLLM
 from launch.answers import check_alone
 from launch.generate import Response, check_fits, load_for_sampling, response_of, special_tokens
@@ -147,7 +148,7 @@ class Chat:
         except ValueError as error:
             raise ValueError(f"{error}: not sent. /reset, or /set max_new_tokens to less") from error
         response = self.respond(prompt)
-        self.console.out(response.text, highlight=False)
+        self.console.out(printable(response.text), highlight=False)
         self.say(f"{response.tokens} tokens, NFE {response.nfe}, {response.tokens_per_forward:.2f} tokens a forward")
         self.turns += [user, Message(role="assistant", content=response.text)]
 
@@ -176,7 +177,7 @@ class Chat:
         for style, run in groupby(zip(styles.tolist(), tokens.tolist(), strict=True), key=lambda token: token[0]):
             ids = [token for _, token in run]
             shown = "▒" * len(ids) if style == MASKED else self.tokenizer.decode(ids, skip_special_tokens=True)
-            text.append(shown, style)
+            text.append(printable(shown), style)
         return text
 
     def set(self, argument: str) -> None:
@@ -208,9 +209,9 @@ class Chat:
     def show_settings(self) -> None:
         table = Table.grid(padding=(0, 2))
         for name, value in asdict(self.config).items():
-            table.add_row(name, Text(str(value)))
+            table.add_row(name, Text(printable(value)))
         self.console.print(table)
 
     def say(self, text: str, style: str = "dim") -> None:
         """Something that is not of the model."""
-        self.console.print(Text(text), style=style, soft_wrap=True)
+        self.console.print(Text(printable(text)), style=style, soft_wrap=True)

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
+from data.terminal import printable
 from launch import ROOT
 from launch.sweep import reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
@@ -103,7 +104,7 @@ def user_errors(debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not FirstError.claimed:
             time.sleep(SPEAK_SECONDS)
         own = type(error) is ValueError  # whose lines are meant; those of libraries are joined
-        message = str(error).replace("\n", "\n  ") if own else " ".join(str(error).split())
+        message = printable(str(error).replace("\n", "\n  ") if own else " ".join(str(error).split()))
         report_to_torchrun(f"error: {message}")
         print("error:", message, file=sys.stderr, flush=True)
         sys.exit(1)

@@ -19,6 +19,7 @@ from data.equations import held_out_rows
 from data.files import iterate
 from data.readers import BadRows, PlacedRow
 from data.storage import refuse_links, whole_file
+from data.terminal import printable
 from data.verify import check_verifiable, is_correct, reference
 from launch.generate import Response, generate, load_for_sampling
 from trainer.config import Config, to_dict
@@ -84,7 +85,7 @@ def evaluate(config: Config) -> None:
     }
     with whole_file(path) as file:
         file.write(json.dumps(record, indent=2) + "\n")
-    print(f"every setting, version and answer: {path}")
+    print(printable(f"every setting, version and answer: {path}"))
 
 
 def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], int]:
@@ -105,7 +106,7 @@ def _questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if config.on_bad_row == "error" or not questions:
         bad.refuse()
     if bad.count:
-        print(bad.text())
+        print(printable(bad.text()))
     return questions, bad.count
 
 
@@ -116,7 +117,8 @@ def _print(
     for column in ("question", "response", "verdict"):
         table.add_column(column)
     for question, response, ok in list(zip(questions, responses, right, strict=True))[:SHOWN]:
-        table.add_row(question.messages[-1]["content"], response.text, "right" if ok else "wrong")
+        texts = question.messages[-1]["content"], response.text, "right" if ok else "wrong"
+        table.add_row(*map(printable, texts))
     Console(markup=False).print(table)
     print(
         f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} {asked})\n"

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from data import Share
+from data.terminal import printable
 from diffllm import DiffLLM, new_model
 from diffllm.loading import empty_model
 from diffllm.lora import add_lora
@@ -176,7 +177,7 @@ def plan(arguments: list[str]) -> bool:
         raise ValueError(f"trainer.replicate={config.trainer.replicate}: must divide gpus={machine.gpus}")
     model, file = meta_model(config, choice)
     parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), share.global_batch_size * length
-    print(f"{parameters / 1e9:.2f} billion parameters, shape from {file}")
+    print(printable(f"{parameters / 1e9:.2f} billion parameters, shape from {file}"))
     print(
         f"{tokens:,} tokens a step: gpus={machine.gpus} × {share.micro_batches} forward passes × "
         f"{share.micro_batch_size} rows × {length}\n"

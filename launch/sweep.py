@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from data.storage import read_object, read_records, whole_file, writing
+from data.terminal import printable
 from launch import ROOT
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -160,8 +161,8 @@ def report(rows: list[dict[str, Any]], file: Path) -> None:
     text = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
     widths = [max(map(len, column)) for column in zip(shown, *text, strict=True)]
     for line in (shown, *text):
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
+        print(printable("  ".join(map(str.ljust, line, widths)).rstrip()))
     print(f"also in {file}", flush=True)
     for row in rows:
         if row["error"]:
-            print(f"error: job {row['job']}: {row['error']}", file=sys.stderr)
+            print(printable(f"error: job {row['job']}: {row['error']}"), file=sys.stderr)

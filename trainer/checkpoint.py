@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data.storage import UNFINISHED, find_full_disk, publish
+from data.terminal import printable
 from diffllm import DiffLLM
 from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
 from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
@@ -212,7 +213,7 @@ class Checkpoints:
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                print(f"{old} could not be deleted: {error}", flush=True)
+                print(printable(f"{old} could not be deleted: {error}"), flush=True)
 
 
 def _unfinished(target: Path) -> Path:

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from data.storage import whole_directory
+from data.terminal import ending_in_one_line, printable
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
 from trainer import checkpoint
@@ -52,11 +53,9 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
 def main() -> None:
     if len(sys.argv) not in (3, 4):
         sys.exit("usage: python -m trainer.export CHECKPOINT DIR [bf16|f32]")
-    try:
+    with ending_in_one_line():
         export(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
-        print(f"model: {sys.argv[2]}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(printable(f"model: {sys.argv[2]}"))
 
 
 if __name__ == "__main__":

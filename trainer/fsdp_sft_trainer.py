@@ -17,6 +17,7 @@ from data.loader import Batch
 from data.report import save
 from data.storage import whole_directory
 from data.stream import Position
+from data.terminal import printable
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
@@ -323,4 +324,4 @@ class FSDPSFTTrainer:
     def _say(self, *lines: str) -> None:
         if self.world.is_main:
             for line in lines:
-                print(line, flush=True)
+                print(printable(line), flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.storage import AppendedRecords, read_records, whole_file
+from data.terminal import printable
 from trainer.config import TrainerConfig
 from trainer.ending import PEER_SECONDS
 from trainer.world import World
@@ -99,7 +100,7 @@ class MetricsLog:
             what(self._wandb)
         except Exception as error:
             self._wandb = None
-            print(f"wandb gets no more of this run ({error}); metrics.jsonl does", flush=True)
+            print(printable(f"wandb gets no more of this run ({error}); metrics.jsonl does"), flush=True)
 
 
 def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int) -> Any:

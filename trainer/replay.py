@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.loader import Batch
+from data.terminal import ending_in_one_line
 from diffllm import DiffLLM
 from diffllm.loss import focal_of
 from trainer.config import Config, resolve
@@ -60,13 +61,11 @@ def _run(model: DiffLLM, row: Batch, norm: float, config: Config) -> dict[str, f
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python -m trainer.replay FILE [CHECKPOINT]")
-    try:
+    with ending_in_one_line():
         rows = replay(*map(Path, sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(*(f"{name:>13}" for name in rows[0]))
-    for row in rows:
-        print(*(f"{value:13.6g}" for value in row.values()))
+        print(*(f"{name:>13}" for name in rows[0]))
+        for row in rows:
+            print(*(f"{value:13.6g}" for value in row.values()))
 
 
 if __name__ == "__main__":
