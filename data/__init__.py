@@ -1,5 +1,6 @@
 """Files to padded batches, and the generated tasks with their verifiers."""
 
+import data.terminal  # noqa: F401 — first, see there
 from data.config import DataConfig
 from data.files import read_rows
 from data.loader import Share, TrainBatches, ValBatches

@@ -1,9 +1,20 @@
-"""What meets the user's terminal: text that cannot command it, and commands that end in one line."""
+"""What meets the user's terminal: text that cannot command it, and commands that end in one line.
 
+Each package with commands imports it first: their other imports take seconds, and a SIGINT during them must not become
+a traceback, or be lost in a library that catches whatever it meets.
+"""
+
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+SCRIPTS = ("train.py", "sample.py", "evaluate.py")
+MODULES = ("data.prepare", "diffllm.adapt", "launch.plan", "trainer.export", "trainer.replay")
+STOPPED = "stopped by SIGINT"
 
 # C0 but tab and newline, DEL and C1; bidirectional embeddings, overrides and isolates; surrogates, which have no bytes.
 _ESCAPED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -20,17 +31,68 @@ def for_stdout(text: str) -> str:
     return printable(text) if sys.stdout.isatty() else text
 
 
+def _stop_at_once(number: int, frame: object) -> None:
+    _print_stopped(STOPPED)
+    os._exit(128 + number)
+
+
+def _print_stopped(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(sys.__stderr__.fileno(), f"{message}\n".encode())
+
+
+def _starts_command() -> bool:
+    """Whether this process was started to run one of the commands; other programs keep their SIGINT."""
+    if sys.argv[:1] == ["-m"]:  # while Python imports the package of the module
+        return any(argument.removeprefix("-m") in MODULES for argument in sys.orig_argv)
+    script = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
+    return script in [os.path.join(ROOT, name) for name in SCRIPTS]
+
+
 @contextmanager
-def ending_in_one_line(stopped: str = "stopped by SIGINT") -> Iterator[None]:
+def running() -> Iterator[None]:
+    """Run a command after its imports: SIGINT raises KeyboardInterrupt, a reader that leaves ends it by SIGPIPE."""
+    starting = signal.getsignal(signal.SIGINT) is _stop_at_once
+    if starting:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # at exit it would be too late to handle
+    except BrokenPipeError:
+        if not any(map(_unread, (1, 2))):  # it was another pipe
+            raise
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+    finally:
+        if starting:
+            signal.signal(signal.SIGINT, _stop_at_once)
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether it is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextmanager
+def ending_in_one_line(stopped: str = STOPPED) -> Iterator[None]:
     """Run a command: an error that explains itself ends it with one line and exit code 1, Ctrl-C with 130.
 
     Args:
         stopped: the line after Ctrl-C.
     """
     try:
-        yield
+        with running():
+            yield
     except (ValueError, OSError) as error:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr, flush=True)
+        _print_stopped(stopped)
         sys.exit(128 + signal.SIGINT)
+
+
+if _starts_command():
+    signal.signal(signal.SIGINT, _stop_at_once)

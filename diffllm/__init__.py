@@ -1,5 +1,6 @@
 """Diffusion language models: forward process, loss, families and the model itself."""
 
+import data.terminal  # noqa: F401 — first, see there
 from diffllm.config import DiffusionConfig, ModelConfig
 from diffllm.loading import load_model, new_model
 from diffllm.modeling_diffllm import DiffLLM

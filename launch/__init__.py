@@ -22,3 +22,5 @@ def foreign_package(root: Path) -> str | None:
 
 if problem := foreign_package(ROOT):
     sys.exit(f"error: {problem}")
+
+import data.terminal  # noqa: E402, F401 — before all that takes seconds to import

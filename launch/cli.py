@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
-from data.terminal import printable
+from data.terminal import printable, running
 from launch import ROOT
 from launch.sweep import reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
@@ -91,7 +91,8 @@ def user_errors(debug: bool) -> Iterator[None]:
     torchrun repeats the error at the end of its report. In debug mode the whole traceback is shown.
     """
     try:
-        yield
+        with running():
+            yield
     except KeyboardInterrupt:
         if debug:
             raise

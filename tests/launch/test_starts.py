@@ -1,0 +1,138 @@
+"""How commands end before they have begun: SIGINT while they import, and readers of their output that leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+COMMANDS = {
+    "train": ["train.py", "trainer.max_steps=100000"],
+    "sample": ["sample.py", "prompt=Hi"],
+    "evaluate": ["evaluate.py"],
+    "prepare": ["-m", "data.prepare", "countdown", "out.jsonl"],
+    "adapt": ["-m", "diffllm.adapt", "nowhere", "out"],
+    "export": ["-m", "trainer.export", "nowhere", "out"],
+    "replay": ["-m", "trainer.replay", "nowhere"],
+    "plan": ["-m", "launch.plan", "model=dream_7b", "gpus=8", "gpu_memory=80"],
+}
+every_command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def start(command, **settings):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, **{"env": BUFFERED, **pipes, **settings})
+
+
+def alone(code):
+    """A program with the module, but not with the package, whose imports take seconds."""
+    return ["-c", f"import sys\nsys.path.insert(0, {str(ROOT / 'data')!r})\nimport terminal\n{code}"]
+
+
+@pytest.fixture
+def interrupted_import(tmp_path):
+    """An environment in which SIGINT comes while torch is imported, which makes something else of it."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    raise ImportError('torch is broken') from None\n"
+        "raise ImportError('SIGINT is lost')\n"
+    )
+    return BUFFERED | {"PYTHONPATH": str(tmp_path)}
+
+
+@every_command
+def test_sigint_while_a_command_is_imported(command, interrupted_import):
+    process = start(command, env=interrupted_import)
+    assert process.communicate() == ("", "stopped by SIGINT\n")
+    assert process.returncode == 130
+
+
+def test_of_the_ranks_of_a_machine_one_speaks(interrupted_import):
+    process = start(COMMANDS["train"], env=interrupted_import | {"LOCAL_RANK": "1"})
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("imported", ["launch", "trainer", "data.terminal"])
+def test_other_programs_keep_their_sigint(imported):
+    code = f"import signal, {imported}; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert start(["-c", code]).wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "closed"),
+    [
+        ("print('a')", "stdout"),
+        ("print('a' * 10**6)", "stdout"),
+        ("print('a', flush=True)", "stdout"),
+        ("print('a'); sys.exit(3)", "stdout"),
+        ("[print(i, flush=True) for i in range(10**5)]", "stdout"),
+        ("print('a', file=sys.stderr)", "stderr"),
+    ],
+)
+def test_a_reader_that_leaves_ends_a_command_quietly(code, closed):
+    """As it ends `yes`."""
+    read, write = os.pipe()
+    os.close(read)
+    process = start(
+        ["-c", f"import sys\nfrom data import terminal\nwith terminal.running():\n    {code}"], **{closed: write}
+    )
+    os.close(write)
+    out, err = process.communicate()
+    assert (out or "", err or "") == ("", "")
+    assert process.returncode == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("print('a')", (0, "a\n", "")),
+        ("raise BrokenPipeError('of a worker')", (1, "", "error: of a worker\n")),
+        ("raise ValueError('a\\x1b')", (1, "", "error: a\\x1b\n")),
+        ("print('a'); raise KeyboardInterrupt", (130, "a\n", "stopped by SIGINT\n")),
+        ("sys.exit(4)", (4, "", "")),
+    ],
+)
+def test_how_else_a_command_ends(code, end):
+    process = start(alone(f"with terminal.ending_in_one_line():\n    {code}"))
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == end
+
+
+@pytest.mark.slow
+@every_command
+def test_sigint_at_many_moments(command, tmp_path):
+    """One command has ended before the last of them; a run that trains says it as it saves."""
+    for tenths in (1, 3, 6, 10, 15, 20, 25, 30, 35, 40, 50, 60):
+        more = [f"trainer.output_dir={tmp_path}"] if command[0] == "train.py" else []
+        process = start([*command, *more])
+        time.sleep(tenths / 10)
+        running = process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        assert "Traceback" not in err
+        if running:
+            assert process.returncode == 130 or "error: " in err  # it was in what it is told to do
+            assert "stopped by SIGINT" in out + err or "error: " in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [["train.py", "--help"], ["evaluate.py", "--cfg", "job"], COMMANDS["plan"], ["-m", "data.prepare", "--help"]],
+    ids=str,
+)
+@pytest.mark.parametrize("lines", [0, 1])
+def test_the_first_lines_of_a_command(command, lines):
+    process = start(command)
+    for _ in range(lines):
+        assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() in ((-signal.SIGPIPE,) if not lines else (0, -signal.SIGPIPE))
