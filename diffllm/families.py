@@ -23,6 +23,8 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from diffllm.dream_api import DiffusionGeneration
+
 
 def switch_off_causality(lm: PreTrainedModel) -> None:
     """Let every position attend to all others, within the window where a layer has one."""
@@ -39,11 +41,32 @@ def has_window(config: PreTrainedConfig) -> bool:
     return settings.get("sliding_window") is not None and "sliding_attention" in kinds
 
 
+class _Published(DiffusionGeneration):
+    """What Transformers' Auto classes load of a published checkpoint."""
+
+    def denoiser(self) -> Any:
+        """This model, not a copy, as a `DiffLLM`.
+
+        Raises:
+            ValueError: its config has no mask or end-of-sequence token.
+        """
+        from diffllm.loading import check_ids  # both import this module
+        from diffllm.modeling_diffllm import DiffLLM
+
+        family = next(family for family in FAMILIES.values() if isinstance(self, family.model_class))
+        check_ids(published := self.config.to_dict(), self.name_or_path)
+        embeddings = self.get_input_embeddings()
+        padding = embeddings.padding_idx
+        model = DiffLLM(self, family, published)
+        embeddings.padding_idx = padding  # training it goes on as before
+        return model
+
+
 class DreamConfig(Qwen2Config):
     model_type = "Dream"
 
 
-class DreamModel(Qwen2ForCausalLM):
+class DreamModel(_Published, Qwen2ForCausalLM):
     """Dream with its head, by the name that its config.json gives."""
 
     config_class = DreamConfig
@@ -99,7 +122,7 @@ class LLaDAConfig(LlamaConfig):
         return super().from_dict(own | known, **kwargs)
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(_Published, LlamaForCausalLM):
     """LLaDA with its head, by the name that its config.json gives."""
 
     config_class = LLaDAConfig

@@ -2,40 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from diffllm.dream_api import DiffusionGeneration
 from diffllm.families import Family, has_window, switch_off_causality
 from diffllm.loss import Focal, masked_loss
 from diffllm.sources import copy_code, generation_settings, local
 from diffllm.tokenizer import save_tokenizer
-from sampling import (
-    CanvasCache,
-    Filling,
-    LogitsHook,
-    SampleOutput,
-    SamplingConfig,
-    Tokens,
-    TokensHook,
-    ids_without_token,
-    sample,
-)
+from sampling import CanvasCache, Tokens, ids_without_token
 
 
 class Restored(NamedTuple):
@@ -46,7 +28,7 @@ class Restored(NamedTuple):
     correct: Tensor  # [N] whether the most likely token is the clean one
 
 
-class DiffLLM(nn.Module):
+class DiffLLM(DiffusionGeneration, nn.Module):
     """Restores masked tokens (`forward`) and generates by unmasking (`diffusion_generate`).
 
     Attributes:
@@ -208,106 +190,6 @@ class DiffLLM(nn.Module):
         row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         return {"attention_mask": (row[:, None] == row)[None, None]}
 
-    def diffusion_generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 256,
-        steps: int = 512,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        alg: str = "origin",
-        alg_temp: float | None = None,
-        eps: float = 1e-3,
-        output_history: bool = False,
-        return_dict_in_generate: bool = False,
-        generation_tokens_hook_func: TokensHook | None = None,
-        generation_logits_hook_func: LogitsHook | None = None,
-        seed: int | None = None,
-        stop_at_eos: bool = False,
-        streamer: BaseStreamer | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **settings: Any,
-    ) -> SampleOutput | Tensor:
-        """Generate by unmasking, with the arguments of Dream's `diffusion_generate` (arXiv 2508.15487).
-
-        Two things differ from the published code. Confidence comes from the model's own distribution instead of the one
-        after temperature and top-p (`confidence="scaled"` brings that back). Every step of `origin` unmasks the
-        expected number of positions, in random order, where the published code draws the number too.
-
-        Args:
-            input_ids: [B, P] prompts, left-padded; masks in them are filled too.
-            attention_mask: [B, P], 0 at the padding.
-            generation_tokens_hook_func: `x = hook(step, x, logits)` after each step; first with (None, x, None).
-            generation_logits_hook_func: `logits = hook(step, x, logits)` on [B, L, V] before anything is drawn.
-            seed: makes the draws reproducible; None takes one from torch's generator.
-            streamer: of one row, such as Transformers' `TextDiffusionStreamer`, which shows every step.
-            logits_processor: called with the canvases [N, L] and logits [N, V] of N masked positions.
-            stopping_criteria: asked for each token that has nothing masked before it, with all up to it [1, n] and None
-                for the scores; what follows the end becomes end-of-sequence tokens.
-            tokenizer: the model's, whose ids alone are committed; needed only after `load_model`, which reads none.
-            settings: further fields of `sampling.SamplingConfig`, such as `block_length`.
-
-        Returns:
-            [B, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
-
-        Raises:
-            ValueError: a setting outside its range, a prompt too long for the context, a streamer for several rows, or
-                a hook that changes the shape.
-        """
-        settings.setdefault("batch_size", len(input_ids))
-        config = SamplingConfig(
-            max_new_tokens=max_new_tokens,
-            steps=steps,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            alg=alg,
-            alg_temp=alg_temp or 0.0,
-            eps=eps,
-            seed=int(torch.randint(2**31, ())) if seed is None else seed,
-            stop_at_eos=stop_at_eos,
-            **settings,
-        )
-        special = self.special_tokens
-        if tokenizer is not None:
-            special = replace(special, forbidden=ids_without_token(tokenizer, self.vocab_size))
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-        context = self.lm.config.max_position_embeddings
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit the model's context of "
-                f"{context} tokens"
-            )
-        if config.stop or config.forbidden:
-            raise ValueError("stop and forbidden are text: give stopping_criteria and logits_processor here")
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"streamer: shows one row, input_ids has {len(input_ids)}")
-        show = None
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-            show = partial(_show_draft, streamer) if hasattr(streamer, "put_draft") else None
-        output = sample(
-            self,
-            input_ids,
-            config,
-            special,
-            attention_mask,
-            history=output_history,
-            tokens_hook=generation_tokens_hook_func,
-            logits_hook=generation_logits_hook_func,
-            logits_processor=LogitsProcessorList(logits_processor) if logits_processor else None,
-            criterion=partial(_ends, stopping_criteria, self.device) if stopping_criteria else None,
-            on_step=show,
-        )
-        if streamer is not None:
-            streamer.put(output.sequences[0, input_ids.shape[1] :].cpu())
-            streamer.end()
-        return output if return_dict_in_generate else output.sequences
-
     def save_pretrained(
         self,
         directory: str | Path,
@@ -371,11 +253,3 @@ def _alone(tensor: Tensor) -> Tensor:
     """Contiguous, and alone in its memory: rows that do not divide by the ranks are gathered with padding behind."""
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:
-    return bool(StoppingCriteriaList(criteria)(torch.tensor(tokens, device=device)[None], None).any())
-
-
-def _show_draft(streamer: BaseStreamer, row: Filling) -> None:
-    streamer.put_draft(torch.tensor(row.tokens[row.canvas.prompt_length :]))

@@ -1,0 +1,248 @@
+"""`diffusion_generate` with the arguments of Dream's published code, for every model that fills in masks."""
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from sampling import (
+    Filling,
+    LogitsHook,
+    SampleOutput,
+    SamplingConfig,
+    Tokens,
+    TokensHook,
+    ids_without_token,
+    sample,
+)
+
+SAMPLING = [item.name for item in fields(SamplingConfig)]
+# Dream's own arguments and defaults; those of SamplingConfig have its defaults beside them.
+DEFAULTS = {
+    **{"steps": 512, "alg": "origin", "alg_temp": None, "stop_at_eos": False, "seed": None, "batch_size": None},
+    **{"max_new_tokens": 256, "max_length": None, "num_return_sequences": 1},
+    **{"output_history": False, "return_dict_in_generate": False},
+    **{f"{name}_token_id": None for name in ("mask", "pad", "eos", "bos")},
+}
+NULL_IS_A_VALUE = ("top_p", "top_k", "alg_temp", "block_length", "cache_refresh", "seed")
+
+
+class DiffusionGeneration:
+    """Gives a model `diffusion_generate`, and refuses `generate`, which would go from left to right."""
+
+    def denoiser(self) -> Any:
+        """What fills in masks: a `DiffLLM`."""
+        return self
+
+    def diffusion_generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | dict[str, Any] | Any = None,
+        *,
+        inputs: Tensor | None = None,
+        generation_tokens_hook_func: TokensHook | None = None,
+        generation_logits_hook_func: LogitsHook | None = None,
+        streamer: BaseStreamer | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **settings: Any,
+    ) -> SampleOutput | Tensor:
+        """Generate by unmasking, with the arguments of Dream's `diffusion_generate` (arXiv 2508.15487).
+
+        Two things differ from the published code. Confidence comes from the model's own distribution instead of the one
+        after temperature and top-p (`confidence="scaled"` brings that back). Every step of `origin` unmasks the
+        expected number of positions, in random order, where the published code draws the number too.
+
+        Args:
+            input_ids: [B, P] prompts, left-padded; masks in them are filled too. `inputs` is the published name.
+            attention_mask: [B, P], 0 at the padding.
+            generation_config: settings as an object, such as a `GenerationConfig`, or a dictionary; explicit ones win.
+            generation_tokens_hook_func: `x = hook(step, x, logits)` after each step; first with (None, x, None).
+            generation_logits_hook_func: `logits = hook(step, x, logits)` on [B, L, V] before anything is drawn.
+            streamer: of one row, such as Transformers' `TextDiffusionStreamer`, which shows every step.
+            logits_processor: called with the canvases [N, L] and logits [N, V] of N masked positions.
+            stopping_criteria: asked for each token that has nothing masked before it, with all up to it [1, n] and None
+                for the scores; what follows the end becomes end-of-sequence tokens.
+            tokenizer: the model's, whose ids alone are committed; needed only after `load_model`, which reads none.
+            settings: max_new_tokens (256), or max_length with the prompt; steps (512), alg (`origin`), alg_temp, eps,
+                temperature, top_p, top_k; num_return_sequences of each prompt; return_dict_in_generate,
+                output_history; mask_token_id and eos_token_id in place of the model's, pad_token_id to find padding
+                without an attention_mask, bos_token_id, which nothing reads; seed, which makes the draws reproducible
+                (None takes one from torch's generator); and further fields of `sampling.SamplingConfig`, such as
+                `block_length`.
+
+        Returns:
+            [B·num_return_sequences, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
+
+        Raises:
+            ValueError: an unknown setting or one outside its range, lengths that contradict each other or do not fit
+                the context, a streamer for several rows, or a hook that changes the shape.
+        """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError("give the prompts once: input_ids, or inputs as the published code calls them")
+        input_ids = inputs if input_ids is None else input_ids
+        if not isinstance(attention_mask, Tensor | None):
+            raise ValueError(
+                f"attention_mask is {type(attention_mask).__name__}: name generation_config=… if it is that"
+            )
+        chosen, new_tokens = _choose(generation_config, settings, input_ids.shape[1])
+        model = self.denoiser()
+        special = _special_tokens(model, chosen)
+        if tokenizer is not None:
+            special = replace(special, forbidden=ids_without_token(tokenizer, model.vocab_size))
+        pad = chosen["pad_token_id"]
+        if attention_mask is None and pad is not None and (input_ids[:, 0] == pad).any():
+            warnings.warn("input_ids begins with padding: give attention_mask, or it is attended", stacklevel=2)
+        if (copies := chosen["num_return_sequences"]) < 1:
+            raise ValueError(f"num_return_sequences={copies}: must be at least 1")
+        input_ids = input_ids.repeat_interleave(copies, 0)
+        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+        config = SamplingConfig(
+            **{name: chosen[name] for name in SAMPLING if name in chosen}
+            | {
+                "max_new_tokens": new_tokens,
+                "alg_temp": chosen["alg_temp"] or 0.0,
+                "seed": int(torch.randint(2**31, ())) if chosen["seed"] is None else chosen["seed"],
+                "batch_size": chosen["batch_size"] or len(input_ids),
+            }
+        )
+        _check(model, config, input_ids, attention_mask, streamer)
+        show = None
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+            show = partial(_show_draft, streamer) if hasattr(streamer, "put_draft") else None
+        output = sample(
+            model,
+            input_ids,
+            config,
+            special,
+            attention_mask,
+            history=chosen["output_history"],
+            tokens_hook=generation_tokens_hook_func,
+            logits_hook=generation_logits_hook_func,
+            logits_processor=LogitsProcessorList(logits_processor) if logits_processor else None,
+            criterion=partial(_ends, stopping_criteria, model.device) if stopping_criteria else None,
+            on_step=show,
+        )
+        if streamer is not None:
+            streamer.put(output.sequences[0, input_ids.shape[1] :].cpu())
+            streamer.end()
+        return output if chosen["return_dict_in_generate"] else output.sequences
+
+    def generate(self, *_: Any, **__: Any) -> None:
+        """Refuse to generate from left to right.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{type(self).__name__}.generate: a diffusion language model does not generate from left to right; call "
+            "diffusion_generate"
+        )
+
+
+def _choose(config: Any, settings: dict[str, Any], prompt_length: int) -> tuple[dict[str, Any], int]:
+    """Settings with their defaults, and how many new tokens they ask for.
+
+    Raises:
+        ValueError: an unknown one, or lengths that contradict each other.
+    """
+    known = [*DEFAULTS, *(name for name in SAMPLING if name not in DEFAULTS)]
+    explicit, given = _known(settings, known), {}
+    if isinstance(config, dict):
+        given = _known(config, known)
+    elif config is not None:
+        values = config.to_diff_dict() if isinstance(config, GenerationConfig) else getattr(config, "__dict__", None)
+        if values is None:
+            raise ValueError(f"generation_config={config!r}: must be an object with settings, or a dictionary")
+        given = _known({name: value for name, value in values.items() if name in known}, known)
+        if "max_new_tokens" in given:  # as in the published code, whose configuration always has a max_length
+            given.pop("max_length", None)
+    new_tokens = DEFAULTS["max_new_tokens"]
+    for source in (given, explicit):
+        new_tokens = _new_tokens(source, prompt_length, new_tokens)
+    return DEFAULTS | given | explicit, new_tokens
+
+
+def _known(settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    for name in settings:
+        if name not in known:
+            arguments = [*known, *signature(DiffusionGeneration.diffusion_generate).parameters]
+            close = difflib.get_close_matches(name, arguments, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"diffusion_generate: no setting {name}; {hint}")
+    return {name: value for name, value in settings.items() if value is not None or name in NULL_IS_A_VALUE}
+
+
+def _new_tokens(settings: dict[str, Any], prompt_length: int, default: int) -> int:
+    if "max_length" not in settings:
+        return settings.get("max_new_tokens", default)
+    length = settings["max_length"]
+    if length <= prompt_length:
+        raise ValueError(f"max_length={length}: leaves nothing to fill in behind a prompt of {prompt_length} tokens")
+    new_tokens = settings.get("max_new_tokens", length - prompt_length)
+    if prompt_length + new_tokens != length:
+        raise ValueError(
+            f"max_length={length} and max_new_tokens={new_tokens} contradict each other behind a prompt of "
+            f"{prompt_length} tokens: give one"
+        )
+    return new_tokens
+
+
+def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
+    """The model's, or those of the settings.
+
+    Raises:
+        ValueError: one beyond the vocabulary, or a mask that is the end too.
+    """
+    special: Tokens = model.special_tokens
+    mask, eos = special.mask, special.eos
+    if chosen["mask_token_id"] is not None:
+        mask = chosen["mask_token_id"]
+    if (ends := chosen["eos_token_id"]) is not None:
+        eos = tuple(ends) if isinstance(ends, Iterable) else (ends,)
+    for name, tokens in (("mask_token_id", (mask,)), ("eos_token_id", eos)):
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < model.vocab_size:
+                raise ValueError(f"{name}={token!r}: must be a token below {model.vocab_size}")
+    if mask in eos:
+        raise ValueError(f"mask_token_id={mask}: is eos_token_id too")
+    return replace(special, mask=mask, eos=eos)
+
+
+def _check(
+    model: Any, config: SamplingConfig, input_ids: Tensor, attention_mask: Tensor | None, streamer: BaseStreamer | None
+) -> None:
+    """Raises:
+    ValueError: prompts too long for the context, texts among the settings, or a streamer for several rows.
+    """
+    longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+    context = model.lm.config.max_position_embeddings
+    if longest + config.max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} do not fit the model's context "
+            f"of {context} tokens"
+        )
+    if config.stop or config.forbidden:
+        raise ValueError("stop and forbidden are text: give stopping_criteria and logits_processor here")
+    if streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"streamer: shows one row, input_ids has {len(input_ids)}")
+
+
+def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarray) -> bool:
+    return bool(StoppingCriteriaList(criteria)(torch.tensor(tokens, device=device)[None], None).any())
+
+
+def _show_draft(streamer: BaseStreamer, row: Filling) -> None:
+    streamer.put_draft(torch.tensor(row.tokens[row.canvas.prompt_length :]))
