@@ -22,8 +22,8 @@ BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift
 REFUSED = (ast.JoinedStr, ast.NamedExpr, ast.Lambda, ast.Starred, ast.Await, ast.Yield, ast.YieldFrom, ast.SetComp)
 OF_NUMBERS = (ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # so no `[0] * 9` and no `"%9d" % 0`
 CONTAINERS = (str, bytes, list, tuple, set, dict)
-WORK = 2**22  # that a formula may take for a row: characters, elements, and STEP for each part of the formula
-STEP = 16
+WORK = 2**20  # that a formula may take for a row, about a second: elements, CHARACTERS, STEP for each of its parts
+STEP, CHARACTERS = 16, 64  # so many characters are gone over in the time of one element
 MAX_BITS = 2**14  # of a whole number
 
 
@@ -88,7 +88,7 @@ class Evaluator(EvalWithCompoundTypes):
 
     def _eval_subscript(self, node: ast.Subscript) -> Any:
         container, key = self._eval(node.value), self._eval(node.slice)
-        self._spend(len(container)) if isinstance(key, slice) else self._count(key)
+        self._spend(_size(container)) if isinstance(key, slice) else self._count(key)
         return container[key]
 
     def _counted(self, function: Callable[..., Any], kind: type[ast.AST]) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ class Evaluator(EvalWithCompoundTypes):
 
     def _count(self, value: Any) -> None:
         """Spend what it takes to go over a value with all that it holds."""
-        self._spend(len(value) if isinstance(value, str | bytes) else 1)
+        self._spend(_size(value) if isinstance(value, str | bytes) else 1)
         if isinstance(value, dict):
             self._count_all(value.values())
         elif isinstance(value, list | tuple | set):
@@ -131,3 +131,8 @@ class Evaluator(EvalWithCompoundTypes):
         self._work += work
         if self._work > WORK:
             raise IterableTooLong("this takes too long")
+
+
+def _size(value: Any) -> int:
+    """How long it takes to go over a text or list, in elements."""
+    return 1 + len(value) // (CHARACTERS if isinstance(value, str | bytes) else 1)

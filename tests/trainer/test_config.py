@@ -222,4 +222,4 @@ def test_columns_are_named_on_the_command_line():
     with pytest.raises(ValueError, match=r"data\.columns={promt: query}: .*did you mean prompt\?"):
         resolved("data.columns={promt: query}")
     changed = differences(to_dict(resolved()), config)
-    assert "data.columns.prompt is None there and query here" in changed
+    assert changed == ["data.columns is None there and {'prompt': 'query', 'response': 'output'} here"]
