@@ -117,10 +117,12 @@ def user_errors(debug: bool) -> Iterator[None]:
 def quote_text(argument: str) -> str:
     """Let `prompt=…` and the like be any text; Hydra's grammar would read its commas, brackets and equals signs."""
     name, _, text = argument.partition("=")
-    if name not in ("prompt", "template", "model.mask_token") or re.fullmatch(r"null|(?s:(['\"]).*\1)", text):
+    if name not in ("prompt", "template", "model.mask_token") or text == "null":
         return argument
-    text = re.sub(r'(\\*)("|$)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)
-    text = text.replace("${", r"\${")  # no interpolation either
+    if name == "model.mask_token" and re.fullmatch(r"(['\"]).*\1", text):  # a sweep passes it on as Hydra wrote it
+        return argument
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # nothing is interpolated: OmegaConf halves backslashes before ${
+    text = re.sub(r'(\\*)("|\Z)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)  # and Hydra those before quotes
     return f'{name}="{text}"'
 
 

@@ -9,10 +9,15 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+import sample
 from launch import cli
 from tests.conftest import GOLDEN, ROOT
 from tests.trainer.runs import metrics
+from trainer.config import resolve
 
 SMALL = [
     "data.max_length=64", "data.num_workers=0", "data.train_batch_size=8", "trainer.max_steps=3",
@@ -136,17 +141,39 @@ def test_the_tree_is_shown(script):
     assert "time_reweighting: original" in out
 
 
-@pytest.mark.parametrize(
-    "text", ["Solve 3x+5=20", "a, b (c) [d] {e}?", 'say "hi"', "it's", "back\\slash\\", 'a\\"b', "two\nlines", "é"]
-)
-def test_a_prompt_is_any_text(text):
-    override = OverridesParser.create().parse_override(cli.quote_text(f"prompt={text}"))
-    assert override.value() == text
+PARTS = ["\\", "$", "${", "{", "}", '"', "'", "a", " ", "\n", "\r", ":", "=", ",", "[", "#", "é"]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join) | st.text())
+@example("Solve 3x+5=20")
+@example("a, b (c) [d] {e}?")
+@example(r"a\${x}")
+@example(r"\\${a}\\")
+@example('"Hi," she said, "bye"')
+@example("'")
+@example("'quoted'")
+@example("back\\\n")
+@example("${oc.env:HOME}")
+@pytest.mark.parametrize("name", ["prompt", "template"])
+def test_a_prompt_is_any_text(name, text):
+    value = OverridesParser.create().parse_override(cli.quote_text(f"{name}={text}")).value()
+    assume(text not in ("null", "???"))  # which are settings that are not given
+    assert getattr(resolve(OmegaConf.create({name: value})), name) == text
+
+
+@pytest.mark.parametrize("text", ["a\\${x}", '"${seed}\\"', "\\\\${a}'"])
+def test_any_prompt_gets_through_the_whole_command_line(script, monkeypatch, text):
+    seen = []
+    monkeypatch.setitem(sample.MODES, "answer", seen.append)
+    assert script("sample.py", f"prompt={text}")[0] == 0
+    assert [config.prompt for config in seen] == [text]
 
 
 def test_a_mask_token_needs_no_quotes():
     override = OverridesParser.create().parse_override(cli.quote_text("model.mask_token=<|fim_pad|>"))
     assert override.value() == "<|fim_pad|>"
+    assert cli.quote_text('model.mask_token="<|fim_pad|>"') == 'model.mask_token="<|fim_pad|>"'  # of a sweep
+    assert cli.quote_text("prompt=null") == "prompt=null"
 
 
 def test_runs_are_named_by_their_command_line():
