@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.rows import tokenizer_digest
@@ -183,6 +183,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_a_variable_may_have_any_value_of_json(value):
     tokenizer = templated("{{ x | tojson }}{{ messages[0].content }}")

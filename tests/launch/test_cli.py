@@ -9,7 +9,7 @@ import sys
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -144,6 +144,7 @@ def test_the_tree_is_shown(script):
 PARTS = ["\\", "$", "${", "{", "}", '"', "'", "a", " ", "\n", "\r", ":", "=", ",", "[", "#", "é"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join) | st.text())
 @example("Solve 3x+5=20")
 @example("a, b (c) [d] {e}?")

@@ -109,7 +109,7 @@ def test_how_else_a_command_ends(code, end):
 @every_command
 def test_sigint_at_many_moments(command, tmp_path):
     """One command has ended before the last of them; a run that trains says it as it saves."""
-    for tenths in (1, 3, 6, 10, 15, 20, 25, 30, 35, 40, 50, 60):
+    for tenths in (3, 6, 10, 15, 20, 25, 30, 35, 40, 50, 60):
         more = [f"trainer.output_dir={tmp_path}"] if command[0] == "train.py" else []
         process = start([*command, *more])
         time.sleep(tenths / 10)
@@ -118,8 +118,9 @@ def test_sigint_at_many_moments(command, tmp_path):
         out, err = process.communicate()
         assert "Traceback" not in err
         if running:
-            assert process.returncode == 130 or "error: " in err  # it was in what it is told to do
-            assert "stopped by SIGINT" in out + err or "error: " in err
+            stopped = process.returncode == 130 and "stopped by SIGINT" in out + err
+            unborn = process.returncode == -signal.SIGINT and not err  # Python was not up yet, or shut down already
+            assert stopped or unborn or err.startswith("error: ")  # it was ending by itself
 
 
 @pytest.mark.slow

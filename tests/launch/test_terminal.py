@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -50,6 +50,7 @@ def assert_shown(text, shown):
     assert printable(text) in shown
 
 
+@settings(deadline=None)
 @given(st.text(st.characters()))
 def test_what_is_printable_can_be_printed_and_other_text_stays(text):
     assert_shown(text, printable(text))
