@@ -1,13 +1,12 @@
 """Batches as pure functions of their number, so that a position is one integer and resuming is exact."""
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,7 +131,7 @@ class TrainBatches(Dataset):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=to_numpy,
-            worker_init_fn=partial(follow_rank, os.getpid()),
+            worker_init_fn=follow_rank,
         )
         with closing(each(loader)) as items:
             yield from map(to_device_ready, items)
@@ -212,22 +211,20 @@ def to_device_ready(micro_batches: list[dict[str, np.ndarray]]) -> list[Batch]:
     return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in tensors]
 
 
-def follow_rank(rank: int, worker: int) -> None:
+def follow_rank(worker: int) -> None:
     """Let a worker live as long as its rank: ignore signals, which a cluster sends to all, and end with the rank.
 
     A rank that is asked to stop needs batches until its step ends. A worker does not notice a rank that was killed: it
     waits for room in a pipe that it holds open itself.
 
     Args:
-        rank: process id.
         worker: number of this one, unused.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == rank:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="rank").start()

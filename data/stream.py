@@ -5,11 +5,9 @@ ranks, and where to go on is known exactly.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -81,7 +79,7 @@ class StreamedBatches(IterableDataset):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             collate_fn=_arrays,
-            worker_init_fn=partial(follow_rank, os.getpid()),
+            worker_init_fn=follow_rank,
         )
         with closing(each(loader)) as items:
             for _, item in zip(steps, items, strict=False):

@@ -27,9 +27,9 @@ from yaml import YAMLError
 
 from data.terminal import printable, running
 from launch import ROOT
-from launch.sweep import reported, train_job
+from launch.sweep import Sweep, reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
-from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, report_to_torchrun
+from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
 from trainer.world import ranks_from_environment
 
 CONF = ROOT / "conf"
@@ -73,12 +73,16 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
         transformers_logging.set_verbosity_error()
         hub_logging.set_verbosity_error()  # else Hydra prints its attempts
         sys.argv[1:] = map(quote_text, sys.argv[1:])
-        if run.__module__ == "__main__":  # and not in a process that has other work
-            Deadline.armed = True
-        with Deadline.on_error(), user_errors(debug), reported():
-            check_arguments(sys.argv[1:])
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
-            composed()
+        Deadline.armed = run.__module__ == "__main__"  # not in a process that has other work
+        try:
+            with Deadline.on_error(), user_errors(debug), reported():
+                check_arguments(sys.argv[1:])
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
+                composed()
+        except BaseException as error:
+            if run.__module__ == "__main__" and Sweep.directory is None:
+                leave(error)
+            raise
 
     return main
 

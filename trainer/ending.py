@@ -7,6 +7,7 @@ or on a disk that does not answer. torchrun would kill what is left 30 s later; 
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -99,6 +100,26 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def leave(error: BaseException) -> None:
+    """End the process as Python would, but without waiting for threads, children and communicators.
+
+    Returns only if the error is SystemExit without a failure.
+    """
+    code = 1
+    if isinstance(error, SystemExit):
+        if error.code in (None, 0):
+            return
+        code = error.code
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def report_to_torchrun(text: str) -> None:

@@ -1,8 +1,6 @@
 """Autoregressive checkpoints of Transformers, adapted to diffusion."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from diffllm import ModelConfig, load_model
 from diffllm.adapt import adapt, main, needs_adapting
 from diffllm.loading import empty_model
 from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN
 from tests.diffllm.decoders import DECODERS, WINDOW, write_decoder
 from trainer.build import build_model
 from trainer.parallel import read_weights
@@ -182,23 +180,19 @@ def test_the_trainer_and_the_sampler_adapt_by_themselves(tmp_path, plain_tokeniz
     assert model.mask_token_id not in output
 
 
-def test_the_command_writes_an_adapted_checkpoint(tmp_path, plain_tokenizer):
-    source = write_decoder("qwen2", tmp_path / "source", plain_tokenizer)
-    command = [sys.executable, "-m", "diffllm.adapt"]
-    for more in ([source, tmp_path / "out"], [source, tmp_path / "other", "<|diffuse|>"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"model: {more[1]}, its mask is {[*more, '<|mask|>'][2]}, token ")
+def test_the_command_writes_an_adapted_checkpoint(tmp_path, plain_tokenizer, capsys):
+    source = str(write_decoder("qwen2", tmp_path / "source", plain_tokenizer))
+    for more in ([source, f"{tmp_path}/out"], [source, f"{tmp_path}/other", "<|diffuse|>"]):
+        main(more)
+        assert f"model: {more[1]}, its mask is {[*more, '<|mask|>'][2]}, token " in capsys.readouterr().out
     assert load_model(tmp_path / "out").mask_token_id == plain_tokenizer.convert_tokens_to_ids("<|mask|>")
     assert load_model(tmp_path / "other").mask_token_id == len(plain_tokenizer)
-    done = subprocess.run([*command, tmp_path / "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip().splitlines()[-1]
-        == f"error: model.path={tmp_path}/nowhere: no such directory, and no hub id either"
-    )
-    done = subprocess.run([*command, source, "x", "--bogus"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, "usage" in done.stderr) == (2, True)
+    with pytest.raises(SystemExit) as end:
+        main([f"{tmp_path}/nowhere", f"{tmp_path}/x"])
+    assert end.value.code == f"error: model.path={tmp_path}/nowhere: no such directory, and no hub id either"
+    with pytest.raises(SystemExit) as end:
+        main([source, f"{tmp_path}/x", "--bogus"])
+    assert (end.value.code, "usage" in capsys.readouterr().err) == (2, True)
 
 
 def test_buffers_that_a_checkpoint_holds_come_back_by_shard(tmp_path, plain_tokenizer):

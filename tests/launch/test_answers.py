@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from launch.answers import answer
 from launch.generate import Response, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig
 from tests.conftest import small_shape
+from tests.trainer.runs import free_port, start_ranks
 from trainer.config import Config
 
 ROWS = [{"question": f"Solve {i}x{'+1' * i} = {i}", "id": i} for i in range(10)]
@@ -114,10 +114,7 @@ def interrupt(config: Config, rows: int) -> Path:
 
 
 def on_two_ranks(config: Config, kill_after: int | None = None) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (config, port, kill_after), nprocs=2)
+    start_ranks(_rank, (config, free_port(), kill_after), 2)
 
 
 def _rank(rank: int, config: Config, port: int, kill_after: int | None) -> None:

@@ -1,6 +1,7 @@
 """Short runs for the tests, in this process or over several ranks."""
 
 import json
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -10,12 +11,15 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+import launch.answers  # noqa: F401 — for the processes of start_ranks
 from diffllm import loss
 from trainer.checkpoint import find_newest
 from trainer.config import Config
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import MANIFEST, read_manifest, write_manifest
 from trainer.world import open_world
+
+multiprocessing.set_forkserver_preload(["tests.trainer.runs"])
 
 
 def train(config: Config) -> Path:
@@ -27,10 +31,18 @@ def train(config: Config) -> Path:
 
 def train_on_ranks(configs: list[Config], ranks: int) -> None:
     """Run one configuration after the other, each over `ranks` processes."""
+    start_ranks(_rank, (configs, ranks, free_port()), ranks)
+
+
+def start_ranks(rank: Callable[..., None], arguments: tuple, ranks: int) -> None:
+    """Run a function in processes of their own, forked from one that has imported everything and done nothing."""
+    mp.start_processes(rank, arguments, ranks, start_method="forkserver")
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (configs, ranks, port), nprocs=ranks)
+        return free.getsockname()[1]
 
 
 def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
