@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
 from inspect import signature
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,11 +30,30 @@ from sampling import (
 SAMPLING = [item.name for item in fields(SamplingConfig)]
 # Dream's own arguments and defaults; those of SamplingConfig have its defaults beside them.
 DEFAULTS = {
-    **{"steps": 512, "alg": "origin", "alg_temp": None, "stop_at_eos": False, "seed": None, "batch_size": None},
-    **{"max_new_tokens": 256, "max_length": None, "num_return_sequences": 1},
-    **{"output_history": False, "return_dict_in_generate": False},
-    **{f"{name}_token_id": None for name in ("mask", "pad", "eos", "bos")},
+    "max_new_tokens": 256,
+    "max_length": None,
+    "num_return_sequences": 1,
+    "steps": 512,
+    "alg": "origin",
+    "alg_temp": None,
+    "stop_at_eos": False,
+    "seed": None,
+    "batch_size": None,
+    "output_history": False,
+    "return_dict_in_generate": False,
+    "mask_token_id": None,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
 }
+KINDS = {
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    str: ("a text", str),
+    bool: ("true or false", bool),
+}
+TYPES: dict[str, Any] = {item.name: item.type for item in fields(SamplingConfig)}
+TYPES |= {"max_length": int, "num_return_sequences": int, "pad_token_id": int, "bos_token_id": int}
 NULL_IS_A_VALUE = ("top_p", "top_k", "alg_temp", "block_length", "cache_refresh", "seed")
 
 
@@ -86,18 +107,16 @@ class DiffusionGeneration:
             [B·num_return_sequences, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: an unknown setting or one outside its range, lengths that contradict each other or do not fit
-                the context, a streamer for several rows, or a hook that changes the shape.
+            ValueError: an unknown setting, or one of another type or outside its range; prompts that are no token ids,
+                or an attention_mask of another shape; lengths that contradict each other or do not fit the context; a
+                streamer for several rows; or a hook that changes the shape.
         """
+        model, known = self.denoiser(), _given(settings)
         if (input_ids is None) == (inputs is None):
             raise ValueError("give the prompts once: input_ids, or inputs as the published code calls them")
         input_ids = inputs if input_ids is None else input_ids
-        if not isinstance(attention_mask, Tensor | None):
-            raise ValueError(
-                f"attention_mask is {type(attention_mask).__name__}: name generation_config=… if it is that"
-            )
-        chosen, new_tokens = _choose(generation_config, settings, input_ids.shape[1])
-        model = self.denoiser()
+        _check_prompts(input_ids, attention_mask, model.vocab_size)
+        chosen, new_tokens = _choose(generation_config, known, input_ids.shape[1])
         special = _special_tokens(model, chosen)
         if tokenizer is not None:
             special = replace(special, forbidden=ids_without_token(tokenizer, model.vocab_size))
@@ -152,21 +171,44 @@ class DiffusionGeneration:
         )
 
 
-def _choose(config: Any, settings: dict[str, Any], prompt_length: int) -> tuple[dict[str, Any], int]:
+def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """Refuse prompts that are no batch of token ids.
+
+    Raises:
+        ValueError: they are not, or the attention mask is of another shape.
+    """
+    if (
+        not isinstance(input_ids, Tensor)
+        or input_ids.ndim != 2
+        or not input_ids.numel()
+        or input_ids.is_floating_point()
+    ):
+        found = f"shape {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: must be a tensor of token ids [B, P], not {found}")
+    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise ValueError(f"input_ids: {int(input_ids.max())} is no token below {vocab_size}")
+    if not isinstance(attention_mask, Tensor | None):
+        raise ValueError(f"attention_mask is {type(attention_mask).__name__}: name generation_config=… if it is that")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}: must be that of input_ids, {list(input_ids.shape)}"
+        )
+
+
+def _choose(config: Any, explicit: dict[str, Any], prompt_length: int) -> tuple[dict[str, Any], int]:
     """Settings with their defaults, and how many new tokens they ask for.
 
     Raises:
         ValueError: an unknown one, or lengths that contradict each other.
     """
-    known = [*DEFAULTS, *(name for name in SAMPLING if name not in DEFAULTS)]
-    explicit, given = _known(settings, known), {}
+    given = {}
     if isinstance(config, dict):
-        given = _known(config, known)
+        given = _given(config)
     elif config is not None:
         values = config.to_diff_dict() if isinstance(config, GenerationConfig) else getattr(config, "__dict__", None)
         if values is None:
             raise ValueError(f"generation_config={config!r}: must be an object with settings, or a dictionary")
-        given = _known({name: value for name, value in values.items() if name in known}, known)
+        given = _given({name: value for name, value in values.items() if name in DEFAULTS or name in SAMPLING})
         if "max_new_tokens" in given:  # as in the published code, whose configuration always has a max_length
             given.pop("max_length", None)
     new_tokens = DEFAULTS["max_new_tokens"]
@@ -175,13 +217,23 @@ def _choose(config: Any, settings: dict[str, Any], prompt_length: int) -> tuple[
     return DEFAULTS | given | explicit, new_tokens
 
 
-def _known(settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    for name in settings:
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say something: None stands for the default, but where it is a value.
+
+    Raises:
+        ValueError: an unknown one, or one of another type.
+    """
+    known = list(dict.fromkeys([*DEFAULTS, *SAMPLING]))
+    for name, value in settings.items():
         if name not in known:
             arguments = [*known, *signature(DiffusionGeneration.diffusion_generate).parameters]
-            close = difflib.get_close_matches(name, arguments, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(name, arguments, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"diffusion_generate: no setting {name}; {hint}")
+        kind = TYPES.get(name)
+        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # int of int | None
+        if value is not None and kind in KINDS and not isinstance(value, KINDS[kind][1]):
+            raise ValueError(f"{name}={value!r}: must be {KINDS[kind][0]}")
     return {name: value for name, value in settings.items() if value is not None or name in NULL_IS_A_VALUE}
 
 
@@ -201,7 +253,7 @@ def _new_tokens(settings: dict[str, Any], prompt_length: int, default: int) -> i
 
 
 def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
-    """The model's, or those of the settings.
+    """Return the model's special tokens, replaced by those that the settings name.
 
     Raises:
         ValueError: one beyond the vocabulary, or a mask that is the end too.
@@ -224,8 +276,10 @@ def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
 def _check(
     model: Any, config: SamplingConfig, input_ids: Tensor, attention_mask: Tensor | None, streamer: BaseStreamer | None
 ) -> None:
-    """Raises:
-    ValueError: prompts too long for the context, texts among the settings, or a streamer for several rows.
+    """Refuse what sampling cannot do.
+
+    Raises:
+        ValueError: prompts too long for the context, texts among the settings, or a streamer for several rows.
     """
     longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
     context = model.lm.config.max_position_embeddings

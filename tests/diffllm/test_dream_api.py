@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
@@ -166,3 +167,38 @@ class TestAuto:
 def test_left_to_right_is_refused(small_model):
     with pytest.raises(ValueError, match="diffusion_generate"):
         small_model.generate(PROMPT)
+
+
+SHAPE, KIND = "attention_mask has shape", r"input_ids: must be a tensor of token ids \[B, P\]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 4)}, rf"{SHAPE} \[2, 4\]: must be that of input_ids, \[2, 3\]"),
+        ({"attention_mask": torch.ones(2, 2)}, SHAPE),
+        ({"attention_mask": torch.ones(1, 3)}, SHAPE),
+        ({"input_ids": torch.tensor([5, 6])}, KIND),
+        ({"input_ids": torch.ones(2, 3)}, KIND),
+        ({"input_ids": [[1, 2]]}, f"{KIND}, not list"),
+        ({"input_ids": torch.ones(0, 3, dtype=torch.long)}, KIND),
+        ({"input_ids": torch.tensor([[10**6]])}, "input_ids: 1000000 is no token below"),
+        ({"max_length": "9"}, "max_length='9': must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: must be a whole number"),
+        ({"num_return_sequences": "2"}, "num_return_sequences='2': must be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot': must be a number"),
+        ({"top_p": "x"}, "top_p='x': must be a number"),
+        ({"bos_token_id": "x"}, "bos_token_id='x': must be a whole number"),
+    ],
+)
+def test_arguments_of_another_kind(dream, settings, message):
+    arguments = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "max_new_tokens": 2, "steps": 2} | settings
+    with pytest.raises(ValueError, match=message):
+        dream.diffusion_generate(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(dream):
+    x = torch.tensor([[5, 6, 7]])
+    settings = {"max_new_tokens": np.int64(2), "steps": 2, "temperature": 0.5, "seed": 1}
+    one, other = (dream.diffusion_generate(x, top_p=top_p, **settings) for top_p in (1, np.float32(1)))
+    assert torch.equal(one, other)
