@@ -41,8 +41,8 @@ def has_window(config: PreTrainedConfig) -> bool:
     return settings.get("sliding_window") is not None and "sliding_attention" in kinds
 
 
-class _Published(DiffusionGeneration):
-    """What Transformers' Auto classes load of a published checkpoint."""
+class DiffusionMixin(DiffusionGeneration):
+    """Give the models that Transformers' Auto classes make of published checkpoints `diffusion_generate`."""
 
     def denoiser(self) -> Any:
         """This model, not a copy, as a `DiffLLM`.
@@ -66,7 +66,7 @@ class DreamConfig(Qwen2Config):
     model_type = "Dream"
 
 
-class DreamModel(_Published, Qwen2ForCausalLM):
+class DreamModel(DiffusionMixin, Qwen2ForCausalLM):
     """Dream with its head, by the name that its config.json gives."""
 
     config_class = DreamConfig
@@ -122,7 +122,7 @@ class LLaDAConfig(LlamaConfig):
         return super().from_dict(own | known, **kwargs)
 
 
-class LLaDAModelLM(_Published, LlamaForCausalLM):
+class LLaDAModelLM(DiffusionMixin, LlamaForCausalLM):
     """LLaDA with its head, by the name that its config.json gives."""
 
     config_class = LLaDAConfig

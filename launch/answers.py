@@ -137,9 +137,7 @@ def answer_file(config: Config) -> None:
         with locked(directory, world, "run.json"):
             done = world.on_main(lambda: _begin(directory, origin))
             todo = [name for name in range(len(rows)) if name not in done]
-            todo.sort(
-                key=lambda name: -len(prompts[name])
-            )  # the longest first: memory that is too little shows at once
+            todo.sort(key=lambda name: -len(prompts[name]))  # so that too little memory shows at once
             names = todo[world.rank :: world.size]
             if world.is_main and done:
                 print(printable(f"{directory}: {len(done)} of {len(rows)} rows are done"), file=sys.stderr)

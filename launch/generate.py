@@ -93,7 +93,7 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
             raise ValueError(f"sampling.stop={config.stop}: {text!r} cannot be written in the model's tokens")
-        if tokenizer.decode(ids) == text:  # else they may stand for another: `completed` finds the text itself
+        if tokenizer.decode(ids) == text:  # else they may stand for another: `is_complete` finds the text itself
             stop.append(tuple(ids))
     forbidden = []
     for text in config.forbidden:
@@ -108,8 +108,8 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
     unnamed = ids_without_token(tokenizer, model.vocab_size)
     eos = dict.fromkeys(token for token in ends if token is not None and token not in unnamed)
-    completed = stops_in(tokenizer, config.stop) if config.stop else None
-    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), (*forbidden, *unnamed), completed)
+    is_complete = stops_in(tokenizer, config.stop) if config.stop else None
+    return Tokens(model.mask_token_id, tuple(eos), tuple(stop), (*forbidden, *unnamed), is_complete)
 
 
 def stops_in(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[np.ndarray], bool]:
@@ -117,8 +117,8 @@ def stops_in(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callabl
     # A character has up to 4 tokens. One more keeps the blank that some tokenizers drop in front of a text.
     window = 4 * max(map(len, stop)) + 1
 
-    def completed(response: np.ndarray) -> bool:
+    def is_complete(response: np.ndarray) -> bool:
         text = tokenizer.decode(response[-window:].tolist())
         return any(string in text for string in stop)
 
-    return completed
+    return is_complete

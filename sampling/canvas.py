@@ -17,7 +17,7 @@ class Tokens:
     eos: tuple[int, ...] = ()  # end a row, where `stop_at_eos`; the first fills what is left of it
     stop: tuple[tuple[int, ...], ...] = ()  # sequences that end a row
     forbidden: tuple[int, ...] = ()  # never committed: those that the settings name, and `ids_without_token`
-    completed: Callable[[np.ndarray], bool] | None = None  # whether the last of a response's tokens [N] ends it
+    is_complete: Callable[[np.ndarray], bool] | None = None  # whether a response [N], whose last token is new, ends
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,6 @@ class Filling:
         response = tokens[self.canvas.prompt_length :]
         if any(len(stop) <= len(response) and (response[-len(stop) :] == stop).all() for stop in self.special.stop):
             return True
-        if self.special.completed is not None and self.special.completed(response):
+        if self.special.is_complete is not None and self.special.is_complete(response):
             return True
         return self.criterion is not None and self.criterion(tokens)

@@ -166,7 +166,7 @@ def infill_templates(
     """
     barred = {*special.forbidden, *special.eos, special.mask, *tokenizer.all_special_ids}
     barred |= {*ids_without_token(tokenizer, model.vocab_size)}
-    inside = replace(special, eos=(), stop=(), completed=None, forbidden=tuple(sorted(barred)))
+    inside = replace(special, eos=(), stop=(), is_complete=None, forbidden=tuple(sorted(barred)))
     names = range(len(templates)) if names is None else names
     tried = [template.canvases(tokenizer, special.mask, name) for template, name in zip(templates, names, strict=True)]
     filled = {id(row.canvas): row.tokens for row in fill(model, itertools.chain(*tried), config, inside)}

@@ -51,7 +51,7 @@ def build_model(
         model = load(config.path, dtype, config.attn_implementation)
         tokenizer = load_tokenizer(config.path)
         model.set_tokenizer(tokenizer)
-        if tokenizer.mask_token is None:  # so that texts with the mask in them are refused
+        if tokenizer.mask_token is None:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
     if config.mask_token not in (None, tokenizer.mask_token):
         raise ValueError(f"model.mask_token={config.mask_token}: the model has {tokenizer.mask_token}; leave it out")

@@ -107,7 +107,7 @@ def test_nothing_ends_an_infill(tokenizer, special):
     """Neither end-of-sequence, which may be given, nor a stop sequence, mask or other special tokens."""
     [x], [end] = ids(tokenizer, "x"), ids(tokenizer, "$")
     model = Known(x, first=[*tokenizer.all_special_ids, end])
-    special = replace(special, stop=((x,),), eos=(end,), completed=lambda response: True)
+    special = replace(special, stop=((x,),), eos=(end,), is_complete=lambda response: True)
     result = infill(model, tokenizer, "a<|endoftext|>", "<|im_end|>\nb", 3, SamplingConfig(steps=2), special)
     assert result.text == "a<|endoftext|>xxx<|im_end|>\nb"
 
