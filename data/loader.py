@@ -238,9 +238,23 @@ def each(loader: DataLoader) -> Iterator[Any]:
     iterator = iter(loader)
     try:
         yield from iterator
-    finally:
+    except BaseException:
         if loader.num_workers:
-            iterator._shutdown_workers()
+            _kill_workers(iterator)
+        raise
+
+
+def _kill_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, whatever they do: torch would wait 5 s for each, and then let it be."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None  # torch raises an error there
+    try:
+        for worker in iterator._workers:
+            worker.kill()
+        iterator._shutdown_workers()
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, before)
 
 
 class ValBatches:

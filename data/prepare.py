@@ -6,7 +6,7 @@ response, or messages, and says what became of every row.
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from data.raw import RAW_SETS, convert
 from data.readers import BadRows, PlacedRow
 from data.report import Report
 from data.storage import whole_file
-from data.terminal import ending_in_one_line, printable
+from data.terminal import Parser, ending_in_one_line, printable
 
 ROWS = 1000
 
@@ -90,8 +90,8 @@ def _line(placed: PlacedRow) -> str:
     return line
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("python -m data.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser("python -m data.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "name", choices=[*RAW_SETS, *DIFFICULTY], metavar="NAME", help=", ".join([*RAW_SETS, *DIFFICULTY])
     )

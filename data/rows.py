@@ -21,10 +21,10 @@ from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
 from data.readers import BadRows, PlacedRow
 from data.report import Noted, Prepared, Report
-from data.storage import read_object, whole_directory
+from data.storage import digest_file, read_object, whole_directory
 from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
 
-FORMAT = 4  # of the files; others are not read
+FORMAT = 5  # of the files; others are not read
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
 KEYED = ("columns", "on_bad_row", "loss_on", "max_length", "truncation")
 KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
@@ -252,13 +252,15 @@ def rows_of_files(
                     if _key(files, config, tokenizer, curated) != key:
                         raise ValueError("data.train_files or data.val_files changed while they were read: start again")
     try:
-        report = read_object(directory / "report.json")
-        rows = _mapped(directory)
-        if len(rows) != report.get("kept"):
-            raise ValueError(f"{len(rows)} of {report.get('kept')} rows are there")
-    except (ArrowException, OSError, ValueError) as error:
+        saved = read_object(directory / "report.json")
+        rows, report = _mapped(directory), Report.from_json(saved["report"] | {"name": name})
+        if len(rows) != report.kept:
+            raise ValueError(f"{len(rows)} of {report.kept} rows are there")
+        if digest_file(directory / "rows.arrow") != saved["digest"]:
+            raise ValueError("rows.arrow was changed")
+        return Prepared(rows, report)
+    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory}: these tokenized rows cannot be read ({error}); delete the directory") from error
-    return Prepared(rows, Report.from_json(report | {"name": name}))
 
 
 def _build(
@@ -274,7 +276,8 @@ def _build(
     with pa.ipc.new_stream(str(directory / "rows.arrow"), SCHEMA) as written:
         for batch in preparation.batches(sources):
             written.write(batch)
-    (directory / "report.json").write_text(json.dumps(preparation.summary().to_json()))
+    saved = {"digest": digest_file(directory / "rows.arrow"), "report": preparation.summary().to_json()}
+    (directory / "report.json").write_text(json.dumps(saved))
 
 
 def _mapped(directory: Path) -> TokenRows:

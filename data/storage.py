@@ -68,8 +68,9 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     unfinished = path.with_name(path.name + UNFINISHED)
     with writing(path):
+        remove(unfinished)
         try:
-            with unfinished.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            with unfinished.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -93,24 +94,32 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists: delete it, or name another directory")
     unfinished = path.with_name(path.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
     with writing(path):
+        remove(unfinished)
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
             publish(unfinished, path)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)
 
 
 def publish(unfinished: Path, path: Path) -> None:
     """Give a directory its name; a directory that has it makes way and is deleted afterwards."""
     replaced = path.with_name(path.name + REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
     if path.exists():
         path.rename(replaced)
     unfinished.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory with all that is in it, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -126,8 +135,8 @@ def writing(path: str | Path) -> Iterator[None]:
     except Exception as error:
         full, other = find_full_disk(error), getattr(error, "filename", None)
         if full or (isinstance(error, OSError) and str(other or path).startswith(str(path))):
-            message = f"{path} could not be written: {full or error}"
-            raise OSError(getattr(error, "errno", None) or errno.EIO, message) from error
+            number = getattr(error, "errno", None) or (errno.ENOSPC if full else errno.EIO)
+            raise OSError(number, f"{path} could not be written: {full or error}") from error
         raise
 
 
@@ -207,11 +216,13 @@ class AppendedRecords:
             whole lines.
 
     Raises:
+        ValueError: it is a symbolic link.
         OSError: it cannot be opened.
     """
 
     def __init__(self, path: Path, keep: int | None = None):
         self.path = path
+        refuse_links(path)
         with writing(path):
             self._file = path.open("ab", buffering=0)
         self._keep = len(_without_torn_end(path.read_bytes())) if keep is None else keep

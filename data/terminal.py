@@ -4,12 +4,14 @@ Each package with commands imports it first: their other imports take seconds, a
 a traceback, or be lost in a library that catches whatever it meets.
 """
 
-import _signal as signal  # `signal` itself imports for 10 ms more, in which SIGINT is a traceback
 import os
 import select
+import signal
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
@@ -73,6 +75,13 @@ def _unread(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class Parser(ArgumentParser):
+    """A parser of arguments whose errors do not command the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 @contextmanager

@@ -5,14 +5,14 @@ loads all of it.
 """
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.storage import whole_directory
-from data.terminal import ending_in_one_line, printable
+from data.terminal import Parser, ending_in_one_line, printable
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
@@ -128,7 +128,7 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser("python -m diffllm.adapt", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("python -m diffllm.adapt", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a local directory, a hub id or a .gguf file")
     parser.add_argument("directory", help="to write, in the dtype of the source")
     parser.add_argument(

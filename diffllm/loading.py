@@ -63,9 +63,10 @@ def _on_meta(
     source: str, published: dict[str, Any], family: Family, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     with _building(source, attn_implementation), torch.device("meta"):
-        return family.model_class._from_config(
-            family.config(published), dtype=dtype, attn_implementation=attn_implementation
-        )
+        config = family.config(published)
+        if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types has {', '.join(map(repr, sorted(unknown)))}")
+        return family.model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
+from data.storage import find_full_disk
 from data.terminal import printable, running
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
@@ -91,7 +92,7 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 def user_errors(debug: bool) -> Iterator[None]:
     """End the process with a message and exit code 1 on an error that explains itself, with 130 on Ctrl-C.
 
-    Before the ranks know each other they fail alike: local rank 0 prints at once, the others after 3 s, if still alive.
+    Before the ranks know each other they fail alike: local rank 0 prints at once, the others after 2 s, if still alive.
     torchrun repeats the error at the end of its report. In debug mode the whole traceback is shown.
     """
     try:
@@ -110,6 +111,8 @@ def user_errors(debug: bool) -> Iterator[None]:
             time.sleep(SPEAK_SECONDS)
         own = type(error) is ValueError  # whose lines are meant; those of libraries are joined
         message = printable(str(error).replace("\n", "\n  ") if own else " ".join(str(error).split()))
+        if (full := find_full_disk(error)) and full not in message:
+            message = f"{full}: {message}"
         report_to_torchrun(f"error: {message}")
         print("error:", message, file=sys.stderr, flush=True)
         sys.exit(1)

@@ -5,6 +5,7 @@ the run printed (`output.log`) and how it ended (`job.json`).
 """
 
 import csv
+import ctypes
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from data.storage import read_object, read_records, whole_file, writing
 from data.terminal import printable
 from launch import ROOT
 
+PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # its further lines are indented
 
@@ -93,7 +95,8 @@ def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tu
         received.append(signal.Signals(number))
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with log.open("wb") as copy, subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+    settings = {"start_new_session": True, "preexec_fn": _end_with_parent}
+    with log.open("wb") as copy, subprocess.Popen(command, env=environment, **settings, **pipes) as process:
         main = threading.current_thread() is threading.main_thread()  # not in a launcher that has threads
         before = {number: signal.signal(number, forward) for number in FORWARDED} if main else {}
         try:
@@ -109,6 +112,12 @@ def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tu
             for number, handler in before.items():
                 signal.signal(number, handler)
     return process.returncode, received[0] if received else None
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _write(record: Path, job: dict[str, Any]) -> None:

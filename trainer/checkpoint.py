@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from data.storage import UNFINISHED, find_full_disk, publish
+from data.storage import UNFINISHED, find_full_disk, publish, remove
 from data.terminal import printable
 from diffllm import DiffLLM
 from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
@@ -198,7 +198,7 @@ class Checkpoints:
             self._stager.close()
 
     def _discard(self) -> None:
-        shutil.rmtree(_unfinished(self._target), ignore_errors=True)
+        remove(_unfinished(self._target))
 
     def _publish(self) -> None:
         """Give what is written its name; nothing is left to do if `poll` has done so."""

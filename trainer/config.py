@@ -105,6 +105,8 @@ class TrainerConfig:
         for name, allowed in (("precision", PRECISIONS), ("nonfinite", NONFINITE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if not self.output_dir.strip():
+            raise ValueError("trainer.output_dir is empty: name the directory that a run writes to")
         if self.max_nonfinite_steps < 0:
             raise ValueError(f"trainer.max_nonfinite_steps={self.max_nonfinite_steps}: must not be negative")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
@@ -131,8 +133,8 @@ class Config:
     output: str | None = None  # sample.py: the .jsonl file that gets a row with its response for each input row
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: must not be negative, and below 2^63")
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode}: choose one of {', '.join(MODES)}")
         if self.data.streaming and self.trainer.max_steps is None:
@@ -195,11 +197,18 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def _at_home(config: Config) -> Config:
-    """Replace `~` at the beginning of paths: on a command line most shells leave it as it is."""
+    """Replace `~` at the beginning of paths: on a command line most shells leave it as it is.
+
+    Raises:
+        ValueError: a path is not text.
+    """
     for name in PATHS:
         group, _, field_name = name.rpartition(".")
         owner = getattr(config, group) if group else config
         value = getattr(owner, field_name)
+        for path in value if isinstance(value, list) else [value]:
+            if not isinstance(path, str | None):
+                raise ValueError(f"{name}={value}: {path!r} is not the name of a file")
         if value is not None:
             setattr(owner, field_name, [*map(expanduser, value)] if isinstance(value, list) else expanduser(value))
     return config

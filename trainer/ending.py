@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 END_SECONDS = 8  # from the first error of a process to its end
 PEER_SECONDS = 4  # that a rank has to end by itself when another has died
-SPEAK_SECONDS = 3  # that a rank which did not fail first leaves to the one that did
+SPEAK_SECONDS = 2  # that a rank which did not fail first leaves to the one that did
 
 
 class Deadline:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,11 +53,20 @@ class World:
             try:
                 outcome[0] = work()
             except (ValueError, OSError) as error:
-                outcome[1] = error
+                outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def _portable(error: ValueError | OSError) -> ValueError | OSError:
+    """The error, or its text in a plain one where it cannot be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return (ValueError if isinstance(error, ValueError) else OSError)(str(error))
+    return error
 
 
 def ranks_from_environment() -> tuple[int, int]:

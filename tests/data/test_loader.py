@@ -1,17 +1,24 @@
 """Batches are functions of their number, and their cut does not depend on the layout."""
 
+import multiprocessing
+import threading
+import time
+from contextlib import closing
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from data import DataConfig, Share, TokenRows, TrainBatches, ValBatches
 from data.cutoff import assemble, response_widths
-from data.loader import mix
+from data.loader import each, follow_rank, mix
 from data.tokens import SCHEMA
 from diffllm import DiffusionConfig, ForwardProcess
+from tests.conftest import no_longer_than
 
 EOS = 0
 
@@ -299,3 +306,23 @@ def test_padding_is_foretold_of_the_whole_epoch():
     rows = TokenRows(rows.table.set_column(PLACE["difficulty"], "difficulty", pa.array(lengths // 2 * 1.0)))
     train = batches(1, 8, rows=rows, order="curriculum", perbatch_cutoff_type="min_pad")[0]
     assert train.padding_share(50) == pytest.approx(train.padding_share(100), rel=0.05)
+
+
+class Stuck(Dataset):
+    """Its second item takes for ever, in a way that leaves a thread behind."""
+
+    def __getitem__(self, item):
+        if item:
+            threading.Thread(target=time.sleep, args=(1000,)).start()
+            time.sleep(1000)
+        return item
+
+
+def test_workers_end_with_the_iteration_whatever_they_do():
+    loader = DataLoader(Stuck(), batch_size=None, sampler=range(9), num_workers=2, worker_init_fn=follow_rank)
+    before = set(multiprocessing.active_children())
+    with no_longer_than(5), closing(each(loader)) as items:
+        assert next(items) == 0
+        workers = set(multiprocessing.active_children()) - before
+        assert len(workers) == 2
+    assert not any(worker.is_alive() for worker in workers)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -515,6 +516,28 @@ class TestCache:
                 load()
         assert self.entries(tmp_path) == []
         assert len(load()[0]) == 3
+
+    @pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
+    def test_a_flipped_byte_is_noticed(self, load, files, tmp_path, name):
+        load()
+        [file] = (tmp_path / "cache").glob(f"*/{name}")
+        content = file.read_bytes()
+        for place in range(0, len(content), 97):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            if name == "rows.arrow":
+                with pytest.raises(ValueError, match=f"{file.parent}: these tokenized rows cannot be read"):
+                    load()
+            else:
+                with suppress(ValueError):  # of a number it is another number
+                    load()
+
+    @pytest.mark.parametrize("report", ["null", "[1]", "{}", '{"digest": 1, "report": {}}', '{"report": {"kept": 3}}'])
+    def test_a_broken_report_is_named(self, load, files, tmp_path, report):
+        load()
+        [file] = (tmp_path / "cache").glob("*/report.json")
+        file.write_text(report)
+        with pytest.raises(ValueError, match=f"{file.parent}: these tokenized rows cannot be read"):
+            load()
 
     def test_several_processes_make_it_once(self, load, files, tmp_path):
         context = multiprocessing.get_context("fork")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.storage import (
+    AppendedRecords,
     DigestedFile,
     digest_bytes,
     digest_file,
@@ -161,3 +162,34 @@ def test_links_and_devices_are_refused(tmp_path):
             refuse_links(plain, path)
     with pytest.raises(ValueError, match="pipe is neither a file nor a directory"):
         refuse_links(pipe)
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    """Where an unfinished file or directory would stand, and where is appended."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "a.json.unfinished").symlink_to(precious)
+    with whole_file(tmp_path / "a.json") as file:
+        file.write("mine")
+    assert not (tmp_path / "a.json").is_symlink()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "p").touch()
+    (tmp_path / "hf.unfinished").symlink_to(tmp_path / "kept")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf.replaced").symlink_to(tmp_path / "kept")
+    with whole_directory(tmp_path / "hf", replace=True) as unfinished:
+        (unfinished / "model").touch()
+    assert (names(tmp_path / "hf"), names(tmp_path / "kept")) == (["model"], ["p"])
+    (tmp_path / "lines.jsonl").symlink_to(precious)
+    with pytest.raises(ValueError, match=r"lines\.jsonl is a symbolic link"):
+        AppendedRecords(tmp_path / "lines.jsonl")
+    assert precious.read_text() == "precious"
+
+
+def test_an_error_of_another_file_stays_what_it_is(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"No such file or directory: .*source"),
+        whole_file(tmp_path / "a") as file,
+    ):
+        file.write((tmp_path / "source").read_text())
+    assert names(tmp_path) == []

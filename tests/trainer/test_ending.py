@@ -1,6 +1,7 @@
 """A run that fails ends: all its processes, soon, with the error as the last thing that one reads."""
 
 import os
+import pickle
 import re
 import resource
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.trainer.processes import SMALL, TORCHRUN, Run, failing, lines, training
-from trainer.world import World, locked, open_world
+from trainer.world import World, _portable, locked, open_world
 
 SECONDS = 10
 
@@ -118,6 +119,17 @@ def test_a_sweep_that_is_stopped_leaves_nothing(tmp_path, number):
 
 
 @pytest.mark.slow
+def test_a_killed_sweep_ends_its_job(tmp_path):
+    """Linux tells torchrun, which lets the ranks save."""
+    command = [sys.executable, ROOT / "train.py", "-m", "optim.lr=1e-4,1e-3", "trainer.max_steps=100000", *SMALL]
+    with Run(tmp_path, *command) as run:
+        run.wait_for(lambda: any(lines(job.parent) > 2 for job in tmp_path.glob("multirun/*/0/job.json")))
+        run.process.kill()
+        run.seconds_to_end(SECONDS)
+        assert list(tmp_path.glob("multirun/*/0/checkpoints/step_*")), "what was trained is saved"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [20, 100, 500])
 def test_a_full_disk_is_called_one(tmp_path, kilobytes):
     """A limit on the size of files stands in for the disk."""
@@ -132,6 +144,21 @@ def test_a_full_disk_is_called_one(tmp_path, kilobytes):
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "the disk is full" in error
     assert done.stderr.strip().endswith(error)
+
+
+def test_an_error_that_cannot_be_sent_is_sent_as_text():
+    class Unpicklable(ValueError):
+        def __init__(self, one, two):
+            super().__init__(f"{one} {two}")
+
+    class Locked(OSError):
+        def __reduce__(self):
+            raise TypeError("cannot pickle")
+
+    for error in (Unpicklable("a", "b"), Locked("a b"), ValueError("a b"), FileNotFoundError(2, "a b")):
+        sent = pickle.loads(pickle.dumps(_portable(error)))
+        assert isinstance(sent, OSError if isinstance(error, OSError) else ValueError)
+        assert "a b" in str(sent)
 
 
 def test_a_lock_is_no_link(tmp_path):
