@@ -4,6 +4,7 @@ Writes tensors with DCP as it is and with digests made while writing, in turn, a
 medians of 5 in GB/s; files that were just written come from memory, so the check is not bound by the disk.
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -22,11 +23,16 @@ def main(gib: float = 1.0, directory: str | None = None) -> None:
     size = sum(tensor.nbytes for tensor in state.values()) / 1e9
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
 
-        def write(writer: type[FileSystemWriter]) -> None:
-            dcp.save(state, storage_writer=writer(Path(scratch) / writer.__name__), no_dist=True)
+        def write(writer: type[FileSystemWriter]) -> Path:
+            checkpoint = Path(tempfile.mkdtemp(dir=scratch))
+            dcp.save(state, storage_writer=writer(checkpoint), no_dist=True)
+            return checkpoint
 
-        plain, digested = median_seconds(lambda: write(FileSystemWriter), lambda: write(DigestingWriter))
-        [file] = (Path(scratch) / "DigestingWriter").glob("*.distcp")
+        def write_once(writer: type[FileSystemWriter]) -> None:
+            shutil.rmtree(write(writer))
+
+        plain, digested = median_seconds(lambda: write_once(FileSystemWriter), lambda: write_once(DigestingWriter))
+        [file] = write(DigestingWriter).glob("*.distcp")
         [checked] = median_seconds(lambda: digest_file(file))
     print(
         f"{size:.1f} GB: written at {size / plain:.2f} GB/s, with digests at {size / digested:.2f} GB/s "

@@ -147,15 +147,15 @@ def test_a_full_disk_is_called_one(tmp_path, kilobytes):
 
 
 def test_an_error_that_cannot_be_sent_is_sent_as_text():
-    class Unpicklable(ValueError):
+    class TwoArgumentsError(ValueError):
         def __init__(self, one, two):
             super().__init__(f"{one} {two}")
 
-    class Locked(OSError):
+    class LockedError(OSError):
         def __reduce__(self):
             raise TypeError("cannot pickle")
 
-    for error in (Unpicklable("a", "b"), Locked("a b"), ValueError("a b"), FileNotFoundError(2, "a b")):
+    for error in (TwoArgumentsError("a", "b"), LockedError("a b"), ValueError("a b"), FileNotFoundError(2, "a b")):
         sent = pickle.loads(pickle.dumps(_portable(error)))
         assert isinstance(sent, OSError if isinstance(error, OSError) else ValueError)
         assert "a b" in str(sent)
