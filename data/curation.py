@@ -36,6 +36,9 @@ class Expression:
         setting: what it was given as.
         kind: of its value, bool or float.
 
+    Attributes:
+        names: the fields that it reads.
+
     Raises:
         ValueError: it cannot be read, or holds something else.
     """
@@ -52,7 +55,7 @@ class Expression:
             raise ValueError(f"{self.said}: {error}") from error
         names = [node for node in ast.walk(self._parsed) if isinstance(node, ast.Name)]
         own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # of comprehensions
-        self._names = {node.id for node in names} - own - FUNCTIONS.keys()
+        self.names = {node.id for node in names} - own - FUNCTIONS.keys()
         self._known, self._failure, self._worked = set(), None, False
         self._evaluator = Evaluator()
 
@@ -86,7 +89,7 @@ class Expression:
             ValueError: of the rows so far none has a field that it names, or it has a value for none.
         """
         fields = listed(sorted(self._known))
-        for name in sorted(self._names - self._known if self._known else ()):
+        for name in sorted(self.names - self._known if self._known else ()):
             close = difflib.get_close_matches(name, self._known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"a text is quoted, {name!r}; fields are {fields}"
             raise ValueError(f"{self.said}: no row has a field {name}; {hint}")

@@ -1,6 +1,5 @@
 """Rows ready to be trained on: curated, in tokens, and kept on disk for the next time."""
 
-import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -58,8 +57,9 @@ class Preparation:
             self.report.dropped[self.filtered] = Noted()
         if curated and config.order == "curriculum":
             self.difficulty = Expression(config.difficulty, "data.difficulty", float)
-        self.in_formulas = _names(config.filter) | _names(config.difficulty)
-        # by reason, in this order: what is to be said of a row that is left out, nothing of one that stays
+        formulas = [formula for formula in (self.filter, self.difficulty) if formula]  # that run on these rows
+        self.in_formulas = frozenset().union(*(formula.names for formula in formulas))
+        # Rules by reason, in order: each returns a note for a row that it drops, else None.
         self.rules: dict[str, Callable[[Chat, str, Encoded], str | None]] = {}
         if config.truncation == "drop":
             self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
@@ -313,14 +313,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     special = (tokenizer.special_tokens_map, tokenizer.split_special_tokens)
     content = [tokenizer.backend_tokenizer.to_str(), special, tokenizer.chat_template]
     return sha256(json.dumps(content, default=str).encode()).hexdigest()
-
-
-def _names(formula: str | None) -> set[str]:
-    """Names in a formula, of which `Expression` refuses what cannot be read."""
-    try:
-        return {node.id for node in ast.walk(ast.parse(formula or "", mode="exec")) if isinstance(node, ast.Name)}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return set()
 
 
 def _with_tools(chat: Chat) -> Chat:

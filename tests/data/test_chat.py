@@ -317,3 +317,21 @@ def test_tools_make_rows_different():
     tokenizer.chat_template = "{{ tools | tojson }}" + CHAT_TEMPLATES["chatml"]
     rows = [ROWS[0] | {"tools": [{"name": name}]} for name in ("add", "subtract", "add")]
     assert len(prepared(tokenizer, *rows, drop_duplicates="exact")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "curated"),
+    [
+        ({"filter": "len(images) == 1"}, False),
+        ({"difficulty": "len(images)", "order": "curriculum"}, False),
+        ({"difficulty": "len(images)"}, True),
+        ({"filter": "len([images for images in prompt.split()]) > 0"}, True),
+    ],
+    ids=str,
+)
+def test_only_formulas_that_read_a_field_exempt_it(tokenizer, settings, curated):
+    rows = [PlacedRow(ROWS[0] | {"images": ["x.png"]}, "rows:1")]
+    with pytest.raises(ValueError, match="rows:1: field 'images'"):
+        rows_of({"rows": rows}, DataConfig(**settings), tokenizer, "rows", curated)
+    settings |= {"order": "curriculum"} if "difficulty" in settings else {"filter": "len(images) == 1"}
+    assert len(rows_of({"rows": rows}, DataConfig(**settings), tokenizer)[0]) == 1
