@@ -164,6 +164,11 @@ def schema_of(row: dict[str, Any]) -> str:
     return next(answered, "question")
 
 
+def needs_answer(row: dict[str, Any]) -> bool:
+    """Whether the response of a row must have an answer behind its thinking: of S1K, or with reasoning beside it."""
+    return schema_of(row) == "question" or any(is_given(row.get(name)) for name in REASONING)
+
+
 def unused(row: dict[str, Any]) -> list[str]:
     """Columns that hold something and are neither of the row's schema nor known metadata.
 

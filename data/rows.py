@@ -14,14 +14,14 @@ from huggingface_hub.constants import HF_HOME
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Chat, Columns, Message, schema_of, to_chat, to_prompt, unused
+from data.chat import Chat, Columns, Message, needs_answer, schema_of, to_chat, to_prompt, unused
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
 from data.files import digest, iterate
 from data.readers import BadRows, PlacedRow
 from data.report import Noted, Prepared, Report
 from data.storage import digest_file, read_object, whole_directory
-from data.tokens import SCHEMA, Encoded, TokenRows, check_for_chats, encode
+from data.tokens import SCHEMA, ControlTokens, Encoded, TokenRows, check_for_chats, encode
 
 FORMAT = 5  # of the files; others are not read
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
@@ -46,6 +46,7 @@ class Preparation:
         self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
         self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
         check_for_chats(tokenizer, config.loss_on)
+        self.control = ControlTokens(tokenizer)
         self.too_long = BadRows("Raise data.max_length, or set data.truncation=drop or right")
         self.filter = self.difficulty = None
         self.columns = Columns(config.columns)
@@ -137,6 +138,8 @@ class Preparation:
                     if found != (schema or found):
                         raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
                     chat = to_chat(named, self.in_formulas)
+                    if needs_answer(named.row):
+                        self.control.check_answered(chat["response"], placed.place)
                 except ValueError as error:
                     self.bad.add(error)
                 else:

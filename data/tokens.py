@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from data.chat import END_THINK, THINK, Chat, Message
+from data.chat import END_THINK, THINK, Chat, Message, final_answer
+from data.readers import listed
 
 DAY = datetime(2026, 1, 1)
 # In front of templates that write the date: so a row is the same on every day.
@@ -22,7 +23,9 @@ ONE_DAY = "".join(
         " }}{% endmacro %}",
     ]
 )
+TAG = re.compile(f"{THINK}|{END_THINK}")
 EMPTY_THINKING = re.compile(rf"{THINK}\s*{END_THINK}\s*\Z")
+ADVICE = "model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters without a meaning
 SCHEMA = pa.schema(
     {
@@ -197,7 +200,17 @@ class ControlTokens:
         tokens = {*tokenizer.all_special_tokens, *added} - {""}
         self.special = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
         self._special = _any_of({token: _with_spaces(token, added.get(token)) for token in tokens})
-        self._control = _any_of({token: re.escape(token) for token in tokens - {THINK, END_THINK}})
+        control = tokens - {THINK, END_THINK}
+        self._control = _any_of({token: re.escape(token) for token in control})
+        # The tokenizer finds these in normalized text: lowercased, `<|IM_END|>` is the real `<|im_end|>`.
+        self._normalized = {
+            self.special[token]: token
+            for token in control - {tokenizer.unk_token}
+            if tokenizer.is_fast
+            and tokenizer.backend_tokenizer.normalizer
+            and token in added
+            and added[token].normalized
+        }
 
     def hide(self, chat: Chat, place: str) -> tuple[Chat, dict[int, str] | None]:
         """Put unused characters for the control tokens in a chat's texts.
@@ -205,13 +218,14 @@ class ControlTokens:
         One end-of-sequence token, or end of a turn, is dropped from the end of an answer.
 
         Returns:
-            The chat, and for `str.translate` the tokens by their characters; None where the texts hold no token.
+            The chat with placeholders, and the table for `str.translate` that restores the tokens; None if no text
+            holds one.
 
         Raises:
             ValueError: nothing else is in an answer.
         """
         if not any(map(self._control.search, _texts(chat))):
-            return chat, None
+            return chat, {} if self._normalized and self._in_other_letters(_texts(chat)) else None
         messages = [
             message | {"content": self._without_end(message["content"], f"{place}: message {number} of the prompt")}
             if message["role"] == "assistant"
@@ -228,8 +242,18 @@ class ControlTokens:
                 characters[token[0]] = next(unused)
             return characters[token[0]]
 
-        chat = _map_texts(chat, lambda text: self._control.sub(character, text))
+        chat = _change_texts(chat, lambda text: self._control.sub(character, text))
         return chat, {ord(character): token for token, character in characters.items()}
+
+    def check_answered(self, response: str, place: str) -> None:
+        """Refuse thinking that is followed by an end of the turn only.
+
+        Raises:
+            ValueError: naming the end.
+        """
+        end = self._end_of(response)
+        if end and not final_answer(response.rstrip().removesuffix(end)):
+            raise ValueError(f"{place}: the response has no answer behind {END_THINK}, only {end}")
 
     def ids(self, text: str, hidden: dict[int, str], place: str) -> tuple[list[int], list[int]]:
         """Tokens of a text after `hide`, and where each begins in the text with its control tokens.
@@ -244,7 +268,8 @@ class ControlTokens:
                 starts.append(at)
             elif piece := piece.translate(hidden):
                 made, begins = self._as_text(piece, self._before if number else "")
-                if real := [token for token in hidden.values() if self.special[token] in made and token in piece]:
+                real = [token for token in hidden.values() if self.special[token] in made and token in piece]
+                if real := [*real, *(token for id, token in self._normalized.items() if id in made)]:
                     raise ValueError(f"{place}: the tokenizer cannot read {real[0]!r} as text, leave it out")
                 ids += made
                 starts += [at + begin for begin in begins]
@@ -275,9 +300,18 @@ class ControlTokens:
         ends = [self.tokenizer.eos_token, None if end is None else self.tokenizer.convert_ids_to_tokens(end)]
         return tuple(filter(None, ends))
 
-    def _without_end(self, answer: str, what: str) -> str:
+    def _in_other_letters(self, texts: Iterator[str]) -> bool:
+        """Whether the tokenizer makes control tokens of texts that do not spell them."""
+        found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return any(not self._normalized.keys().isdisjoint(ids) for ids in found)
+
+    def _end_of(self, answer: str) -> str | None:
+        """The end-of-sequence token, or end of a turn, that an answer ends with."""
         text = answer.rstrip()
-        end = next((end for end in self._ends if text.endswith(end)), None)
+        return next((end for end in self._ends if text.endswith(end)), None)
+
+    def _without_end(self, answer: str, what: str) -> str:
+        text, end = answer.rstrip(), self._end_of(answer)
         if end is None:
             return answer
         if not text.removesuffix(end).strip():
@@ -292,7 +326,7 @@ def _with_spaces(token: str, added: AddedToken | None) -> str:
 
 
 def _any_of(patterns: dict[str, str]) -> re.Pattern:
-    """Any of the tokens by their patterns, the longest that fits; of none, nothing."""
+    """Compile a pattern that matches any token, longest first; without tokens, one that never matches."""
     longest_first = sorted(patterns, key=lambda token: (-len(token), token))
     return re.compile(f"({'|'.join(patterns[token] for token in longest_first) or '(?!)'})")
 
@@ -304,6 +338,13 @@ def _texts(chat: Chat) -> Iterator[str]:
         found: list[str] = []
         _map_texts(chat["tools"], lambda text: found.append(text) or text)
         yield from found
+
+
+def _change_texts(chat: Chat, change: Callable[[str], str]) -> Chat:
+    """The chat with its texts changed: contents, the response, and keys and values of tools."""
+    messages = [message | {"content": change(message["content"])} for message in chat["prompt"]]
+    changed = chat | {"prompt": messages, "response": change(chat["response"])}
+    return changed | {"tools": _map_texts(chat["tools"], change)} if "tools" in chat else changed
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -334,7 +375,7 @@ def prompt_ids(
     check_for_chats(tokenizer)
     control = ControlTokens(tokenizer)
     chat, hidden = control.hide(Chat(prompt=list(messages), response="", tools=tools or []), place)
-    text = _render_prompt(chat, tokenizer, place)
+    text = _render_prompt(chat, tokenizer, place, hidden)
     if hidden is None:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return control.ids(text, hidden, place)[0]
@@ -375,7 +416,7 @@ def encode(
     for i, (chat, place) in enumerate(zip(chats, places, strict=True)):
         try:
             chat, hidden = control.hide(chat, place)
-            parts, response = _parts(chat, tokenizer, loss_on, place, mark), chat["response"]
+            parts, response = _parts(chat, tokenizer, loss_on, place, mark, hidden), chat["response"]
             if hidden is None:
                 plain[i] = parts, response
                 continue
@@ -397,19 +438,22 @@ def encode(
     return [rows[i] for i in range(len(chats))]
 
 
-def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str, mark: str) -> list[str]:
+def _parts(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str, mark: str, hidden: dict[int, str] | None
+) -> list[str]:
     """The text before the last answer, cut where what is trained on begins or ends: context, answer, …, context.
 
     Args:
         mark: what the template ends an answer with.
+        hidden: the table of `ControlTokens.hide`.
 
     Raises:
         ValueError: the template writes earlier answers in another way than it wrote them when they came, or begins or
             ends thinking where an answer does not.
     """
     prompt, tools = chat["prompt"], chat.get("tools")
-    whole = _render_prompt(chat, tokenizer, place)
-    _check_thinking(whole, chat["response"], place)
+    whole = _render_prompt(chat, tokenizer, place, hidden)
+    _check_continues(_begun(prompt, whole, tokenizer, place, tools), chat["response"], place)
     if loss_on == "last":
         return [whole]
     parts, done = [], 0
@@ -417,7 +461,7 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
         if message["role"] != "assistant" or not message.get("trained", True):
             continue
         before, content = _render(prompt[:i], tokenizer, place, tools), message["content"]
-        _check_thinking(before, content, place)
+        _check_continues(_begun(prompt[:i], before, tokenizer, place, tools), content, place)
         turn = _render(prompt[: i + 1], tokenizer, place, tools, generation=False)[len(before) :]
         said, found, behind = turn.partition(content.strip())
         # some templates begin the next answer whether or not that is asked for
@@ -434,23 +478,33 @@ def _parts(chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: 
     return [*parts, whole[done:]]
 
 
-def _check_thinking(before: str, answer: str, place: str) -> None:
+def _begun(
+    messages: Sequence[Message],
+    rendered: str,
+    tokenizer: PreTrainedTokenizerBase,
+    place: str,
+    tools: list[dict[str, Any]] | None,
+) -> str:
+    """A rendered prompt in which tags of thinking at the end are the template's: none is left in the last message."""
+    *before, last = messages
+    if not TAG.search(last["content"]):
+        return rendered
+    return _render([*before, last | {"content": TAG.sub("tag", last["content"])}], tokenizer, place, tools)
+
+
+def _check_continues(before: str, answer: str, place: str) -> None:
     """Refuse an answer that does not go on with the thinking as a rendered prompt leaves it."""
+    begins = answer.lstrip().startswith(THINK)
     if before.rstrip().endswith(THINK):
-        if answer.lstrip().startswith(THINK):
+        if begins or END_THINK not in answer:
+            own = "its own" if begins else f"no {END_THINK}"
             raise ValueError(
-                f"{place}: the chat template writes {THINK} before the answer, which has its own; set "
-                "model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
+                f"{place}: the chat template writes {THINK} before the answer, which has {own}; set {ADVICE}"
             )
-        if END_THINK not in answer:
-            raise ValueError(
-                f"{place}: the chat template writes {THINK} before the answer, which has no {END_THINK}; set "
-                "model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
-            )
-    elif EMPTY_THINKING.search(before) and (THINK in answer or END_THINK in answer):
+    elif EMPTY_THINKING.search(before) and (begins or END_THINK in answer):
         raise ValueError(
             f"{place}: the chat template writes {THINK}{END_THINK} before the answer, which has thinking of its own; "
-            "leave out model.chat_template_kwargs={enable_thinking: false}, or choose another by model.chat_template"
+            f"leave out {ADVICE}"
         )
 
 
@@ -477,11 +531,16 @@ def _count(response: str, starts: Sequence[int]) -> tuple[int, int, int]:
     return last - first, len(starts) - answer, last
 
 
-def _render_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+def _render_prompt(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, hidden: dict[int, str] | None = None
+) -> str:
     """What the template writes up to where the response begins.
 
+    Args:
+        hidden: the table of `ControlTokens.hide`.
+
     Raises:
-        ValueError: the template refuses the messages, or leaves out some or the tools.
+        ValueError: the template refuses the messages, leaves out some or the tools, or rewrites placeholders.
     """
     text = _render(chat["prompt"], tokenizer, place, tools := chat.get("tools"))
     if tools and text == _render(chat["prompt"], tokenizer, place):
@@ -489,6 +548,15 @@ def _render_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -
             f"{place}: the chat template leaves out the tools of field 'tools'; choose another by model.chat_template, "
             "or leave the column out"
         )
+    if hidden:
+        restored = _change_texts(chat, lambda text: text.translate(hidden))
+        # An escaped placeholder, such as \U000f0000, would not be translated back.
+        if text.translate(hidden) != _render(restored["prompt"], tokenizer, place, tools=restored.get("tools")):
+            in_tools = [token for token in hidden.values() if token in str(restored.get("tools") or "")]
+            raise ValueError(
+                f"{place}: the chat template does not write {listed(in_tools or list(hidden.values()))} as it stands: "
+                f"take it out of the {'tools' if in_tools else 'messages'}, or choose another by model.chat_template"
+            )
     return text
 
 

@@ -1,9 +1,11 @@
 """Control tokens in texts are text: only the chat template writes real ones."""
 
+import copy
 import json
+import re
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, prompt_ids, rows_of
@@ -218,3 +220,84 @@ def test_texts_are_still_tokenized_together(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **named: calls.append(1) or call(*args, **named))
     encode(chats, ["rows"] * 9, tokenizer)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{{ tools }}", "{{ tools | pprint }}", "{{ tools | string | urlencode }}", "{{ tools | tojson(ensure_ascii=True) }}"],
+)
+def test_a_template_that_escapes_tools(tokenizer, written):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = written + CHAT_TEMPLATES["chatml"]
+    row = {"prompt": "a", "response": "b", "tools": [{"name": "y"}]}
+    assert len(prepared(tokenizer, row)[0]) == 1
+    assert len(prepared(tokenizer, row | {"prompt": "a<|im_end|>"})[0]) == 1
+    for tools in ([{"name": "<|im_end|>"}], [{"a": [{"<|im_end|>": 1}]}]):
+        with pytest.raises(ValueError, match=r"rows:1: .*<\|im_end\|>.* take it out of the tools"):
+            prepared(tokenizer, row | {"tools": tools})
+        with pytest.raises(ValueError, match=r"the prompt: .*<\|im_end\|>.*tools"):
+            prompt_ids([{"role": "user", "content": "a"}], tokenizer, tools=tools)
+
+
+@pytest.mark.parametrize("name", ["role", "prompt", "response", "content", "tools"])
+def test_a_control_token_that_is_named_like_a_key(name):
+    tokenizer = builtin_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [name]})
+    tokenizer.chat_template = TOOLS + CHAT_TEMPLATES["chatml"]
+    row = {"prompt": f"a {name}", "response": f"{name} b", "tools": [{name: name}]}
+    tokens, report = prepared(tokenizer, row)
+    assert f'[{{"{name}": "{name}"}}]' in tokenizer.decode(tokens.ids(0))
+    assert tokenizer.convert_tokens_to_ids(name) not in tokens.ids(0)
+    assert report.control_tokens.count == 1
+
+
+@pytest.mark.parametrize("space", ["", "\n"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n"])
+def test_an_end_is_no_answer(tokenizer, end, space):
+    response = f"<think>t</think>{space}{end}"
+    for row in ({"question": "q", "answer": response}, {"prompt": "q", "response": end, "thinking": "t"}):
+        with pytest.raises(ValueError, match=rf"rows:1: .*</think>.*{re.escape(end.strip())}"):
+            prepared(tokenizer, row)
+    assert len(prepared(tokenizer, {"prompt": "q", "response": response})[0]) == 1
+    assert len(prepared(tokenizer, {"question": "q", "answer": f"<think>t</think>a{end}"})[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.Lowercase(), "<|IM_END|>"),
+        (normalizers.NFKC(), "＜|im_end|＞"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|im_énd|>"),
+        (normalizers.Replace("#", ""), "<|im#_end|>"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("beside", ["", "<|endoftext|>"])
+def test_a_normalized_control_token_in_other_letters(normalizer, text, beside):
+    tokenizer = builtin_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    end = AddedToken("<|im_end|>", special=True, normalized=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": [end]})
+    row = {"messages": [{"role": role, "content": f"x{text}{beside}y"} for role in ("user", "assistant")]}
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer(text)["input_ids"]
+    tokens, report = prepared(tokenizer, row)
+    assert real(tokens.ids(0), tokenizer).count("<|im_end|>") == 1  # the template's
+    assert report.control_tokens.count == 1
+    prompt = tokens.ids(0)[: tokens.prompt_lengths[0]].tolist()
+    assert prompt_ids(row["messages"][:1], tokenizer) == prompt
+    assert prepared(tokenizer, {"prompt": "x", "response": "y"})[1].control_tokens.count == 0
+
+
+@pytest.mark.parametrize(
+    ("begun", "response"),
+    [("", "b"), ("", "<think>a</think>b"), (CLOSES, "the tag <think> opens"), (OPENS, "a <think> b</think>c")],
+)
+@pytest.mark.parametrize("prompt", ["what is <think>", "<think>\n", "<think></think>", "</think>"])
+def test_tags_that_the_template_did_not_write(begun, response, prompt):
+    tokenizer = builtin_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + begun.replace("\n", "\\n").join(["{{ '", "' }}"])
+    tokens, _ = prepared(tokenizer, {"prompt": prompt, "response": response})
+    assert tokenizer.decode(tokens.ids(0)) == f"{prompt}{begun}{response}<|endoftext|>"
+    if begun:
+        with pytest.raises(ValueError, match="rows:1: the chat template writes <think>"):
+            prepared(tokenizer, {"prompt": prompt, "response": "<think>a</think>b"})
