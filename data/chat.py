@@ -13,7 +13,7 @@ THINK, END_THINK = "<think>", "</think>"
 SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
 COMPLETION = "completion"  # another name of `response`
 ANSWERS = ("response", COMPLETION, "answer")
-SYSTEM = ("system", "system_prompt")  # of a row: its first message
+SYSTEM = ("system", "system_prompt", "system_message")  # of a row: its first message
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer: the thinking before it
 TRAINED = ("weight", "loss", "train")  # of an assistant's message: whether it is trained on
 METADATA = ("source", "difficulty", "metadata", "thinking_tokens", "answer_tokens")  # for curation and verifiers
@@ -22,12 +22,15 @@ CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # by data.pr
 MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
 
 # Fields that the formats of chats, tools, preferences and grounded generation give a meaning that is not used here.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-MASKS = ("assistant_masks", "completion_mask")
+MEDIA = tuple(f"{kind}{form}" for kind in ("image", "video", "audio") for form in ("", "s", "_url", "_path"))
+MASKS = ("assistant_masks", "completion_mask", "loss_mask", "sample_weight")
 NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
-NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id")
-NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "chat_template_kwargs")
-NOT_IN_ROWS = (*NOT_IN_PROMPTS, "chosen", "rejected", "label", "labels", "completions", *MASKS, *TRAINED, *REASONING)
+NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id", "reasoning_details")
+NO_MARKS = {"train_on_turn": True, "training": True, "masked": False, "prefix": False}  # of answers, by harmless value
+IN_PARTS = ("type", "text", "cache_control")  # of content
+NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "suffix", "chat_template_kwargs")
+PREFERENCES = ("chosen", "rejected", "rejected_response", "label", "labels", "completions")
+NOT_IN_ROWS = (*NOT_IN_PROMPTS, *PREFERENCES, *MASKS, *REASONING, "reasoning_details")
 # Common names of the two columns of a set, for the advice about data.columns.
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
 ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
@@ -113,6 +116,7 @@ def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
     if tools := tools_of(placed):
         chat["tools"] = tools
     _refuse_ignored(placed, NOT_IN_ROWS, used)
+    _check_row_marks(placed, used)
     return chat
 
 
@@ -180,7 +184,7 @@ def unused(row: dict[str, Any]) -> list[str]:
     for field in (schema, _answer_field(row, schema)):
         if isinstance(messages := row.get(field), list):
             dicts = [message for message in messages if isinstance(message, dict)]
-            further = {name for message in dicts for name in message.keys() - IN_MESSAGES if is_given(message[name])}
+            further = {name for message in dicts for name in message if _is_unused(message, name)}
             names += [f"{field}[].{name}" for name in sorted(further)]
     return list(dict.fromkeys(names))
 
@@ -194,11 +198,11 @@ def with_thinking(thinking: str, answer: str) -> str:
     """An answer behind the thinking that led to it, as S1K writes them.
 
     Raises:
-        ValueError: there is no answer.
+        ValueError: there is no answer, or the thinking holds tags that are not around it.
     """
     if not answer.strip():
         raise ValueError("there is no answer behind the thinking")
-    return "\n".join(filter(None, [THINK, thinking.strip(), END_THINK, answer.lstrip("\r\n")]))
+    return "\n".join(filter(None, [THINK, _without_tags(thinking), END_THINK, answer.lstrip("\r\n")]))
 
 
 def system_of(row: dict[str, Any]) -> str | None:
@@ -299,7 +303,11 @@ def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
         if not isinstance(text, str):
             raise ValueError(f"{what}: its field '{name}' must be text, not {kind_of(text)}")
         _well_formed(text, f"{what}: its field '{name}'")
-    thinking, *others = {text.strip() for text in texts.values()}
+        try:
+            texts[name] = _without_tags(text)
+        except ValueError as error:
+            raise ValueError(f"{what}: its field '{name}': {error}") from error
+    thinking, *others = set(texts.values())
     if others:
         raise ValueError(f"{what}: its fields {', '.join(texts)} differ: keep one of them")
     if THINK not in answer and END_THINK not in answer:
@@ -315,17 +323,36 @@ def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str], used: Collec
     """Refuse columns with a meaning that is not used."""
     row, place = placed
     names = [name for name in unused(row) if name in meaningful and name not in used]
-    names = [name for name in names if name not in TRAINED or not _counts_whole(name, row[name])]
     if names:
-        raise ValueError(
-            f"{place}: {'fields' if names[1:] else 'field'} {', '.join(map(repr, names))} would be ignored: only the "
-            "text of messages and their tools are trained on; leave the column out, or use it in data.filter"
-        )
+        raise ValueError(f"{place}: {_no_effect(names)}")
 
 
-def _counts_whole(name: str, value: Any) -> bool:
-    """Whether a mark of TRAINED beside a prompt leaves its answer as it is; `loss` may also be a measured number."""
-    return value == 1 if name == "weight" else value not in (0, False)
+def _no_effect(names: Sequence[str]) -> str:
+    subject = f"fields {', '.join(map(repr, names))} have" if names[1:] else f"field {names[0]!r} has"
+    return f"{subject} no effect here: drop the column, or use it in data.filter"
+
+
+def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
+    """Refuse marks beside the messages that say that a row is not trained on; `loss` may also be a measured number."""
+    row, place = placed
+    measured = isinstance(row.get("loss"), int | float) and row["loss"] not in (0, 1)
+    marks = _marks(row, f"{place}: the row", {*used, "loss"} if measured else used)
+    if names := [name for name, trained in marks.items() if not trained]:
+        raise ValueError(f"{place}: {_no_effect(names)}")
+
+
+def _without_tags(thinking: str) -> str:
+    """Thinking without the tags around it.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    text = thinking.strip()
+    if text.startswith(THINK) and text.endswith(END_THINK):
+        text = text.removeprefix(THINK).removesuffix(END_THINK).strip()
+    if THINK in text or END_THINK in text:
+        raise ValueError(f"the thinking holds {THINK} or {END_THINK}, which may only be around all of it")
+    return text
 
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:
@@ -336,7 +363,7 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
             f"names for them in {_mapping(row)}. Its fields are: {listed(list(row))}{_converter(row)}"
         )
     if not isinstance(row[field], str):
-        raise ValueError(f"{place}: field '{field}' must be text, this is {type(row[field]).__name__}")
+        raise ValueError(f"{place}: field '{field}' must be text, not {kind_of(row[field])}")
     return _well_formed(row[field], f"{place}: field '{field}'")
 
 
@@ -391,6 +418,7 @@ def _messages(messages: Any, field: str, last: str, place: str, first: str = "us
     for number, message in enumerate(messages, start=1):
         role, what = _role(message), f"{place}: message {number} of '{field}'"
         if role == "system" and not is_given(_joined(message.get("content"), what)):
+            _check_fields(message, what)
             continue  # as if it was not there
         if role == expected:
             expected = "assistant" if role == "user" else "user"
@@ -401,21 +429,20 @@ def _messages(messages: Any, field: str, last: str, place: str, first: str = "us
                 f"user and assistant in turn, each an object with role and content{converted}"
             )
         made.append(_message(message, what))
-    if (role := made[-1]["role"] if made else "system") != last:
+    if not made:
+        raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, but it has no message with text")
+    if (role := made[-1]["role"]) != last:
         raise ValueError(f"{place}: the last of '{field}' must be the {last}'s, it is the {role}'s")
     return made
 
 
 def _message(message: dict[str, Any], what: str) -> Message:
-    answered = message["role"] == "assistant"
-    ignored = NOT_IN_MESSAGES if answered else (*NOT_IN_MESSAGES, *REASONING)
-    if more := [name for name in ignored if is_given(message.get(name))]:
-        raise ValueError(f"{what} has {listed(more)}: only text is trained on")
+    _check_fields(message, what)
     content = _joined(message.get("content"), what)
     if not isinstance(content, str):
         raise ValueError(f"{what} has no text as its content: field 'content' must be text, not {kind_of(content)}")
     content = _well_formed(content, what)
-    if not answered:
+    if message["role"] != "assistant":
         return Message(role=message["role"], content=content)
     content = _with_reasoning(message, content, what)
     _check_thinking(content, what)
@@ -423,6 +450,26 @@ def _message(message: dict[str, Any], what: str) -> Message:
     if not _is_trained(message, what):
         made["trained"] = False
     return made
+
+
+def _check_fields(message: dict[str, Any], what: str) -> None:
+    """Refuse fields of a message that have a meaning that is not used."""
+    answer = message["role"] == "assistant"
+    if more := [name for name in NOT_IN_MESSAGES if is_given(message.get(name))]:
+        raise ValueError(f"{what} has {listed(more)}: only text is trained on")
+    if more := [name for name in REASONING if is_given(message.get(name)) and not answer]:
+        raise ValueError(f"{what} has {listed(more)}, which only an assistant's message may have")
+    for name, harmless in NO_MARKS.items():
+        if answer and is_given(message.get(name)) and message[name] != harmless:
+            value = reprlib.repr(message[name])
+            raise ValueError(f"{what} has {name}={value}, which has no effect: mark answers by {', '.join(TRAINED)}")
+
+
+def _is_unused(message: dict[str, Any], name: str) -> bool:
+    """Whether a field of a message holds something that nothing used; marks are of an assistant's only."""
+    if name in TRAINED and message.get("role") != "assistant":
+        return message[name] not in (None, 0)
+    return name not in IN_MESSAGES and is_given(message[name])
 
 
 def _joined(content: Any, what: str) -> Any:
@@ -433,16 +480,27 @@ def _joined(content: Any, what: str) -> Any:
         kind = part.get("type") if isinstance(part, dict) else kind_of(part)
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"{what} has a part of type {reprlib.repr(kind)}: only text is trained on")
+        if more := [name for name, value in part.items() if name not in IN_PARTS and is_given(value)]:
+            raise ValueError(f"{what} has a part with {listed(more)}: only its text is trained on")
     return "".join(part["text"] for part in content)
 
 
 def _is_trained(message: dict[str, Any], what: str) -> bool:
-    marks = {name: message[name] for name in TRAINED if message.get(name) is not None}
+    marks = _marks(message, what)
+    if len(set(marks.values())) > 1:
+        both = ", ".join(f"{name}={message[name]}" for name in marks)
+        raise ValueError(f"{what}: {both} contradict each other")
+    return all(marks.values())
+
+
+def _marks(holder: dict[str, Any], what: str, unchecked: Collection[str] = ()) -> dict[str, bool]:
+    """Marks of a message or row that say whether it is trained on, by their names.
+
+    Raises:
+        ValueError: one is something other than 0, 1, true or false.
+    """
+    marks = {name: holder[name] for name in TRAINED if holder.get(name) is not None and name not in unchecked}
     for name, value in marks.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"{what} has {name}={reprlib.repr(value)}: must be 0, 1, true or false")
-    if len(set(map(bool, marks.values()))) > 1:
-        raise ValueError(
-            f"{what}: {', '.join(f'{name}={value}' for name, value in marks.items())} contradict each other"
-        )
-    return all(marks.values())
+    return {name: bool(value) for name, value in marks.items()}

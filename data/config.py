@@ -68,6 +68,8 @@ class DataConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         for name, column in (self.columns or {}).items():
+            if not column:
+                raise ValueError(f"data.columns={{{name}: {column!r}}}: must be the name of a column, not empty")
             if name not in NAMES:
                 close = difflib.get_close_matches(name, NAMES, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}"

@@ -47,7 +47,7 @@ class Report:
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
     cut: Noted | None = None  # rows whose response lost its end, where that may be
     answerless: int = 0  # of them, rows with nothing left of the last answer
-    control_tokens: Noted = field(default_factory=Noted)  # rows read with control tokens in their texts
+    control_tokens: Noted = field(default_factory=Noted)  # rows read whose texts hold control tokens
     unused: dict[str, int] = field(default_factory=dict)  # rows read with something in a column that nothing used
     sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
     epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
@@ -113,7 +113,7 @@ class Report:
             if len(self.sources) > 1 or of_epoch != count:
                 lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
         cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut else {}
-        control = {"with control tokens in their texts, which are text": self.control_tokens}
+        control = {"with control tokens, read as text": self.control_tokens}
         for reason, noted in {**self.dropped, **cut, **(control if self.control_tokens.count else {})}.items():
             share = f" ({noted.count / self.read:.1%})" if noted.count else ""
             more = noted.count - len(noted.examples)

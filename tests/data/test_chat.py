@@ -6,7 +6,7 @@ import re
 import pytest
 
 from data import DataConfig, PlacedRow, rows_of
-from data.chat import Columns, to_chat, to_prompt
+from data.chat import Columns, to_chat, to_prompt, with_thinking
 from data.report import Report, save
 from data.verify import reference
 from diffllm.tokenizer import CHAT_TEMPLATES, builtin_tokenizer
@@ -44,7 +44,7 @@ def decoded(tokenizer, tokens):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row)))
 class TestEverySchema:
-    @pytest.mark.parametrize("field", ["system", "system_prompt"])
+    @pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
     def test_a_system_message_beside_the_others(self, row, field):
         placed = PlacedRow(row | {field: "Be brief."}, "rows:1")
         assert to_chat(placed)["prompt"] == [SYSTEM, user()] == to_prompt(placed)
@@ -84,14 +84,20 @@ class TestEverySchema:
             ("rejected", [assistant()]),
             ("label", False),
             ("weight", 0),
-            ("weight", 0.5),
+            ("weight", 0.0),
+            ("image_url", "a.png"),
+            ("image_path", "a.png"),
+            ("loss_mask", [0, 1]),
+            ("sample_weight", 0.5),
+            ("rejected_response", "a"),
+            ("suffix", "a"),
             ("loss", False),
             ("train", False),
         ],
         ids=str,
     )
     def test_what_would_be_ignored(self, row, field, value):
-        with pytest.raises(ValueError, match=f"rows:1: field '{field}' would be ignored"):
+        with pytest.raises(ValueError, match=f"rows:1: field '{field}' has no effect"):
             chat_of(row | {field: value})
         assert chat_of(row | {field: None}) == chat_of(row)
         to_chat(PlacedRow(row | {field: value}, "rows:1"), used=[field])
@@ -99,6 +105,24 @@ class TestEverySchema:
     @pytest.mark.parametrize("field", ["weight", "loss", "train"])
     def test_a_row_that_counts(self, row, field):
         assert chat_of(row | {field: 1}) == chat_of(row)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *((field, value) for field in ("weight", "loss", "train") for value in ("false", "no", "0", "", [1])),
+            ("train", 0.5),
+            ("weight", 0.5),
+            ("train", 2),
+        ],
+        ids=str,
+    )
+    def test_a_mark_is_a_truth_value(self, row, field, value):
+        with pytest.raises(ValueError, match=re.escape(f"rows:1: the row has {field}={value!r}")):
+            chat_of(row | {field: value})
+
+    @pytest.mark.parametrize("loss", [0.31, 2, -1.5])
+    def test_a_measured_loss_is_listed(self, row, tokenizer, loss):
+        assert prepared(tokenizer, row | {"loss": loss})[1].unused == {"loss": 1}
 
     def test_columns_that_were_not_used_are_listed(self, row, tokenizer, tmp_path):
         row = row | {"id": 3, "notes": None, "source": "made", "level": 2, "url": "x"}
@@ -137,7 +161,49 @@ def test_an_empty_system_message_is_none(content):
     assert chat_of(row | {"system": "Be brief."})["prompt"] == [SYSTEM, user()]
 
 
+@pytest.mark.parametrize("content", [None, "", [{"type": "text", "text": " "}]])
+@pytest.mark.parametrize(
+    ("field", "value"), [("tools", TOOLS), ("images", ["x"]), ("tool_calls", [{"name": "a"}]), ("reasoning", "a")]
+)
+def test_an_empty_system_message_carries_nothing(content, field, value):
+    system = {"role": "system", "content": content, field: value}
+    with pytest.raises(ValueError, match=f"rows:1: message 1 of 'messages' has {field}"):
+        chat_of({"messages": [system, user(), assistant()]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "harmless"),
+    [
+        ("train_on_turn", False, True),
+        ("training", False, True),
+        ("masked", True, False),
+        ("prefix", True, False),
+        ("reasoning_details", [{"text": "a"}], []),
+    ],
+)
+def test_fields_of_an_answer_with_a_meaning(field, value, harmless):
+    with pytest.raises(ValueError, match=f"rows:1: message 2 of 'messages' has {field}"):
+        chat_of({"messages": [user(), assistant(**{field: value})]})
+    assert chat_of({"messages": [user(), assistant(**{field: harmless})]})["response"] == "4"
+
+
 class TestThinking:
+    @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+    @pytest.mark.parametrize("text", ["t", "<think>t</think>", " <think>\nt\n</think>\n"])
+    def test_tags_around_it_are_not_written_twice(self, field, text):
+        expected = "<think>\nt\n</think>\na"
+        assert chat_of({"prompt": "q", "response": "a", field: text})["response"] == expected
+        assert chat_of({"prompt": "q", "response": expected, field: text})["response"] == expected
+        assert chat_of({"messages": [user(), assistant("a", **{field: text})]})["response"] == expected
+        assert with_thinking(text, "a") == expected
+
+    @pytest.mark.parametrize("text", ["<think>t", "t</think>", "<think><think>t</think></think>", "a <think>b</think>"])
+    def test_other_tags_in_it(self, text):
+        with pytest.raises(ValueError, match=r"rows:1: .*'reasoning'.*<think>"):
+            chat_of({"prompt": "q", "response": "a", "reasoning": text})
+        with pytest.raises(ValueError, match="<think>"):
+            with_thinking(text, "a")
+
     @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
     def test_it_comes_before_the_answer(self, field):
         expected = "<think>\nTwo twos.\n</think>\n4"
@@ -160,7 +226,7 @@ class TestThinking:
     def test_where_it_belongs_to_no_answer(self):
         with pytest.raises(ValueError, match="rows:1: message 1 of 'messages' has reasoning"):
             chat_of({"messages": [user(reasoning="a"), assistant()]})
-        with pytest.raises(ValueError, match="rows:1: field 'reasoning' would be ignored"):
+        with pytest.raises(ValueError, match="rows:1: field 'reasoning' has no effect"):
             chat_of(ROWS[2] | {"reasoning": "a"})
         with pytest.raises(ValueError, match=r"rows:1: .*reasoning_content, thinking differ"):
             chat_of({"messages": [user(), assistant(thinking="a", reasoning_content="b")]})
@@ -199,6 +265,13 @@ class TestTrainedAnswers:
             chat_of(self.messages(mark))
         assert chat_of({"messages": [user(**mark), assistant()]})["response"] == "4"
 
+    def test_marks_of_other_messages_are_listed(self, tokenizer):
+        for mark in ({"weight": 0}, {"loss": False}, {"train": None}):
+            assert prepared(tokenizer, {"messages": [user(**mark), assistant()]})[1].unused == {}
+        for mark in ({"weight": 1}, {"loss": True}, {"train": 0.5}):
+            for row in ({"messages": [user(**mark), assistant()]}, {"messages": [SYSTEM | mark, user(), assistant()]}):
+                assert prepared(tokenizer, row)[1].unused == {f"messages[].{next(iter(mark))}": 1}
+
     def test_marks_that_contradict_each_other(self):
         with pytest.raises(ValueError, match="weight=0, train=True contradict"):
             chat_of(self.messages({"weight": 0, "train": True}))
@@ -222,6 +295,12 @@ class TestContent:
     def test_other_parts(self, part, kind):
         with pytest.raises(ValueError, match=rf"rows:1: message 1 of 'messages' has a part of type '?{kind}"):
             chat_of({"messages": [user([part]), assistant()]})
+
+    def test_further_fields_of_parts(self):
+        part = {"type": "text", "text": "2+2?", "cache_control": {"type": "ephemeral"}, "image_url": None}
+        assert chat_of({"messages": [user([part]), assistant()]})["prompt"] == [user()]
+        with pytest.raises(ValueError, match="rows:1: message 1 of 'messages' has a part with image_url"):
+            chat_of({"messages": [user([part | {"image_url": "x"}]), assistant()]})
 
     @pytest.mark.parametrize("response", ["    return 4\n", "\n\n4", " 4", "\t4 \n"])
     def test_a_response_keeps_its_spaces(self, tokenizer, response):
@@ -269,11 +348,12 @@ class TestColumns:
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
+            ({"prompt": ""}, r"data\.columns={prompt: ''}"),
             ({"promt": "query"}, r"data\.columns={promt: query}: .*did you mean prompt\?"),
             ({"prompt": "query", "response": "query"}, r"data\.columns=.*a column has one name"),
             ({"prompt": "qery", "response": "output"}, r"data\.columns={prompt: qery}: no row .*did you mean query\?"),
             ({"prompt": "query", "response": "xyz"}, r"data\.columns={response: xyz}: no row .*level, output, query"),
-            ({"prompt": "query", "response": "level"}, r"rows:1: field 'response' must be text, this is int"),
+            ({"prompt": "query", "response": "level"}, r"rows:1: field 'response' must be text, not int"),
         ],
         ids=str,
     )

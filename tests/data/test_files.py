@@ -256,7 +256,7 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a"}, "field 'answer' is missing"),
         ({"answer": "<think>b</think>c"}, "field 'question' is missing"),
         ({"question": "a", "answer": ""}, "field 'answer' is empty"),
-        ({"question": "a", "answer": 4}, "field 'answer' must be text, this is int"),
+        ({"question": "a", "answer": 4}, "field 'answer' must be text, not int"),
         ({"question": "a\ud800", "answer": "<think>b</think>4"}, "lone surrogate"),
         (
             {"question": "a", "answer": "4"},
