@@ -46,7 +46,7 @@ def prepare(options: Namespace) -> Report:
     report = Report(options.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as lines:
-        for line in _lines(options, bad):
+        for line in _lines(options, bad, report):
             lines.write(line)
             report.kept += 1
         if options.on_bad_row == "error":
@@ -59,7 +59,7 @@ def prepare(options: Namespace) -> Report:
     return report
 
 
-def _lines(options: Namespace, bad: BadRows) -> Iterator[str]:
+def _lines(options: Namespace, bad: BadRows, report: Report) -> Iterator[str]:
     if options.name in DIFFICULTY:
         if options.rows is not None and options.rows < 1:
             raise ValueError(f"--rows {options.rows}: must be at least 1")
@@ -76,7 +76,7 @@ def _lines(options: Namespace, bad: BadRows) -> Iterator[str]:
     for source in sources:
         for placed in iterate(source, bad):
             try:
-                yield _line(PlacedRow(convert(placed, raw_set), placed.place))
+                yield _line(PlacedRow(convert(placed, raw_set, report.add_unused), placed.place))
             except ValueError as error:
                 bad.add(error)
 

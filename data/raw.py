@@ -1,11 +1,11 @@
 """How rows of published sets become training rows."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.chat import COMPLETION, SYSTEM, THINK, is_given, kind_of, system_of, to_chat, with_thinking
+from data.chat import COMPLETION, SYSTEM, THINK, is_given, kind_of, system_of, to_chat, unused, with_thinking
 from data.readers import PlacedRow, listed
 
 Row = dict[str, Any]
@@ -32,11 +32,13 @@ class RawSet:
 def from_s1k(row: Row) -> Row:
     """s1K (arXiv 2501.19393), s1K-1.1 with its separate columns, or rows that have their `<think>` already."""
     if THINK in (_optional(row, "answer") or ""):
-        return row
+        return _others(row, *OTHER_FORMS)
     if "deepseek_thinking_trajectory" in row:
-        thinking, answer = _text(row, "deepseek_thinking_trajectory"), _text(row, "deepseek_attempt")
+        thinking, name = _text(row, "deepseek_thinking_trajectory"), "deepseek_attempt"
     else:
-        thinking, answer = _only(row, "thinking_trajectories"), _text(row, "attempt")
+        thinking, name = _only(row, "thinking_trajectories"), "attempt"
+    answer = _text(row, name)
+    _either(row, name, "answer")
     if not thinking.strip():
         raise ValueError("the thinking is empty")
     return {
@@ -58,8 +60,8 @@ def from_gsm8k(row: Row) -> Row:
         **_others(row, *OTHER_FORMS),
         "question": _text(row, "question"),
         "answer": with_thinking(thinking, answer.strip()),
-        "source": "gsm8k",
-        "difficulty": len(thinking.splitlines()),  # steps
+        "source": row["source"] if is_given(row.get("source")) else "gsm8k",
+        "difficulty": row["difficulty"] if is_given(row.get("difficulty")) else len(thinking.splitlines()),  # steps
     }
 
 
@@ -91,7 +93,8 @@ def from_messages(row: Row) -> Row:
 
     A text in `system` comes before them.
     """
-    field = "messages" if row.get("conversations") is None else "conversations"
+    names = ("messages", "conversations") if row.get("conversations") is None else ("conversations", "messages")
+    field = _either(row, *names)
     turns = row[field]
     if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"field '{field}' must be a non-empty list of messages")
@@ -160,7 +163,7 @@ def _only(row: Row, name: str) -> str:
     """The text of a list that must hold one."""
     texts = row[name]
     if not isinstance(texts, list):
-        raise ValueError(f"field '{name}' must be text, not {kind_of(texts)}, in a list of one")
+        raise ValueError(f"field '{name}' must be a list of one text, not {kind_of(texts)}")
     if len(texts) != 1:
         raise ValueError(f"the thinking is empty, or more than one text ({len(texts)})")
     return _text({name: texts[0]}, name)
@@ -175,7 +178,11 @@ def _pairs(row: Row) -> list[list[str]]:
 
 
 def _either(row: Row, name: str, other: str) -> str:
-    """The one of two names of the same field that a row has."""
+    """The one of two names of the same field that a row has.
+
+    Raises:
+        ValueError: it has both, and they differ.
+    """
     if is_given(row.get(name)) and is_given(row.get(other)) and row[name] != row[other]:
         raise ValueError(f"fields '{name}' and '{other}' differ: keep one of them")
     return other if is_given(row.get(other)) and not is_given(row.get(name)) else name
@@ -191,13 +198,32 @@ RAW_SETS = {
 }
 
 
-def convert(placed: PlacedRow, raw_set: RawSet) -> Row:
+class _ReadRow(dict):
+    """A row that remembers which of its fields were read."""
+
+    def __init__(self, row: Row):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
+def convert(placed: PlacedRow, raw_set: RawSet, add_unused: Callable[[Iterable[str]], None] | None = None) -> Row:
     """A training row that `to_chat` takes.
+
+    Args:
+        add_unused: takes the columns that hold something and were neither read nor are trained on.
 
     Raises:
         ValueError: a field is missing or not what the set says; the message names the place.
     """
-    row, place = placed
+    row, place = _ReadRow(placed.row), placed.place
     try:
         made = raw_set.convert(row)
     except KeyError as error:
@@ -205,4 +231,9 @@ def convert(placed: PlacedRow, raw_set: RawSet) -> Row:
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from error
     to_chat(PlacedRow(made, place))
+    if add_unused:
+        ignored = unused(made)
+        unread = {name: value for name, value in placed.row.items() if is_given(value) and name not in row.read}
+        of_row = [name for name, value in unread.items() if made.get(name) != value or name in ignored]
+        add_unused([*of_row, *(name for name in ignored if "[]." in name)])
     return made

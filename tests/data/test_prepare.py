@@ -97,7 +97,7 @@ DEEPSEEK = {"question": "2+2?", "deepseek_thinking_trajectory": "Two twos.", "de
 
 
 @pytest.mark.parametrize("name", RAW)
-@pytest.mark.parametrize("field", ["system", "system_prompt"])
+@pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
 def test_a_system_message_of_a_row_comes_first(name, field):
     chat = to_chat(PlacedRow(converted(name, RAW[name] | {field: "Be brief."}), "made:1"))
     assert chat["prompt"] == [{"role": "system", "content": "Be brief."}, USER]
@@ -178,6 +178,59 @@ def test_an_input_follows_its_instruction():
 
 
 @pytest.mark.parametrize(
+    ("name", "more", "unused"),
+    [
+        (
+            "s1k",
+            {"gemini_attempt": "5", "cot": "a", "solution": "4", "cot_type": "math"},
+            "gemini_attempt, cot, solution",
+        ),
+        ("s1k", {"messages": [USER, ASSISTANT], "prompt": "3+3?"}, "messages, prompt"),
+        ("s1k", {"answer": THOUGHT}, "thinking_trajectories, attempt"),
+        ("s1k", {"answer": THOUGHT, "messages": [USER, ASSISTANT]}, "thinking_trajectories, attempt, messages"),
+        ("s1k", DEEPSEEK, "thinking_trajectories, attempt"),
+        ("s1k", {"cot": None, "id": ""}, ""),
+        ("gsm8k", {"prompt": "3+3?", "messages": [USER], "response": "6"}, "prompt, messages, response"),
+        ("gsm8k", {"source": "mine", "difficulty": 9}, ""),
+        ("alpaca", {"prompt": "3+3?", "messages": [USER], "category": "qa"}, "prompt, messages, category"),
+        ("alpaca", {"input": "2 and 2", "history": [["a", "b"]], "system": "Be brief."}, ""),
+        ("messages", {"id": 3, "prompt": "3+3?"}, "id, prompt"),
+        ("messages", {"messages": [USER | {"name": "Ann"}, ASSISTANT]}, "messages[].name"),
+        ("sharegpt", {"system": "Be brief.", "question": "3+3?"}, "question"),
+        ("prompt_response", {"messages": [USER, ASSISTANT], "id": 0}, "messages, id"),
+    ],
+)
+def test_columns_that_were_not_used_are_listed(name, more, unused, tmp_path, capsys):
+    (tmp_path / "raw.jsonl").write_text(json.dumps(RAW[name] | more))
+    main([name, str(tmp_path / "out.jsonl"), str(tmp_path / "raw.jsonl")])
+    line = f"  columns that were not used: {unused}\n"
+    assert (line in capsys.readouterr().out) if unused else ("not used" not in capsys.readouterr().out)
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert to_chat(PlacedRow(row, "made:1"))["prompt"][-1]["content"].startswith("2+2?")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "fields"),
+    [
+        ("sharegpt", {"messages": [USER, ASSISTANT]}, "'conversations' and 'messages'"),
+        ("s1k", {"answer": "5"}, "'attempt' and 'answer'"),
+        ("s1k", {**DEEPSEEK, "answer": "5"}, "'deepseek_attempt' and 'answer'"),
+        ("alpaca", {"response": "5"}, "'output' and 'response'"),
+        ("prompt_response", {"completion": "5"}, "'response' and 'completion'"),
+    ],
+)
+def test_two_sources_of_the_same(name, more, fields):
+    with pytest.raises(ValueError, match=f"^raw:1: fields {fields} differ"):
+        converted(name, RAW[name] | more)
+
+
+@pytest.mark.parametrize(("field", "value"), [("source", "mine"), ("difficulty", 0)])
+def test_gsm8k_keeps_what_a_row_has(field, value):
+    assert converted("gsm8k", RAW["gsm8k"])[field] == {"source": "gsm8k", "difficulty": 1}[field]
+    assert converted("gsm8k", RAW["gsm8k"] | {field: value})[field] == value
+
+
+@pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
         ("gsm8k", {"question": "2+2?", "answer": "4"}, "raw:1: field 'answer' has no ####"),
@@ -205,7 +258,7 @@ def test_an_input_follows_its_instruction():
         (
             "s1k",
             {"question": "?", "thinking_trajectories": 3, "attempt": "4"},
-            "'thinking_trajectories' must be text, not",
+            "'thinking_trajectories' must be a list of one text, not int",
         ),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "raw:1: turn 1: field 'value' is missing"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}, "field 'history' must be a list of pairs"),
