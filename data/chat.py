@@ -329,7 +329,7 @@ def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str], used: Collec
 
 def _no_effect(names: Sequence[str]) -> str:
     subject = f"fields {', '.join(map(repr, names))} have" if names[1:] else f"field {names[0]!r} has"
-    return f"{subject} no effect here: drop the column, or use it in data.filter"
+    return f"{subject} no effect here: drop the column, or use it in data.filter (training rows only)"
 
 
 def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
@@ -351,7 +351,7 @@ def _without_tags(thinking: str) -> str:
     if text.startswith(THINK) and text.endswith(END_THINK):
         text = text.removeprefix(THINK).removesuffix(END_THINK).strip()
     if THINK in text or END_THINK in text:
-        raise ValueError(f"the thinking holds {THINK} or {END_THINK}, which may only be around all of it")
+        raise ValueError(f"{THINK} and {END_THINK} may stand around all of the thinking only")
     return text
 
 
@@ -413,7 +413,9 @@ def _role(message: Any) -> Any:
 def _messages(messages: Any, field: str, last: str, place: str, first: str = "user") -> list[Message]:
     """Messages in which a system message may come first, then user and assistant in turn, up to one of `last`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{place}: field '{field}' must be a non-empty list of messages")
+        kinds = "text or a non-empty list" if field == "prompt" else "a non-empty list"
+        found = "an empty one" if messages == [] else kind_of(messages)
+        raise ValueError(f"{place}: field '{field}' must be {kinds} of messages, not {found}")
     expected, made = first, []
     for number, message in enumerate(messages, start=1):
         role, what = _role(message), f"{place}: message {number} of '{field}'"

@@ -334,10 +334,14 @@ def _any_of(patterns: dict[str, str]) -> re.Pattern:
 def _texts(chat: Chat) -> Iterator[str]:
     yield from (message["content"] for message in chat["prompt"])
     yield chat["response"]
-    if chat.get("tools"):
-        found: list[str] = []
-        _map_texts(chat["tools"], lambda text: found.append(text) or text)
-        yield from found
+    yield from _texts_in(chat.get("tools"))
+
+
+def _texts_in(value: Any) -> list[str]:
+    """All texts in a value, keys included."""
+    found: list[str] = []
+    _map_texts(value, lambda text: found.append(text) or text)
+    return found
 
 
 def _change_texts(chat: Chat, change: Callable[[str], str]) -> Chat:
@@ -540,7 +544,7 @@ def _render_prompt(
         hidden: the table of `ControlTokens.hide`.
 
     Raises:
-        ValueError: the template refuses the messages, leaves out some or the tools, or rewrites placeholders.
+        ValueError: the template refuses the messages, leaves out some or the tools, or escapes placeholders in tools.
     """
     text = _render(chat["prompt"], tokenizer, place, tools := chat.get("tools"))
     if tools and text == _render(chat["prompt"], tokenizer, place):
@@ -548,16 +552,22 @@ def _render_prompt(
             f"{place}: the chat template leaves out the tools of field 'tools'; choose another by model.chat_template, "
             "or leave the column out"
         )
-    if hidden:
-        restored = _change_texts(chat, lambda text: text.translate(hidden))
-        # An escaped placeholder, such as \U000f0000, would not be translated back.
-        if text.translate(hidden) != _render(restored["prompt"], tokenizer, place, tools=restored.get("tools")):
-            in_tools = [token for token in hidden.values() if token in str(restored.get("tools") or "")]
-            raise ValueError(
-                f"{place}: the chat template does not write {listed(in_tools or list(hidden.values()))} as it stands: "
-                f"take it out of the {'tools' if in_tools else 'messages'}, or choose another by model.chat_template"
-            )
+    if tools and hidden:
+        _check_tools(text, chat, hidden, tokenizer, place)
     return text
+
+
+def _check_tools(
+    rendered: str, chat: Chat, hidden: dict[int, str], tokenizer: PreTrainedTokenizerBase, place: str
+) -> None:
+    r"""Refuse control tokens in tools that a template escapes: `\U000f0000` would not become its token again."""
+    held = [token for code, token in hidden.items() if any(chr(code) in text for text in _texts_in(chat["tools"]))]
+    real = _map_texts(chat["tools"], lambda text: text.translate(hidden))
+    if held and rendered.translate(hidden) != _render(chat["prompt"], tokenizer, place, real).translate(hidden):
+        raise ValueError(
+            f"{place}: the chat template does not write {listed(held)} of field 'tools' as it stands: take it out of "
+            "the tools, or choose another by model.chat_template"
+        )
 
 
 def _render(
