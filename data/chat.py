@@ -413,9 +413,9 @@ def _role(message: Any) -> Any:
 def _messages(messages: Any, field: str, last: str, place: str, first: str = "user") -> list[Message]:
     """Messages in which a system message may come first, then user and assistant in turn, up to one of `last`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        kinds = "text or a non-empty list" if field == "prompt" else "a non-empty list"
         found = "an empty one" if messages == [] else kind_of(messages)
-        raise ValueError(f"{place}: field '{field}' must be {kinds} of messages, not {found}")
+        or_text = " or text" if field == "prompt" else ""
+        raise ValueError(f"{place}: field '{field}' must be a non-empty list of messages{or_text}, not {found}")
     expected, made = first, []
     for number, message in enumerate(messages, start=1):
         role, what = _role(message), f"{place}: message {number} of '{field}'"

@@ -415,3 +415,19 @@ def test_only_formulas_that_read_a_field_exempt_it(tokenizer, settings, curated)
         rows_of({"rows": rows}, DataConfig(**settings), tokenizer, "rows", curated)
     settings |= {"order": "curriculum"} if "difficulty" in settings else {"filter": "len(images) == 1"}
     assert len(rows_of({"rows": rows}, DataConfig(**settings), tokenizer)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": 3, "response": "4"}, "'prompt' must be .*text, not int"),
+        ({"prompt": "?", "response": {"a": 1}}, "'response' must be text, not dict"),
+        ({"question": ["a"], "answer": "4"}, "'question' must be text, not list"),
+        ({"messages": "a"}, "'messages' must be a non-empty list of messages, not str"),
+        ({"messages": []}, "'messages' must be a non-empty list of messages, not an empty one"),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_type(row, found):
+    with pytest.raises(ValueError, match=f"^rows:1: field {found}$"):
+        chat_of(row)
