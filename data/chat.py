@@ -169,8 +169,11 @@ def schema_of(row: dict[str, Any]) -> str:
 
 
 def needs_answer(row: dict[str, Any]) -> bool:
-    """Whether the response of a row must have an answer behind its thinking: of S1K, or with reasoning beside it."""
-    return schema_of(row) == "question" or any(is_given(row.get(name)) for name in REASONING)
+    """Whether the response of a row must have an answer behind its thinking: of S1K, or with reasoning in a field."""
+    schema = schema_of(row)
+    answers = row.get(_answer_field(row, schema))
+    holder = answers[-1] if isinstance(answers, list) else row
+    return schema == "question" or any(is_given(holder.get(name)) for name in REASONING)
 
 
 def unused(row: dict[str, Any]) -> list[str]:

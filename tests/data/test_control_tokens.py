@@ -260,7 +260,13 @@ def test_a_control_token_that_is_named_like_a_key(name):
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "<|im_end|>\n"])
 def test_an_end_is_no_answer(tokenizer, end, space):
     response = f"<think>t</think>{space}{end}"
-    for row in ({"question": "q", "answer": response}, {"prompt": "q", "response": end, "thinking": "t"}):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": end, "reasoning": "t"}]
+    for row in (
+        {"question": "q", "answer": response},
+        {"prompt": "q", "response": end, "thinking": "t"},
+        {"prompt": "q", "completion": turns[1:]},
+        {"messages": turns},
+    ):
         with pytest.raises(ValueError, match=rf"rows:1: .*</think>.*{re.escape(end.strip())}"):
             prepared(tokenizer, row)
     assert len(prepared(tokenizer, {"prompt": "q", "response": response})[0]) == 1
