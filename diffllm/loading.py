@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from diffllm.config import ModelConfig
@@ -64,7 +65,7 @@ def _on_meta(
 ) -> PreTrainedModel:
     with _building(source, attn_implementation), torch.device("meta"):
         config = family.config(published)
-        if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        if unknown := set(getattr(config, "layer_types", None) or ()) - {*ALLOWED_LAYER_TYPES}:
             raise ValueError(f"layer_types has {', '.join(map(repr, sorted(unknown)))}")
         return family.model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 

@@ -138,9 +138,9 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
     attention = "sdpa"  # FlashAttention keeps what PyTorch's own kernels keep, and need not be installed here
     if path and Path(path).is_dir():
         model, file = empty_model(path, attn_implementation=attention), f"{path}/config.json"
-    elif path and config.model.vocab_size is None:
+    elif path and (config.model.vocab_size is None or path != OmegaConf.load(CONF / "model" / f"{choice}.yaml").path):
         raise ValueError(
-            f"model.path={path}: no such directory, and {file} has no checkpoint's shape; for one on the hub choose "
+            f"model.path={path}: no such directory, and {file} does not say its shape; for one on the hub choose "
             "a file of conf/model, such as model=dream_7b or model=llada_8b"
         )
     else:

@@ -172,6 +172,7 @@ def test_time_follows_mfu_and_gpus(run):
         (["optim.lrr=1"], ["optim.lrr", "did you mean optim.lr"]),
         (["model=dream_7c"], ["did you mean dream_7b"]),
         (["model.path=nowhere"], ["model.path=nowhere", "model=dream_7b"]),
+        (["experiment=adapt_ar", "model.path=Qwen/Qwen2.5-7B"], ["model.path=Qwen/Qwen2.5-7B", "smollm2", "its shape"]),
         (["model=llada_8b", "data.max_length=8192"], ["data.max_length=8192", "context is 4096"]),
         (["data.train_batch_size=9"], ["train_batch_size=9", "ranks=8"]),
         (["trainer.replicate=3"], ["trainer.replicate=3", "gpus=8"]),
