@@ -34,12 +34,13 @@ class Deadline:
     def on_error(cls) -> Iterator[None]:
         """Begin to count when an error leaves the block, unless that was done before.
 
-        SIGALRM needs no help of threads, or of code that holds the interpreter.
+        SystemExit is no error: a run that was asked to stop leaves with it. SIGALRM needs no help of threads, or of
+        code that holds the interpreter.
         """
         try:
             yield
-        except BaseException:
-            if cls.armed:
+        except BaseException as error:
+            if cls.armed and not isinstance(error, SystemExit):
                 cls.armed = False
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(END_SECONDS)
@@ -87,9 +88,9 @@ class PeerWatch:
     def _watch(self) -> None:
         while not self._stopped.wait(0.5):
             if self.dead() or os.getppid() != self.agent:
-                if not self._stopped.wait(PEER_SECONDS):
-                    os._exit(1)  # a collective that waits for the dead cannot be interrupted
-                return
+                break
+        if not self._stopped.wait(PEER_SECONDS):
+            os._exit(1)  # a collective that waits for the dead cannot be interrupted
 
 
 def _is_alive(process: int) -> bool:

@@ -65,9 +65,9 @@ class MetricsLog:
             self._bar.close()
         if self._file is not None:
             self._file.close()
-        failed = error[0] is not None
+        ended, failed = error[0] is None, error[0] not in (None, SystemExit)
         finish = threading.Thread(
-            target=self._tell_wandb, args=(lambda run: run.finish(exit_code=int(failed)),), daemon=True
+            target=self._tell_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
         )
         finish.start()
         finish.join(PEER_SECONDS if failed else None)  # without a net it would take minutes
