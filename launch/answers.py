@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import PlacedRow, prompt_ids, read_rows
@@ -29,7 +28,7 @@ from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
 from trainer.config import Config
-from trainer.world import PATIENCE, locked, open_world, ranks_from_environment
+from trainer.world import locked, open_world, ranks_from_environment
 
 
 def answer(config: Config) -> None:
@@ -145,7 +144,7 @@ def answer_file(config: Config) -> None:
             label = f"rank 0 of {world.size}" if world.size > 1 else None
             responses = tqdm(responses, label, len(names), unit="row", disable=not world.is_main)
             _append(directory / f"rank{world.rank}-of-{world.size}.jsonl", responses)
-            dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
+            world.wait()
             world.on_main(lambda: _finish(directory, rows, output))
         world.on_main(lambda: shutil.rmtree(directory))
 

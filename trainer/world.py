@@ -29,6 +29,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # of all ranks, for waits that may take days
 
     @property
     def is_main(self) -> bool:
@@ -39,6 +40,11 @@ class World:
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
         dist.all_reduce(total)
         return total.tolist()
+
+    def wait(self) -> None:
+        """Wait until all ranks have come here, however long one works alone. Collective."""
+        if self.patient is not None:
+            dist.barrier(self.patient)
 
     def gather(self, item: Any) -> list[Any]:
         """One item of every rank, in their order. Collective."""
@@ -115,7 +121,9 @@ def open_world() -> Iterator[World]:
         device, backend = torch.device("cpu"), "gloo"
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
-    world = World(rank, size, device)
+    # Made now: to make it the ranks wait for each other as long as in any other collective.
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
+    world = World(rank, size, device, patient)
     watch, together = _watch_peers(world), False
     try:
         with Deadline.on_error():
@@ -130,7 +138,9 @@ def open_world() -> Iterator[World]:
         raise
     finally:
         if together:
-            _wait_for_all(world, watch)
+            world.wait()  # a rank that leaves early would be taken for dead
+            if watch is not None:
+                watch.stop()
         if together or device.type == "cpu":  # NCCL would wait for ranks that have failed
             dist.destroy_process_group()
 
@@ -142,14 +152,6 @@ def _watch_peers(world: World) -> PeerWatch | None:
     here = os.environ["GROUP_RANK"]  # of this machine's torchrun
     ranks = enumerate(world.gather((here, os.getpid())))
     return PeerWatch({rank: process for rank, (group, process) in ranks if group == here and rank != world.rank})
-
-
-def _wait_for_all(world: World, watch: PeerWatch | None) -> None:
-    """Wait until all ranks have come to their end: one that leaves early would be taken for dead."""
-    if world.size > 1:
-        dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
-    if watch is not None:
-        watch.stop()
 
 
 def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:
