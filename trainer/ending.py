@@ -27,7 +27,7 @@ class Deadline:
     Only scripts arm it: a library does not kill the process of its caller.
     """
 
-    armed = False
+    armed = started = False
 
     @classmethod
     @contextmanager
@@ -41,7 +41,7 @@ class Deadline:
             yield
         except BaseException as error:
             if cls.armed and not isinstance(error, SystemExit):
-                cls.armed = False
+                cls.armed, cls.started = False, True
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(END_SECONDS)
             raise

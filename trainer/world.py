@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -161,6 +162,8 @@ def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:
         SystemExit: another rank was first.
         OSError: another rank died without a word.
     """
+    if Deadline.started:  # torchrun sends SIGTERM as soon as one rank has ended: the error would not be printed
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not FirstError.claim(dist.distributed_c10d._get_default_store()):
         time.sleep(SPEAK_SECONDS)
         raise SystemExit(1) from error
