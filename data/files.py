@@ -14,10 +14,10 @@ from pyarrow import ArrowException
 
 from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
 from data.readers import BadRows, PlacedRow, listed, read_json, read_jsonl
+from data.storage import refuse_pointer
 
 # By the end of a file's name; each yields the readable rows, the others go to `bad`.
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not brought yet
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream; one that is cut between batches would be read as if whole
 ENDS = 2**20  # bytes at both ends of a file
 HUB_SECONDS = 10  # in which it has to answer
@@ -126,7 +126,7 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
         return [lambda bad: _read_dataset(str(name), _hub(str(name), stream), bad)]
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: data files end in {', '.join(READERS)}")
-    _refuse_pointer(path)
+    refuse_pointer(path)
     return [lambda bad: READERS[path.suffix.lower()](path, bad)]
 
 
@@ -221,7 +221,7 @@ def _saved(folder: Path) -> Any:
     from datasets import load_from_disk  # slow to import, and seldom needed
 
     for file in sorted(folder.glob("*.arrow")):
-        _refuse_pointer(file)
+        refuse_pointer(file)
         with file.open("rb") as content:
             content.seek(-min(len(ARROW_END), file.stat().st_size), os.SEEK_END)
             if content.read() != ARROW_END:
@@ -253,7 +253,7 @@ def _object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is something else.
     """
-    _refuse_pointer(file)
+    refuse_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -261,16 +261,6 @@ def _object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: must be a JSON object, this is {type(content).__name__}")
     return content
-
-
-def _refuse_pointer(file: Path) -> None:
-    """Raises:
-    ValueError: git-lfs has not brought the file yet.
-    """
-    if file.is_file():
-        with file.open("rb") as content:
-            if content.read(len(POINTER)) == POINTER:
-                raise ValueError(f"{file}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
 def _hub_id(name: str) -> tuple[str, str | None, str]:

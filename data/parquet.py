@@ -19,7 +19,7 @@ from data.readers import MAX_LINE, BadRows, PlacedRow, twice
 ROWS_AT_ONCE, BYTES_AT_ONCE = 1000, 2**24  # of a batch
 VALUE = 8  # bytes that each value counts, null or not, beside those of its text
 REPEATING = {"PLAIN_DICTIONARY", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY"}  # one text in the file serves many values
-# Bytes of a column in a row group: up to here it is read as a dictionary, all texts of which Arrow keeps, and beyond it
+# Bytes of a column in a row group. Smaller columns are read as dictionaries, which Arrow keeps in memory. A larger one
 # must not unpack to more than MAX_RATIO times its bytes in the file.
 MAX_COLUMN, MAX_RATIO = 2**26, 100
 
@@ -74,7 +74,7 @@ def _batches(file: Path, metadata: pq.FileMetaData, group: int) -> Iterator[pa.R
 
 
 def _rows(batch: pa.RecordBatch, name: str, before: int, bad: BadRows) -> Iterator[PlacedRow]:
-    """Yield the readable rows of a batch, the first of which is number `before` + 1; the others go to `bad`."""
+    """Yield the readable rows of a batch; the others go to `bad`. Row numbers start at `before` + 1."""
     reasons = too_large(pa.Table.from_batches([batch]))
     for i in range(len(batch)):
         place = f"{name}:{before + i + 1}"

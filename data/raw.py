@@ -170,7 +170,7 @@ def _only(row: Row, name: str) -> str:
 
 
 def _pairs(row: Row) -> list[list[str]]:
-    """What was asked and answered before."""
+    """Earlier questions and answers, in pairs."""
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("field 'history' must be a list of pairs of text")

@@ -19,6 +19,7 @@ FULL_DISK = {
     errno.EDQUOT: "the disk is full, as far as the user's quota goes",
     errno.EFBIG: "the disk is full, as far as the limit on the size of a file goes (ulimit -f)",
 }
+POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of a git-lfs pointer
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
 
 
@@ -250,6 +251,18 @@ class AppendedRecords:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that git-lfs has not fetched.
+
+    Raises:
+        ValueError: it is a pointer.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
 def read_object(path: Path) -> dict[str, Any]:

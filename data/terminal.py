@@ -1,4 +1,4 @@
-"""What meets the user's terminal: text that cannot command it, and commands that end in one line.
+"""Escape control characters for the terminal, and end commands with one line.
 
 Each package with commands imports it first: their other imports take seconds, and a SIGINT during them must not become
 a traceback, or be lost in a library that catches whatever it meets.

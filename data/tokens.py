@@ -287,7 +287,7 @@ class ControlTokens:
 
     @cached_property
     def _before(self) -> str:
-        """What to put before a piece of a text, if the tokenizer begins texts with a space and pieces without."""
+        """Prefix for a piece, where the tokenizer adds a space at the start of a text but not after a special token."""
         whole, alone = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (f"{self.tokenizer.eos_token}a", "a")
@@ -538,7 +538,7 @@ def _count(response: str, starts: Sequence[int]) -> tuple[int, int, int]:
 def _render_prompt(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str, hidden: dict[int, str] | None = None
 ) -> str:
-    """What the template writes up to where the response begins.
+    """Render a prompt up to where the response begins.
 
     Args:
         hidden: the table of `ControlTokens.hide`.

@@ -61,7 +61,7 @@ class DiffusionGeneration:
     """Gives a model `diffusion_generate`, and refuses `generate`, which would go from left to right."""
 
     def denoiser(self) -> Any:
-        """What fills in masks: a `DiffLLM`."""
+        """Return the `DiffLLM` that fills in masks."""
         return self
 
     def diffusion_generate(

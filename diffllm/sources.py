@@ -14,9 +14,10 @@ from typing import Any
 from huggingface_hub import constants, get_session, is_offline_mode
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from data.storage import refuse_pointer
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SECONDS = 10  # in which it has to answer
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not brought yet
 TEXTS = ("merges.txt", "chat_template.jinja")
 FILES = {  # of a directory, by what is read from them
     "the tokenizer": ("*token*.json", "vocab.json", "chat_template.json"),
@@ -53,7 +54,7 @@ def readable(source: str, what: str) -> Iterator[None]:
     elif Path(source).is_file():
         raise ValueError(f"model.path={source}: a model is a directory, a hub id or a .gguf file")
     for name in TEXTS:  # which would be taken as they are
-        _refuse_pointer(Path(source) / name)
+        refuse_pointer(Path(source) / name)
     silence = None if Path(source).exists() or not HUB_ID.fullmatch(source) else ask_hub()
     try:
         yield
@@ -81,7 +82,7 @@ def _check_file(file: Path) -> None:
     """
     if not file.is_file():
         raise ValueError(f"{file}: is not a file")
-    _refuse_pointer(file)
+    refuse_pointer(file)
     if file.suffix == ".json":
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -89,16 +90,6 @@ def _check_file(file: Path) -> None:
             raise ValueError(f"{file}: not JSON in UTF-8 ({first_line(error)})") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file}: not a JSON object")
-
-
-def _refuse_pointer(file: Path) -> None:
-    """Raises:
-    ValueError: a git-lfs pointer.
-    """
-    if file.is_file():
-        with file.open("rb") as content:
-            if content.read(len(POINTER)) == POINTER:
-                raise ValueError(f"{file}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
 def _advice(source: str, reason: str) -> str:
@@ -144,7 +135,7 @@ def is_gguf(source: str) -> bool:
 def _check_gguf(source: str) -> None:
     if not Path(source).is_file():
         raise ValueError(f"model.path={source}: no such file")
-    _refuse_pointer(Path(source))
+    refuse_pointer(Path(source))
     if missing := [name for name in GGUF_PACKAGES if find_spec(name) is None]:
         raise ValueError(f"model.path={source}: reading it needs {', '.join(missing)}: pip install 'diffllm[gguf]'")
 

@@ -44,7 +44,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class DigestedResult(WriteResult):
-    """What DCP notes of a tensor that was written, and the digest of the file that it is in."""
+    """DCP's record of a written tensor, with the digest of its file."""
 
     digest: str
 

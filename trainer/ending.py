@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -127,5 +127,5 @@ def report_to_torchrun(text: str) -> None:
     """Leave the error where torchrun looks for it: it then stands at the end of its own report."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
+        with suppress(OSError), open(path, "w") as file:  # a full disk must not hide the error
             json.dump({"message": {"message": text, "extraInfo": details}}, file)

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from data.storage import AppendedRecords, read_records, whole_file
 from data.terminal import printable
 from trainer.config import TrainerConfig
-from trainer.ending import PEER_SECONDS
 from trainer.world import World
 
 WANDB_SECONDS = 20  # that wandb has to answer when a run starts
+FINISH_SECONDS = 4  # that wandb has to finish a run that failed
 
 
 def open_metrics(path: Path, done: int) -> AppendedRecords:
@@ -70,7 +70,7 @@ class MetricsLog:
             target=self._tell_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
         )
         finish.start()
-        finish.join(PEER_SECONDS if failed else None)  # without a net it would take minutes
+        finish.join(FINISH_SECONDS if failed else None)  # without a net it would take minutes
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step.
