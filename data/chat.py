@@ -21,6 +21,13 @@ NAMES = (*SCHEMAS, *ANSWERS, *SYSTEM, "tools", *REASONING)  # that data.columns 
 CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # by data.prepare, rows with such a field
 MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
 
+# Fields that each schema uses, and those that its messages use.
+USED = {
+    schema: frozenset([schema, answer, *SYSTEM, "tools", *METADATA, *more])
+    for (schema, answer), more in zip(SCHEMAS.items(), [(), (COMPLETION, *REASONING), REASONING], strict=True)
+}
+IN_MESSAGES = frozenset(["role", "content", *REASONING, *TRAINED])
+
 # Fields that the formats of chats, tools, preferences and grounded generation give a meaning that is not used here.
 MEDIA = tuple(f"{kind}{form}" for kind in ("image", "video", "audio") for form in ("", "s", "_url", "_path"))
 MASKS = ("assistant_masks", "completion_mask", "loss_mask", "sample_weight")
@@ -228,13 +235,6 @@ def system_of(row: dict[str, Any]) -> str | None:
 def is_given(value: Any) -> bool:
     """Whether a field holds something: not null, nor an empty text, list or object."""
     return isinstance(value, int | float) or bool(value.strip() if isinstance(value, str) else value)
-
-
-USED = {
-    schema: frozenset([schema, answer, *SYSTEM, "tools", *METADATA, *more])
-    for (schema, answer), more in zip(SCHEMAS.items(), [(), (COMPLETION, *REASONING), REASONING], strict=True)
-}
-IN_MESSAGES = frozenset(["role", "content", *REASONING, *TRAINED])
 
 
 def kind_of(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Files, folders and hub data sets into rows, each with the place it came from."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from pyarrow import ArrowException
 
 from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
 from data.readers import BadRows, PlacedRow, listed, read_json, read_jsonl
-from data.storage import refuse_pointer
+from data.storage import read_object, refuse_pointer
 
 # By the end of a file's name; each yields the readable rows, the others go to `bad`.
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
@@ -251,16 +250,10 @@ def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is something else, or a git-lfs pointer.
     """
     refuse_pointer(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: must be a JSON object, this is {type(content).__name__}")
-    return content
+    return read_object(file)
 
 
 def _hub_id(name: str) -> tuple[str, str | None, str]:

@@ -127,15 +127,7 @@ class DiffusionGeneration:
             raise ValueError(f"num_return_sequences={copies}: must be at least 1")
         input_ids = input_ids.repeat_interleave(copies, 0)
         attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
-        config = SamplingConfig(
-            **{name: chosen[name] for name in SAMPLING if name in chosen}
-            | {
-                "max_new_tokens": new_tokens,
-                "alg_temp": chosen["alg_temp"] or 0.0,
-                "seed": int(torch.randint(2**31, ())) if chosen["seed"] is None else chosen["seed"],
-                "batch_size": chosen["batch_size"] or len(input_ids),
-            }
-        )
+        config = _sampling_config(chosen, new_tokens, len(input_ids))
         _check(model, config, input_ids, attention_mask, streamer)
         show = None
         if streamer is not None:
@@ -215,6 +207,18 @@ def _choose(config: Any, explicit: dict[str, Any], prompt_length: int) -> tuple[
     for source in (given, explicit):
         new_tokens = _new_tokens(source, prompt_length, new_tokens)
     return DEFAULTS | given | explicit, new_tokens
+
+
+def _sampling_config(chosen: dict[str, Any], new_tokens: int, rows: int) -> SamplingConfig:
+    """Settings of the sampler; a seed of None is drawn from torch's generator."""
+    seed = int(torch.randint(2**31, ())) if chosen["seed"] is None else chosen["seed"]
+    derived = {
+        "max_new_tokens": new_tokens,
+        "alg_temp": chosen["alg_temp"] or 0.0,
+        "seed": seed,
+        "batch_size": chosen["batch_size"] or rows,
+    }
+    return SamplingConfig(**{name: chosen[name] for name in SAMPLING if name in chosen} | derived)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
