@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from launch.generate import Response, check_fits, generate, load_for_sampling, s
 from sampling import SamplingConfig, Template, infill_templates
 from trainer.config import Config
 from trainer.world import locked, open_world, ranks_from_environment
+
+RECORD = {item.name: item.type for item in fields(Response)}  # of a finished row
 
 
 def answer(config: Config) -> None:
@@ -219,12 +221,10 @@ def _read(directory: Path) -> dict[int, Response]:
     done = {}
     for file in sorted(directory.glob("rank*.jsonl")):
         for record in read_records(file).objects:
-            try:
-                response = Response(**record)
-            except TypeError as error:
+            if {name: type(value) for name, value in record.items()} != RECORD:
                 text = json.dumps(record)[:80]
-                raise ValueError(f"{file} has a line that is no response: {text}; delete that line") from error
-            done[response.name] = response
+                raise ValueError(f"{file} has a line that is no response: {text}; delete that line")
+            done[record["name"]] = Response(**record)
     return done
 
 
@@ -250,7 +250,7 @@ def _finish(directory: Path, rows: Sequence[PlacedRow], output: Path) -> None:
 def with_fields(row: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
     """A row with further fields. Its own of the same names stay: a response as `reference`, others as `input_NAME`."""
     kept = {name: value for name, value in row.items() if name not in added}
-    for name in row.keys() & added.keys():
+    for name in (name for name in row if name in added):
         other = "reference" if name == "response" else f"input_{name}"
         while other in row or other in kept:
             other = f"input_{other}"

@@ -292,7 +292,14 @@ def test_a_directory_that_is_deleted_in_mid_run_is_an_error(config, monkeypatch)
         answer(config)
 
 
-@pytest.mark.parametrize("line", ["null", "[1, 2]", "{}", '{"name": 3}', '{"name": 1, "other": 2}'])
+NO_RESPONSES = [
+    *("null", "[1, 2]", "{}", '{"name": 3}', '{"name": 1, "other": 2}'),
+    '{"name": "1", "text": "a", "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
+    '{"name": 1, "text": null, "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
+]
+
+
+@pytest.mark.parametrize("line", NO_RESPONSES)
 def test_a_broken_line_of_an_interrupted_run_is_named(config, line):
     directory = interrupt(config, 3)
     file = directory / "rank0-of-1.jsonl"
@@ -322,6 +329,14 @@ def test_fields_of_a_row_are_kept_when_it_is_answered_again(config, tmp_path):
     assert second["input_input_reference"] == first["response"]
     assert (second["input_nfe"], second["input_input_nfe"]) == (7, first["nfe"])
     assert second["nfe"] == first["nfe"]
+
+
+def test_own_fields_keep_their_order():
+    """Also from one process to another, in which sets have other orders."""
+    row = {"nfe": 1, "a": 2, "tokens_per_forward": 3, "response": "4"}
+    added = {"response": "5", "nfe": 6, "tokens_per_forward": 7.0}
+    names = ["a", "input_nfe", "input_tokens_per_forward", "reference", *added]
+    assert list(answers.with_fields(row, added)) == names
 
 
 HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
