@@ -78,8 +78,8 @@ def train_job(debug: bool) -> float | None:
 def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, signal.Signals | None]:
     """Run a command; copy what it prints to stderr and into a file.
 
-    The command gets its own session, so that it receives each signal once: torchrun does not survive a second one while
-    it ends its ranks. A second signal kills it; its ranks then end by themselves.
+    The command leads a process group of its own, so that it receives each signal once: torchrun does not survive a
+    second one while it ends its ranks. A second signal kills it; its ranks then end by themselves.
 
     Returns:
         Its exit code, and the signal that this process received meanwhile.
@@ -97,9 +97,10 @@ def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tu
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     settings = {"start_new_session": True, "preexec_fn": _end_with_parent}
     with log.open("wb") as copy, subprocess.Popen(command, env=environment, **settings, **pipes) as process:
-        main = threading.current_thread() is threading.main_thread()  # not in a launcher that has threads
-        before = {number: signal.signal(number, forward) for number in FORWARDED} if main else {}
+        before = {}
         try:
+            if threading.current_thread() is threading.main_thread():  # not in a launcher that has threads
+                before |= {number: signal.signal(number, forward) for number in FORWARDED}
             while piece := process.stdout.read1():  # not by lines: a progress bar is a single one
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()

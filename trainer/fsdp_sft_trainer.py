@@ -278,9 +278,10 @@ class FSDPSFTTrainer:
         return step == self.steps or (interval is not None and step % interval == 0)
 
     def _resume(self, state: TrainingState) -> tuple[int, dict[Path, str]]:
-        """Steps already done, restored from the checkpoint that `trainer.resume` names; 0 if there is none.
+        """Restore the checkpoint that `trainer.resume` names.
 
-        And the checkpoints of the run that are broken, with the reason.
+        Returns:
+            Steps done, 0 without a checkpoint; and the broken checkpoints of the run, each with the reason.
         """
         directory = self.output_dir / "checkpoints"
         path, skipped = find_checkpoint(directory, self.config.trainer.resume, self.world)
