@@ -30,6 +30,7 @@ SMALL = [
 def script(monkeypatch, capsys, tmp_path):
     """Run a root script in this process, in an empty directory; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which a script sets: it is gone after the test
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
