@@ -2,14 +2,14 @@
 
 from launch.cli import entry
 from trainer.config import Config
+from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
-from trainer.world import open_world
 
 
 @entry
 def main(config: Config) -> None:
-    with open_world() as world:
-        FSDPSFTTrainer(config, world).fit()
+    with init_distributed() as distributed:
+        FSDPSFTTrainer(config, distributed).fit()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _ORDER, CUT = 1, 2  # first words of the keys, so that no two draws share one
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchLayout:
     """The part of each global batch that one rank works on."""
 
     rank: int
@@ -55,31 +55,33 @@ class TrainBatches(Dataset):
 
     position = before = None  # the number of a step says it all
 
-    def __init__(self, rows: TokenRows, config: DataConfig, share: Share, eos_token_id: int, noise: Noise, seed: int):
-        if len(rows) < share.global_batch_size:
+    def __init__(
+        self, rows: TokenRows, config: DataConfig, layout: BatchLayout, eos_token_id: int, noise: Noise, seed: int
+    ):
+        if len(rows) < layout.global_batch_size:
             raise ValueError(
-                f"data.train_batch_size={share.global_batch_size}: more than the {len(rows)} training rows; lower it"
+                f"data.train_batch_size={layout.global_batch_size}: more than the {len(rows)} training rows; lower it"
             )
-        self.rows, self.config, self.share = rows, config, share
+        self.rows, self.config, self.layout = rows, config, layout
         self.eos_token_id, self.noise, self.seed = eos_token_id, noise, seed
-        self.steps_per_epoch = len(rows) // share.global_batch_size
+        self.steps_per_epoch = len(rows) // layout.global_batch_size
         self._epoch, self._order, self._repeats = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def __getitem__(self, step: int) -> list[Batch]:
         epoch, samples, repeats, widths = self.plan(step)
         batches = []
-        for micro_batch in range(self.share.micro_batches):
-            slots = self.share.slots(micro_batch)
+        for micro_batch in range(self.layout.micro_batches):
+            slots = self.layout.slots(micro_batch)
             batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
             batch["repeat"] = repeats[slots]
-            batches.append(self.noise(to_torch(batch, slots), epoch, self.share.global_batch_size))
+            batches.append(self.noise(to_torch(batch, slots), epoch, self.layout.global_batch_size))
         return batches
 
     def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, sample indices [B], how often they came in the epoch before [B], and response widths [B] of a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order, repeats = self.order(epoch)
-        here = slice(step_in_epoch * self.share.global_batch_size, (step_in_epoch + 1) * self.share.global_batch_size)
+        here = slice(step_in_epoch * self.layout.global_batch_size, (step_in_epoch + 1) * self.layout.global_batch_size)
         samples = order[here]
         widths = response_widths(
             self.rows.prompt_lengths[samples],
@@ -97,13 +99,13 @@ class TrainBatches(Dataset):
             if self.config.mixture:
                 weights = dict(zip(self.config.train_files, self.config.mixture, strict=True))
                 order = mix(self.rows.column("source"), weights, rng)
-            order = order[: self.steps_per_epoch * self.share.global_batch_size]
+            order = order[: self.steps_per_epoch * self.layout.global_batch_size]
             if self.config.group_by_length:
-                order = group_by_length(order, self.rows.lengths, self.share.global_batch_size, rng)
+                order = group_by_length(order, self.rows.lengths, self.layout.global_batch_size, rng)
             if self.config.order == "curriculum":
                 order = order[np.argsort(self.rows.column("difficulty")[order], kind="stable")]
                 # within a batch in any order: the place decides how much of a row is masked
-                order = rng.permuted(order.reshape(-1, self.share.global_batch_size), axis=1).ravel()
+                order = rng.permuted(order.reshape(-1, self.layout.global_batch_size), axis=1).ravel()
             self._epoch, self._order, self._repeats = epoch, order, _repeats(order)
         return self._order, self._repeats
 
@@ -118,7 +120,7 @@ class TrainBatches(Dataset):
             _, samples, _, widths = self.plan(step)
             kept = self.rows.prompt_lengths[samples] + widths
             own += np.minimum(kept, self.rows.lengths[samples]).sum()
-            positions += kept.reshape(-1, self.share.micro_batch_size).max(-1).sum() * self.share.micro_batch_size
+            positions += kept.reshape(-1, self.layout.micro_batch_size).max(-1).sum() * self.layout.micro_batch_size
         return 1 - own / positions
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
@@ -264,12 +266,12 @@ class ValBatches:
     with nothing masked.
     """
 
-    def __init__(self, rows: TokenRows, share: Share, eos_token_id: int, noise: Noise):
-        self.rows, self.share, self.eos_token_id, self.noise = rows, share, eos_token_id, noise
+    def __init__(self, rows: TokenRows, layout: BatchLayout, eos_token_id: int, noise: Noise):
+        self.rows, self.layout, self.eos_token_id, self.noise = rows, layout, eos_token_id, noise
 
     def __iter__(self):
-        size, ranks = self.share.micro_batch_size, self.share.ranks
-        for start in range(self.share.rank * size, -(-len(self.rows) // (size * ranks)) * size * ranks, size * ranks):
+        size, ranks = self.layout.micro_batch_size, self.layout.ranks
+        for start in range(self.layout.rank * size, -(-len(self.rows) // (size * ranks)) * size * ranks, size * ranks):
             slots = np.arange(start, start + size)
             real = slots < len(self.rows)
             samples = np.where(real, slots, 0)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from data.config import DataConfig
 from data.cutoff import assemble, response_widths
 from data.files import digest, iterate, outline
-from data.loader import CUT, Batch, Noise, Share, each, follow_rank, to_device_ready, to_numpy, to_torch
+from data.loader import CUT, Batch, BatchLayout, Noise, each, follow_rank, to_device_ready, to_numpy, to_torch
 from data.report import Report
 from data.rows import Preparation, tokenizer_digest
 from data.tokens import TokenRows
@@ -58,11 +58,11 @@ class StreamedBatches(IterableDataset):
         files: Sequence[str],
         config: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
-        share: Share,
+        layout: BatchLayout,
         noise: Noise,
         seed: int,
     ):
-        self.files, self.config, self.tokenizer, self.share = files, config, tokenizer, share
+        self.files, self.config, self.tokenizer, self.layout = files, config, tokenizer, layout
         self.noise, self.seed = noise, seed
         self.position = self.before = Position()
         self.report, self.first_step = Report("training"), 0
@@ -87,7 +87,7 @@ class StreamedBatches(IterableDataset):
                     raise item
                 micro_batches, position, report = item
                 self.before, self.position = self.position, position
-                trained += self.share.global_batch_size
+                trained += self.layout.global_batch_size
                 self.report = replace(report, trained=trained)
                 yield to_device_ready(micro_batches)
 
@@ -101,17 +101,17 @@ class StreamedBatches(IterableDataset):
     def _steps(self) -> Iterator[tuple[list[Batch], Position, Report]]:
         rows, step = self._rows(self.position), self.first_step
         while True:
-            picked = [next(rows) for _ in range(self.share.global_batch_size)]
+            picked = [next(rows) for _ in range(self.layout.global_batch_size)]
             tokens = TokenRows(pa.concat_tables([row.table.slice(place, 1) for row, place, *_ in picked]))
             samples = np.array([number for _, _, number, *_ in picked])
             rng = np.random.default_rng((CUT, self.seed, step))
             widths = response_widths(tokens.prompt_lengths, tokens.response_lengths, self.config, rng)
             batches = []
-            for micro_batch in range(self.share.micro_batches):
-                slots = self.share.slots(micro_batch)
+            for micro_batch in range(self.layout.micro_batches):
+                slots = self.layout.slots(micro_batch)
                 batch = assemble(tokens, slots, widths[slots], self.tokenizer.eos_token_id)
                 batch["sample_index"] = samples[slots]
-                batches.append(self.noise(to_torch(batch, slots), 0, self.share.global_batch_size))
+                batches.append(self.noise(to_torch(batch, slots), 0, self.layout.global_batch_size))
             *_, position, report = picked[-1]
             yield batches, position, report
             step += 1

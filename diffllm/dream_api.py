@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.streamers import BaseStreamer
 
 from sampling import (
-    Filling,
     LogitsHook,
+    RowState,
     SampleOutput,
     SamplingConfig,
     Tokens,
@@ -302,5 +302,5 @@ def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarr
     return bool(StoppingCriteriaList(criteria)(torch.tensor(tokens, device=device)[None], None).any())
 
 
-def _show_draft(streamer: BaseStreamer, row: Filling) -> None:
+def _show_draft(streamer: BaseStreamer, row: RowState) -> None:
     streamer.put_draft(torch.tensor(row.tokens[row.canvas.prompt_length :]))

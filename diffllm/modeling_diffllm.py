@@ -20,7 +20,7 @@ from diffllm.tokenizer import save_tokenizer
 from sampling import CanvasCache, Tokens, ids_without_token
 
 
-class Restored(NamedTuple):
+class LossOutput(NamedTuple):
     """What the model makes of the N masked positions. Only the loss carries a gradient."""
 
     loss: Tensor  # scalar, Σ weight·nll, float32
@@ -93,7 +93,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         position_ids: Tensor | None = None,
         focal: Focal | None = None,
         visible: Tensor | None = None,
-    ) -> Restored:
+    ) -> LossOutput:
         """Loss and likelihood of the clean tokens under the masks; the head sees the masked positions only.
 
         Args:
@@ -108,7 +108,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         """
         where = masked.nonzero(as_tuple=True)  # once: on a GPU it waits for all that was asked of it before
         hidden = self.hidden(x_t, attention_mask, position_ids, *where, visible=visible)
-        return Restored(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
+        return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -28,7 +28,7 @@ from diffllm import DiffLLM
 from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
 from trainer.config import Config
-from trainer.world import locked, open_world, ranks_from_environment
+from trainer.distributed import init_distributed, locked, ranks_from_environment
 
 RECORD = {item.name: item.type for item in fields(Response)}  # of a finished row
 
@@ -126,7 +126,7 @@ def answer_file(config: Config) -> None:
     columns.check(optional=ANSWERS)
     chats = [(to_prompt(placed), tools_of(placed)) for placed in named]
 
-    with open_world() as world:
+    with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config)
         prompts = [
             np.array(prompt_ids(messages, tokenizer, placed.place, tools), dtype=np.int32)
@@ -135,20 +135,20 @@ def answer_file(config: Config) -> None:
         for placed, prompt in zip(rows, prompts, strict=True):
             check_fits(model, len(prompt), config.sampling, f"{placed.place}: a prompt")
         origin = _origin(rows, prompts, config.sampling, model)
-        with locked(directory, world, "run.json"):
-            done = world.on_main(lambda: _begin(directory, origin))
-            todo = [name for name in range(len(rows)) if name not in done]
-            todo.sort(key=lambda name: -len(prompts[name]))  # so that too little memory shows at once
-            names = todo[world.rank :: world.size]
-            if world.is_main and done:
+        with locked(directory, distributed, "run.json"):
+            done = distributed.on_main(lambda: _begin(directory, origin))
+            todo = [row_id for row_id in range(len(rows)) if row_id not in done]
+            todo.sort(key=lambda row_id: -len(prompts[row_id]))  # so that too little memory shows at once
+            row_ids = todo[distributed.rank :: distributed.size]
+            if distributed.is_main and done:
                 print(printable(f"{directory}: {len(done)} of {len(rows)} rows are done"), file=sys.stderr)
-            responses = generate(model, tokenizer, [prompts[name] for name in names], config.sampling, names)
-            label = f"rank 0 of {world.size}" if world.size > 1 else None
-            responses = tqdm(responses, label, len(names), unit="row", disable=not world.is_main)
-            _append(directory / f"rank{world.rank}-of-{world.size}.jsonl", responses)
-            world.wait()
-            world.on_main(lambda: _finish(directory, rows, output))
-        world.on_main(lambda: shutil.rmtree(directory))
+            responses = generate(model, tokenizer, [prompts[row_id] for row_id in row_ids], config.sampling, row_ids)
+            label = f"rank 0 of {distributed.size}" if distributed.size > 1 else None
+            responses = tqdm(responses, label, len(row_ids), unit="row", disable=not distributed.is_main)
+            _append(directory / f"rank{distributed.rank}-of-{distributed.size}.jsonl", responses)
+            distributed.wait()
+            distributed.on_main(lambda: _finish(directory, rows, output))
+        distributed.on_main(lambda: shutil.rmtree(directory))
 
 
 def _origin(
@@ -224,7 +224,7 @@ def _read(directory: Path) -> dict[int, Response]:
             if {name: type(value) for name, value in record.items()} != RECORD:
                 text = json.dumps(record)[:80]
                 raise ValueError(f"{file} has a line that is no response: {text}; delete that line")
-            done[record["name"]] = Response(**record)
+            done[record["row_id"]] = Response(**record)
     return done
 
 
@@ -244,7 +244,7 @@ def _finish(directory: Path, rows: Sequence[PlacedRow], output: Path) -> None:
         return json.dumps(with_fields(row, added)) + "\n"
 
     with whole_file(output) as lines:
-        lines.writelines(line(placed.row, done[name]) for name, placed in enumerate(rows))
+        lines.writelines(line(placed.row, done[row_id]) for row_id, placed in enumerate(rows))
 
 
 def with_fields(row: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:

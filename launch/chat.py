@@ -23,7 +23,7 @@ from data.terminal import printable
 from diffllm import DiffLLM
 from launch.answers import check_alone
 from launch.generate import Response, check_fits, load_for_sampling, response_of, special_tokens
-from sampling import Canvas, Filling, SamplingConfig, fill
+from sampling import Canvas, RowState, SamplingConfig, fill
 from sampling.config import TEXTS, unescape
 from trainer.config import Config, nearest
 
@@ -158,7 +158,7 @@ class Chat:
         canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
 
-            def show(row: Filling) -> None:
+            def show(row: RowState) -> None:
                 live.update(self.draft(row), refresh=True)
 
             try:
@@ -167,7 +167,7 @@ class Chat:
                 live.update("")  # the last frame is drawn whole, and one taller than the screen cannot be erased
         return response_of(filled, self.tokenizer, self.config)
 
-    def draft(self, row: Filling) -> Text:
+    def draft(self, row: RowState) -> Text:
         """The response as it is: masks, what the last step committed, and what was there before."""
         start = row.canvas.prompt_length
         tokens = row.tokens[start:]

@@ -30,8 +30,8 @@ from data.terminal import printable, running
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
+from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
-from trainer.world import ranks_from_environment
 
 CONF = ROOT / "conf"
 

@@ -53,7 +53,7 @@ def evaluate(config: Config) -> None:
     answers = generate(model, tokenizer, [question.ids for question in questions], config.sampling)
     asked = "questions" if config.data.val_files else "held-out equations"
     done = tqdm(answers, total=len(questions), desc=asked, unit="answer")
-    responses = sorted(done, key=lambda response: response.name)
+    responses = sorted(done, key=lambda response: response.row_id)
     seconds = time.perf_counter() - started
     rows = [question.placed.row for question in questions]
     right = [is_correct(row, response.text) for row, response in zip(rows, responses, strict=True)]

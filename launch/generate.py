@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from data import turn_end
 from diffllm import DiffLLM
-from sampling import Canvas, Filled, SamplingConfig, Tokens, fill, ids_without_token
+from sampling import Canvas, SampledRow, SamplingConfig, Tokens, fill, ids_without_token
 from trainer.build import build_model
 from trainer.config import Config
 
 
 @dataclass
 class Response:
-    name: int  # of the prompt
+    row_id: int  # numbers the prompt
     text: str  # up to the end-of-sequence token or stop string
     tokens: int  # up to the end-of-sequence token, which counts
     nfe: int  # forwards of the model that it took part in
@@ -41,13 +41,13 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
-    names: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
 ) -> Iterator[Response]:
     """Sample a response to every prompt; each comes when it is done, `config.batch_size` are under way.
 
     Args:
         prompts: token ids.
-        names: of the prompts, for their draws and in their responses; by default 0 … N-1.
+        row_ids: number the prompts, for their draws and in their responses; by default 0 … N-1.
 
     Raises:
         ValueError: a prompt and `max_new_tokens` do not fit the model's context, or see `special_tokens`.
@@ -55,8 +55,8 @@ def generate(
     check_fits(model, max(map(len, prompts), default=0), config)
     special = special_tokens(model, tokenizer, config)
     canvases = (
-        Canvas.after(prompt, config.max_new_tokens, special.mask, name)
-        for prompt, name in zip(prompts, range(len(prompts)) if names is None else names, strict=True)
+        Canvas.after(prompt, config.max_new_tokens, special.mask, row_id)
+        for prompt, row_id in zip(prompts, range(len(prompts)) if row_ids is None else row_ids, strict=True)
     )
     return (response_of(filled, tokenizer, config) for filled in fill(model, canvases, config, special))
 
@@ -75,11 +75,11 @@ def check_fits(model: DiffLLM, prompt_length: int, config: SamplingConfig, what:
         )
 
 
-def response_of(filled: Filled, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
+def response_of(filled: SampledRow, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
     """A response as text, up to its end; its white space is part of it."""
     text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
-    return Response(filled.canvas.name, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward)
+    return Response(filled.canvas.row_id, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:

@@ -18,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from data import Share
+from data import BatchLayout
 from data.terminal import printable
 from diffllm import DiffLLM, new_model
 from diffllm.loading import empty_model
@@ -28,10 +28,10 @@ from diffllm.tokenizer import builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
-from trainer.config import Config, field_names, nearest, resolve, share_of
+from trainer.config import Config, batch_layout, field_names, nearest, resolve
+from trainer.distributed import Distributed
 from trainer.memory import GIB, state_memory, whole_gradients
 from trainer.speed import Speed
-from trainer.world import World
 
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
@@ -55,18 +55,18 @@ class Machine:
             raise ValueError(f"mfu={self.mfu}: must be in (0, 1]")
 
 
-def memory_table(model: DiffLLM, config: Config, share: Share) -> dict[str, tuple[int, ...]]:
+def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[str, tuple[int, ...]]:
     """Bytes of a GPU in each of PHASES, and their totals.
 
     Gradients come as activations go: the backward pass needs most in the last layer or, at its end, in the first.
     """
     dtype, head = compute_dtype(config, CUDA), model.lm.lm_head.weight
-    passed = pass_memory(model, config, share.micro_batch_size, dtype)
-    state = state_memory(model, config, share.ranks, CUDA)
+    passed = pass_memory(model, config, layout.micro_batch_size, dtype)
+    state = state_memory(model, config, layout.ranks, CUDA)
     if config.trainer.cpu_offload:
         state = replace(state, weights=0, gradients=0, optimizer=0)
     # Gradients of the micro-batches before: this GPU's share, or unreduced ones, which are whole.
-    summed = whole_gradients(model, config, share) or (state.gradients if share.micro_batches > 1 else 0)
+    summed = whole_gradients(model, config, layout) or (state.gradients if layout.micro_batches > 1 else 0)
     # PyTorch's AdamW copies a moment to compute its step.
     updating = state.optimizer + (state.gradients if config.optim.name == "adamw" else 0)
     # The gradient of the head is counted with the gathered weights.
@@ -83,11 +83,11 @@ def memory_table(model: DiffLLM, config: Config, share: Share) -> dict[str, tupl
     return table | {"total": tuple(map(sum, zip(*table.values(), strict=True)))}
 
 
-def largest_micro_batch(model: DiffLLM, config: Config, share: Share, usable: float) -> int:
+def largest_micro_batch(model: DiffLLM, config: Config, layout: BatchLayout, usable: float) -> int:
     """Rows of which all fits into `usable` bytes; 0 if not even one does."""
 
     def totals(rows: int) -> tuple[int, ...]:
-        return memory_table(model, config, replace(share, micro_batch_size=rows))["total"]
+        return memory_table(model, config, replace(layout, micro_batch_size=rows))["total"]
 
     # From so many tokens on memory grows evenly: chunks of logits are many, activations outweigh a weight's gradient.
     tokens = max(8 * LOGITS_PER_CHUNK / model.lm.config.vocab_size, 4 * model.lm.config.hidden_size)
@@ -154,12 +154,12 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
     return model, file
 
 
-def remedies(config: Config, share: Share, largest: int) -> list[str]:
+def remedies(config: Config, layout: BatchLayout, largest: int) -> list[str]:
     """Settings that need less memory than those of the run."""
     settings = {
-        f"data.micro_batch_size_per_gpu={largest}": 0 < largest < share.micro_batch_size,
+        f"data.micro_batch_size_per_gpu={largest}": 0 < largest < layout.micro_batch_size,
         "model.enable_gradient_checkpointing=true": not config.model.enable_gradient_checkpointing,
-        "trainer.reduce_each_micro_batch=true": share.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
+        "trainer.reduce_each_micro_batch=true": layout.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
         "trainer.reshard_after_forward=true": not config.trainer.reshard_after_forward,
         "more GPUs": True,
         "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
@@ -172,18 +172,18 @@ def remedies(config: Config, share: Share, largest: int) -> list[str]:
 def plan(arguments: list[str]) -> bool:
     """Print what a command line needs; whether it fits."""
     machine, config, choice = read_arguments(arguments)
-    share, length = share_of(config.data, 0, machine.gpus), config.data.max_length
+    layout, length = batch_layout(config.data, 0, machine.gpus), config.data.max_length
     if machine.gpus % config.trainer.replicate:
         raise ValueError(f"trainer.replicate={config.trainer.replicate}: must divide gpus={machine.gpus}")
     model, file = meta_model(config, choice)
-    parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), share.global_batch_size * length
+    parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), layout.global_batch_size * length
     print(printable(f"{parameters / 1e9:.2f} billion parameters, shape from {file}"))
     print(
-        f"{tokens:,} tokens a step: gpus={machine.gpus} × {share.micro_batches} forward passes × "
-        f"{share.micro_batch_size} rows × {length}\n"
+        f"{tokens:,} tokens a step: gpus={machine.gpus} × {layout.micro_batches} forward passes × "
+        f"{layout.micro_batch_size} rows × {length}\n"
     )
 
-    table, usable = memory_table(model, config, share), (1 - MARGIN) * machine.gpu_memory * GIB
+    table, usable = memory_table(model, config, layout), (1 - MARGIN) * machine.gpu_memory * GIB
     print(f"{'GiB on each GPU':<18}" + "".join(f"{phase:>12}" for phase in PHASES))
     for name, phases in table.items():
         print(f"{name:<18}" + "".join(f"{size / GIB:12.2f}" for size in phases))
@@ -192,16 +192,16 @@ def plan(arguments: list[str]) -> bool:
         print(f"and in the host's memory {(state.total - state.gathered) / GIB:.2f} for each GPU")
     needed = max(table["total"])
     fits = needed <= usable
-    largest = max(largest_micro_batch(model, config, share, usable), share.micro_batch_size if fits else 0)
+    largest = max(largest_micro_batch(model, config, layout, usable), layout.micro_batch_size if fits else 0)
     print(
         f"\n{'fits' if fits else 'does not fit'}: {needed / GIB:.2f} of {usable / GIB:.2f} GiB, which is gpu_memory="
         f"{machine.gpu_memory:g} less {MARGIN:.0%} for fragmentation, NCCL and the CUDA context"
     )
     print(f"largest micro-batch that fits: {largest or 'none'}")
     if not fits:
-        print("what helps:", ", ".join(remedies(config, share, largest)))
+        print("what helps:", ", ".join(remedies(config, layout, largest)))
 
-    speed = Speed(model, World(0, machine.gpus, torch.device("cpu")), compute_dtype(config, CUDA), machine.tflops)
+    speed = Speed(model, Distributed(0, machine.gpus, torch.device("cpu")), compute_dtype(config, CUDA), machine.tflops)
     counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "masked": tokens / 2}
     seconds = speed.metrics(counts, seconds=1, waited=0)["perf/mfu"] / machine.mfu
     print(

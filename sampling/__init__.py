@@ -4,21 +4,23 @@ from sampling.batch import Denoiser
 from sampling.cache import CanvasCache
 from sampling.canvas import Canvas, Tokens, ids_without_token, left_pad, trim
 from sampling.config import SamplingConfig
-from sampling.filling import Filling
 from sampling.infill import Infilled, Template, infill, infill_templates
 from sampling.likelihood import Choice, Score, choose, score, score_positions
-from sampling.reverse import Filled, LogitsHook, SampleOutput, TokensHook, fill, sample
+from sampling.row_state import RowState
+from sampling.sampler import LogitsHook, SampledRow, SampleOutput, TokensHook, fill, sample
+
+Filled, Filling = SampledRow, RowState  # their former names, for one version
 
 __all__ = [
     "Canvas",
     "CanvasCache",
     "Choice",
     "Denoiser",
-    "Filled",
-    "Filling",
     "Infilled",
     "LogitsHook",
+    "RowState",
     "SampleOutput",
+    "SampledRow",
     "SamplingConfig",
     "Score",
     "Template",

@@ -11,7 +11,7 @@ from sampling.cache import CanvasCache, computed, needs_refresh
 from sampling.canvas import Tokens, count_positions
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
-from sampling.filling import Filling
+from sampling.row_state import RowState
 
 RATED_AT_ONCE = 2**20  # logits that a CPU goes over together: several times, so they should stay in its cache
 
@@ -62,7 +62,7 @@ class Batch:
         logits_processor: LogitsProcessor | None = None,
     ):
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
-        self.rows: list[Filling] = []
+        self.rows: list[RowState] = []
         # of the canvas, and with guidance of the canvas without what was given
         self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
         self.at_once = positions_at_once(model)
@@ -72,7 +72,7 @@ class Batch:
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
 
-    def arrange(self, rows: Sequence[Filling]) -> None:
+    def arrange(self, rows: Sequence[RowState]) -> None:
         """Hold these rows, some of which it may hold already."""
         if rows == self.rows:
             return
@@ -81,10 +81,10 @@ class Batch:
             cache.arrange([places.get(id(row)) for row in rows], width)
         self.rows, self.width = list(rows), width
         self.pads = np.array([width - len(row) for row in rows])
-        self.starts = self._there(self.pads + [row.canvas.prompt_length for row in rows])
+        self.starts = self._to_device(self.pads + [row.canvas.prompt_length for row in rows])
         self.attention_mask = self.position_ids = None
         if self.pads.any():
-            self.attention_mask = self._there((np.arange(width) >= self.pads[:, None]).astype(np.int64))
+            self.attention_mask = self._to_device((np.arange(width) >= self.pads[:, None]).astype(np.int64))
             self.position_ids = count_positions(self.attention_mask)
 
     def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
@@ -100,11 +100,11 @@ class Batch:
         uniforms = None
         if self.config.temperature > 0:
             drawn = [filling.uniforms()[0, columns] for filling, columns in zip(self.rows, candidates, strict=True)]
-            uniforms = self._there(np.concatenate(drawn))
+            uniforms = self._to_device(np.concatenate(drawn))
 
         views = self._views()
         hidden = self._forward(views, row, column) if logits is None else []
-        row, column = self._there(row), self._there(column)
+        row, column = self._to_device(row), self._to_device(column)
         parts = []
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
@@ -127,14 +127,14 @@ class Batch:
         for i, row in enumerate(self.rows):
             x[0, i, self.pads[i] :] = row.tokens
             x[1, i, self.pads[i] :] = np.where(row.given, self.special.mask, row.tokens)
-        return list(self._there(x[: 2 if self.config.cfg_scale else 1]))
+        return list(self._to_device(x[: 2 if self.config.cfg_scale else 1]))
 
     def _forward(self, views: list[Tensor], row: np.ndarray, column: np.ndarray) -> list[Tensor]:
         """[N, …] hidden states of each view at N positions."""
         for filling in self.rows:
             filling.nfe += len(views)
         if not self.caches:
-            where = self._there(row), self._there(column)
+            where = self._to_device(row), self._to_device(column)
             return [self.model.hidden(x, self.attention_mask, self.position_ids, *where) for x in views]
 
         refreshed = np.array([needs_refresh(filling) for filling in self.rows])
@@ -144,15 +144,15 @@ class Batch:
             inside = np.isin(row, group)
             if not len(group):
                 continue
-            rows = self._there(group)
-            where = self._there(np.searchsorted(group, row[inside])), self._there(column[inside])
+            rows = self._to_device(group)
+            where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
             padding = [None if t is None else t[rows] for t in (self.attention_mask, self.position_ids)]
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
                 cache.aim(rows, len(self.rows), None if fresh else self._computed(group))
                 part = self.model.hidden(x[rows], *padding, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
-                hidden[i][self._there(np.flatnonzero(inside))] = part
+                hidden[i][self._to_device(np.flatnonzero(inside))] = part
             for i in group:
                 self.rows[i].since_refresh = 1 if fresh else self.rows[i].since_refresh + 1
         return hidden
@@ -182,6 +182,6 @@ class Batch:
             logits[:, self.eos] = logits[:, self.eos].masked_fill(early[:, None], -torch.inf)
         return logits.index_fill_(1, self.never, -torch.inf)
 
-    def _there(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         """An array on the model's device."""
         return torch.from_numpy(array).to(self.model.device)

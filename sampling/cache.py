@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
-from sampling.filling import Filling
+from sampling.row_state import RowState
 
 
-def needs_refresh(row: Filling) -> bool:
+def needs_refresh(row: RowState) -> bool:
     """Whether the row's next forward computes all positions."""
     every = row.config.cache_refresh
     return row.config.cache == "none" or row.step.first or (every is not None and row.since_refresh >= every)
 
 
-def computed(row: Filling) -> np.ndarray:
+def computed(row: RowState) -> np.ndarray:
     """[L] positions that the row's next forward computes without a refresh.
 
     The left neighbour of each candidate is among them: models with shifted logits predict from there.

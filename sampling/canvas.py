@@ -26,12 +26,17 @@ class Canvas:
 
     tokens: Sequence[int]  # [L] with masks at the positions to fill
     prompt_length: int  # tokens before the response: blocks, guidance and the rules about ends count from there
-    name: int = 0  # a row's draws depend on (seed, name, step) alone
+    row_id: int = 0  # a row's draws depend on (seed, row_id, step) alone
 
     @classmethod
-    def after(cls, prompt: Sequence[int], new_tokens: int, mask: int, name: int = 0) -> "Canvas":
+    def after(cls, prompt: Sequence[int], new_tokens: int, mask: int, row_id: int = 0) -> "Canvas":
         """`new_tokens` masks after a prompt."""
-        return cls([*prompt, *[mask] * new_tokens], len(prompt), name)
+        return cls([*prompt, *[mask] * new_tokens], len(prompt), row_id)
+
+    @property
+    def name(self) -> int:
+        """The former name of `row_id`."""
+        return self.row_id
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:

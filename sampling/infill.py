@@ -16,7 +16,7 @@ from sampling.batch import Denoiser
 from sampling.canvas import Canvas, Tokens, ids_without_token
 from sampling.config import SamplingConfig
 from sampling.likelihood import Score, score_positions
-from sampling.reverse import fill
+from sampling.sampler import fill
 
 _SLOT = re.compile(r"<\|mask\b([^|]*)\|>")
 _LENGTHS = re.compile(r":([0-9]+)(?:-([0-9]+))?")
@@ -73,8 +73,8 @@ class Template:
             slots.append(tuple(range(first, last + 1)))
         return cls(tuple(pieces), tuple(slots))
 
-    def canvases(self, tokenizer: PreTrainedTokenizerBase, mask: int, name: int = 0) -> list[SlottedCanvas]:
-        """One canvas for every length to try, shortest first, all of the same name.
+    def canvases(self, tokenizer: PreTrainedTokenizerBase, mask: int, row_id: int = 0) -> list[SlottedCanvas]:
+        """One canvas for every length to try, shortest first, all with the same row_id.
 
         Raises:
             ValueError: the mask token is in the text.
@@ -84,17 +84,17 @@ class Template:
             if mask in piece:
                 raise ValueError(f"the mask token {tokenizer.decode([mask])!r} is in the text {text!r}: take it out")
         return [
-            _join(pieces, lengths, mask, name)
+            _join(pieces, lengths, mask, row_id)
             for lengths in itertools.product(*(sorted(set(lengths)) for lengths in self.slots))
         ]
 
 
-def _join(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask: int, name: int) -> SlottedCanvas:
+def _join(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask: int, row_id: int) -> SlottedCanvas:
     tokens, slots = [*pieces[0]], []
     for length, piece in zip(lengths, pieces[1:], strict=True):
         slots.append(range(len(tokens), len(tokens) + length))
         tokens += [*[mask] * length, *piece]
-    return SlottedCanvas(tokens, len(pieces[0]), name, tuple(slots))
+    return SlottedCanvas(tokens, len(pieces[0]), row_id, tuple(slots))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def infill(
     config: SamplingConfig,
     special: Tokens,
     *,
-    name: int = 0,
+    row_id: int = 0,
     samples: int = 64,
 ) -> Infilled:
     """Fill in tokens between a prefix and a suffix, which are raw text: no chat template, no slots in them.
@@ -125,14 +125,14 @@ def infill(
     Args:
         length: tokens missing, or the numbers to try; see `infill_templates` for how one is chosen.
         config, special, samples: see `infill_templates`.
-        name: of the row, for its draws.
+        row_id: numbers the row, for its draws.
 
     Raises:
         ValueError: no length, a length below 1, or the mask token in prefix or suffix.
     """
     lengths = (length,) if isinstance(length, int) else tuple(length)
     template = Template((prefix, suffix), (lengths,))
-    [infilled] = infill_templates(model, tokenizer, [template], config, special, names=[name], samples=samples)
+    [infilled] = infill_templates(model, tokenizer, [template], config, special, row_ids=[row_id], samples=samples)
     return infilled
 
 
@@ -143,7 +143,7 @@ def infill_templates(
     config: SamplingConfig,
     special: Tokens,
     *,
-    names: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
     samples: int = 64,
 ) -> list[Infilled]:
     """Fill in templates, `config.batch_size` canvases at once.
@@ -158,7 +158,7 @@ def infill_templates(
     Args:
         templates: each, with its slots at their longest, no longer than the model's context.
         config: `max_new_tokens`, `min_new_tokens` and what concerns ends are not used.
-        names: of the templates, for their draws; by default 0 … N-1.
+        row_ids: number the templates, for their draws; by default 0 … N-1.
         samples: masks drawn for each length where there are several, each a row of a forward; even.
 
     Raises:
@@ -167,8 +167,10 @@ def infill_templates(
     barred = {*special.forbidden, *special.eos, special.mask, *tokenizer.all_special_ids}
     barred |= {*ids_without_token(tokenizer, model.vocab_size)}
     inside = replace(special, eos=(), stop=(), is_complete=None, forbidden=tuple(sorted(barred)))
-    names = range(len(templates)) if names is None else names
-    tried = [template.canvases(tokenizer, special.mask, name) for template, name in zip(templates, names, strict=True)]
+    row_ids = range(len(templates)) if row_ids is None else row_ids
+    tried = [
+        template.canvases(tokenizer, special.mask, row_id) for template, row_id in zip(templates, row_ids, strict=True)
+    ]
     filled = {id(row.canvas): row.tokens for row in fill(model, itertools.chain(*tried), config, inside)}
 
     infilled = []

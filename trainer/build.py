@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from data import Prepared, Share, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
+from data import BatchLayout, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
 from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
@@ -63,7 +63,7 @@ def build_model(
 
 
 def build_batches(
-    config: Config, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, share: Share
+    config: Config, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, layout: BatchLayout
 ) -> tuple[TrainBatches | StreamedBatches, ValBatches | None, dict[str, Prepared]]:
     """Training batches, validation batches if there are validation rows, and these rows with their reports.
 
@@ -74,14 +74,14 @@ def build_batches(
     noise = ForwardProcess(config.diffusion, mask_token_id, config.seed)
     rows = {}
     if data.streaming:
-        train = StreamedBatches(data.train_files, data, tokenizer, share, noise, config.seed)
+        train = StreamedBatches(data.train_files, data, tokenizer, layout, noise, config.seed)
     else:
         rows["training"] = prepared = _training_rows(data, tokenizer)
         report = prepared.report
         try:
             if data.subset is not None:
                 rows["training"] = prepared = _subset(prepared, data.subset, config.seed)
-            train = TrainBatches(prepared.rows, data, share, eos, noise, config.seed)
+            train = TrainBatches(prepared.rows, data, layout, eos, noise, config.seed)
             report.padding_share = train.padding_share()
             report.epoch = dict(zip(report.sources, train.first_epoch(len(report.sources)).tolist(), strict=True))
         except ValueError as error:
@@ -93,7 +93,7 @@ def build_batches(
     val = None
     if "validation" in rows:
         elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask_token_id, VAL_SEED)
-        val = ValBatches(rows["validation"].rows, share, eos, elbo)
+        val = ValBatches(rows["validation"].rows, layout, eos, elbo)
     return train, val, rows
 
 

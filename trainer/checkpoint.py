@@ -31,8 +31,8 @@ from data.storage import UNFINISHED, find_full_disk, publish, remove
 from data.terminal import printable
 from diffllm import DiffLLM
 from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
+from trainer.distributed import Distributed
 from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
-from trainer.world import World
 
 LAST_SAVE_SECONDS = 4  # that a failing run gives a save that is under way
 
@@ -47,7 +47,7 @@ class TrainingState:
 
     model: DiffLLM
     optimizer: Optimizer
-    world: World
+    distributed: Distributed
 
     def __post_init__(self) -> None:
         """Give the optimizer its moments now: torch makes them by a step that counts, at the first look otherwise."""
@@ -63,7 +63,7 @@ class TrainingState:
         return {
             "model": model,
             "optimizer": {"state": optimizer["state"]},
-            "rng": {f"rank_{self.world.rank}": _rng_state(self.world.device)},
+            "rng": {f"rank_{self.distributed.rank}": _rng_state(self.distributed.device)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,10 +75,10 @@ class TrainingState:
             optim_state_dict={**current, **state["optimizer"]},
             options=StateDictOptions(strict=False),
         )
-        rng = state["rng"][f"rank_{self.world.rank}"]
+        rng = state["rng"][f"rank_{self.distributed.rank}"]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.world.device)
+            torch.cuda.set_rng_state(rng["cuda"], self.distributed.device)
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ class Checkpoints:
         self._broken = set(broken)
         # Of its own, since it is used at the same time as the trainer's.
         self._group = dist.new_group(backend="gloo")
-        cuda = state.world.device.type == "cuda"
+        cuda = state.distributed.device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
@@ -125,12 +125,12 @@ class Checkpoints:
         """
         self.wait()
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
-        self.state.world.on_main(self._discard)
+        self.state.distributed.on_main(self._discard)
         state = self.state.state_dict()
         self._writer = DigestingWriter(_unfinished(self._target))
         where = {"storage_writer": self._writer, "process_group": self._group}
         if self.asynchronous:
-            if self.state.world.device.type == "cuda":
+            if self.state.distributed.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the copy runs in a stream of its own
             saving = dcp.async_save(state, async_stager=self._stager, **where)
             self._copied, self._pending = saving.staging_completion, saving.upload_completion
@@ -158,7 +158,7 @@ class Checkpoints:
             return False
         if self._pending.exception() is not None:
             return True
-        if self.state.world.is_main:
+        if self.state.distributed.is_main:
             try:
                 self._publish()
             except OSError:
@@ -176,9 +176,9 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         try:
             pending.result()
-            self.state.world.on_main(self._publish)
+            self.state.distributed.on_main(self._publish)
         except (OSError, CheckpointException) as error:
-            if self.state.world.is_main:
+            if self.state.distributed.is_main:
                 self._discard()
             newest = next((path for path in candidates(self.directory) if find_defect(path) is None), None)
             advice = "Free space there" if find_full_disk(error) else "Mend that"
@@ -229,16 +229,16 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def find_newest(directory: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
+def find_newest(directory: Path, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint of a run, and what was skipped on the way with the reason. Collective.
 
     Every rank checks the digests of its share of the files.
     """
     skipped = {path: find_defect(path) for path in sorted(directory.glob(f"*{UNFINISHED}"))}
-    for candidate in world.on_main(lambda: candidates(directory)):
-        defect = world.on_main(lambda: find_defect(candidate))  # noqa: B023 — called at once
+    for candidate in distributed.on_main(lambda: candidates(directory)):
+        defect = distributed.on_main(lambda: find_defect(candidate))  # noqa: B023 — called at once
         if defect is None:
-            damages = world.gather(find_damage(candidate, world.rank, world.size))
+            damages = distributed.gather(find_damage(candidate, distributed.rank, distributed.size))
             defect = next(filter(None, damages), None)
         if defect is None:
             return candidate, skipped
@@ -260,7 +260,7 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
         saved = SafeReader(checkpoint).read_metadata().state_dict_metadata
         check_shapes(checkpoint, saved, values["model"])
         # A rank or a kind of device that the run did not have keeps its own random state.
-        rank = f"rank_{state.world.rank}"
+        rank = f"rank_{state.distributed.rank}"
         own = values["rng"][rank]
         values["rng"] = {rank: {kind: value for kind, value in own.items() if f"rng.{rank}.{kind}" in saved}}
         dcp.load(values, storage_reader=SafeReader(checkpoint), planner=TensorLoadPlanner())

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data import DataConfig, Share
+from data import BatchLayout, DataConfig
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
 from sampling import SamplingConfig
@@ -268,7 +268,7 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def share_of(config: DataConfig, rank: int, ranks: int) -> Share:
+def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
     """This rank's part of the global batch, deriving of the three batch settings those not given.
 
     Raises:
@@ -296,7 +296,7 @@ def share_of(config: DataConfig, rank: int, ranks: int) -> Share:
             f"{given}: train_batch_size must be micro_batch_size_per_gpu × gradient_accumulation_steps × ranks; "
             "change one, or leave one out to derive it"
         )
-    return Share(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
+    return BatchLayout(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
 
 
 def total_steps(config: TrainerConfig, steps_per_epoch: int | None) -> int:

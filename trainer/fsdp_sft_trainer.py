@@ -21,7 +21,7 @@ from data.terminal import printable
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
 from diffllm.loss import focal_of, liger
-from diffllm.modeling_diffllm import Restored
+from diffllm.modeling_diffllm import LossOutput
 from diffllm.weights import loss_denominator
 from trainer.build import (
     build_batches,
@@ -33,7 +33,8 @@ from trainer.build import (
     set_lr,
 )
 from trainer.checkpoint import Checkpoints, TrainingState, load
-from trainer.config import Config, share_of, to_dict, total_steps
+from trainer.config import Config, batch_layout, to_dict, total_steps
+from trainer.distributed import Distributed, locked
 from trainer.ending import Deadline
 from trainer.forward import forward
 from trainer.identity import Identity, find_checkpoint
@@ -46,7 +47,6 @@ from trainer.parallel import shard
 from trainer.speed import Speed
 from trainer.tally import Tally
 from trainer.validation import validate
-from trainer.world import World, locked
 
 # What a run writes into its directory, beside checkpoints, which may be a link to another disk.
 WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_id", "nonfinite")
@@ -59,12 +59,12 @@ class FSDPSFTTrainer:
         ValueError: rows, tokenizer, model or batch arithmetic that cannot work; the message says what to change.
     """
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    def __init__(self, config: Config, distributed: Distributed):
+        self.config, self.distributed = config, distributed
         self.output_dir = Path(config.trainer.output_dir)
-        share = share_of(config.data, world.rank, world.size)
+        layout = batch_layout(config.data, distributed.rank, distributed.size)
 
-        dtype = frozen_dtype(config, world.device)
+        dtype = frozen_dtype(config, distributed.device)
         self.model, self.tokenizer = build_model(config.model, config.seed, dtype, empty=True)
         if config.model.lora_rank:
             add_lora(self.model, config.model, config.seed)
@@ -79,11 +79,11 @@ class FSDPSFTTrainer:
         context = self.model.lm.config.max_position_embeddings
         if config.data.max_length > context:
             raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
-        check_fits(self.model, config, world)
+        check_fits(self.model, config, distributed)
         self.train_batches, self.val_batches, self.rows = build_batches(
-            config, self.tokenizer, self.model.mask_token_id, share
+            config, self.tokenizer, self.model.mask_token_id, layout
         )
-        self._say(*(report.text() for _, report in self.rows.values()))
+        self.print_main(*(report.text() for _, report in self.rows.values()))
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
@@ -93,8 +93,10 @@ class FSDPSFTTrainer:
                 f"diffusion.attention_annealing_steps={annealing_steps}: more than the {self.steps} steps of the run, "
                 "so that none would see what sampling does; set fewer"
             )
-        self.speed = Speed(self.model, world, compute_dtype(config, world.device), config.trainer.peak_tflops)
-        shard(self.model, world, config)
+        self.speed = Speed(
+            self.model, distributed, compute_dtype(config, distributed.device), config.trainer.peak_tflops
+        )
+        shard(self.model, distributed, config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
         self.skipped_steps = self.nonfinite_steps = 0
@@ -108,17 +110,17 @@ class FSDPSFTTrainer:
             SystemExit: SIGTERM or SIGINT stopped the run.
         """
         settings = self.config.trainer
-        with locked(self.output_dir, self.world, *WRITTEN), Interruption() as self.interruption:
-            state = TrainingState(self.model, self.optimizer, self.world)
+        with locked(self.output_dir, self.distributed, *WRITTEN), Interruption() as self.interruption:
+            state = TrainingState(self.model, self.optimizer, self.distributed)
             done, broken = self._resume(state)
-            if not done and self.world.is_main:
+            if not done and self.distributed.is_main:
                 save([report for _, report in self.rows.values()], self.output_dir)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(
                 directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken
             )
             try:
-                log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.world)
+                log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.distributed)
                 batches = self.train_batches.loader(range(done, self.steps))
                 with log, closing(batches), Deadline.on_error():
                     finished = self._train(batches, done, log)
@@ -129,7 +131,7 @@ class FSDPSFTTrainer:
                     self._account(done)
             if finished:
                 self.export(self.output_dir / "hf")
-                self._say(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
+                self.print_main(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _train(self, batches: Iterator[list[Batch]], done: int, log: MetricsLog) -> bool:
         """Steps after the first `done`, until the last or a signal; whether it was the last."""
@@ -144,14 +146,14 @@ class FSDPSFTTrainer:
             metrics = self.train_step(step, micro_batches, counts)
             metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
             if self._due(step, settings.val_check_interval) and self.val_batches is not None:
-                metrics |= validate(self.model, self.val_batches, self.world)
+                metrics |= validate(self.model, self.val_batches, self.distributed)
             log.log(step, metrics)
             asked = step < self.steps and [name for name in NAMES if counts[name]]
             if asked or self._due(step, settings.save_checkpoint_steps):
                 self.checkpoints.save(step, self._manifest(self.train_batches.position))
             if asked:
                 self.checkpoints.wait()
-                self._say(
+                self.print_main(
                     f"stopped by {asked[0]} after {step} of {self.steps} steps; the same command goes on from here"
                 )
                 if asked[0] != "SIGUSR1":
@@ -173,7 +175,7 @@ class FSDPSFTTrainer:
         """
         lr = self.lr_at(step - 1)
         set_lr(self.optimizer, lr)
-        tally, losses, grad_norm = Tally(self.world), [], 0.0
+        tally, losses, grad_norm = Tally(self.distributed), [], 0.0
         norm = counts["norm"]
         micro_batches = self.annealing(micro_batches, step)
         if counts["masked"]:
@@ -222,16 +224,16 @@ class FSDPSFTTrainer:
             "failed_saves": self.checkpoints.poll(),
             **self.interruption.received,
         }
-        return dict(zip(counts, self.world.sum(*counts.values()), strict=True))
+        return dict(zip(counts, self.distributed.sum(*counts.values()), strict=True))
 
-    def compute_loss(self, batch: Batch, norm: float) -> Restored:
+    def compute_loss(self, batch: Batch, norm: float) -> LossOutput:
         """A micro-batch's part of the loss, Σ weight·nll / norm, and what the model makes of the masked tokens.
 
         Args:
             batch: x_t [B, L], input_ids (x_0) [B, L], masked [B, L], weights [B, L], attention_mask, position_ids.
             norm: the denominator of the whole optimizer step.
         """
-        restored = forward(self.model, batch, self.world, focal_of(self.config.diffusion))
+        restored = forward(self.model, batch, self.distributed, focal_of(self.config.diffusion))
         return restored._replace(loss=restored.loss / norm)
 
     def _clip(self) -> float:
@@ -250,19 +252,19 @@ class FSDPSFTTrainer:
         before = path_of(checkpoints, step - 1)
         self.optimizer.zero_grad()
         self.checkpoints.wait()
-        if not self.world.on_main(before.exists):
+        if not self.distributed.on_main(before.exists):
             self.checkpoints.save(step - 1, self._manifest(self.train_batches.before))
             self.checkpoints.wait()
         failed = FailedStep(
             step=step,
-            rank=self.world.rank,
+            rank=self.distributed.rank,
             norm=norm,
-            dtype=compute_dtype(self.config, self.world.device),
+            dtype=compute_dtype(self.config, self.distributed.device),
             micro_batches=micro_batches,
             config=to_dict(self.config),
             checkpoint=str(before),
         )
-        places = keep(failed, losses, self.output_dir / "nonfinite", self.world)
+        places = keep(failed, losses, self.output_dir / "nonfinite", self.distributed)
         self.nonfinite_steps += 1
         message = (
             f"step {step}: the loss or its gradient is not finite (gradient norm {grad_norm}), the step was not "
@@ -272,7 +274,7 @@ class FSDPSFTTrainer:
             raise FloatingPointError(f"{message}. Then lower optim.lr, check these rows, or set trainer.nonfinite=skip")
         if self.nonfinite_steps > settings.max_nonfinite_steps:
             raise FloatingPointError(f"{message}. More than trainer.max_nonfinite_steps={settings.max_nonfinite_steps}")
-        self._say(message)
+        self.print_main(message)
 
     def _due(self, step: int, interval: int | None) -> bool:
         return step == self.steps or (interval is not None and step % interval == 0)
@@ -284,23 +286,23 @@ class FSDPSFTTrainer:
             Steps done, 0 without a checkpoint; and the broken checkpoints of the run, each with the reason.
         """
         directory = self.output_dir / "checkpoints"
-        path, skipped = find_checkpoint(directory, self.config.trainer.resume, self.world)
-        self._say(*(f"skipped {broken}: {reason}" for broken, reason in skipped.items()))
+        path, skipped = find_checkpoint(directory, self.config.trainer.resume, self.distributed)
+        self.print_main(*(f"skipped {broken}: {reason}" for broken, reason in skipped.items()))
         if path is None:
             return 0, skipped
-        self.world.on_main(lambda: self.identity.check(path))
+        self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
         self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
         if self.config.data.streaming:
             self.train_batches.position = Position(**manifest["stream"])
-        self._say(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
+        self.print_main(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         if manifest["step"] >= self.steps:
-            self._say("no step is left; the model is exported again")
+            self.print_main("no step is left; the model is exported again")
         return manifest["step"], skipped
 
     def _manifest(self, position: Position | None) -> dict[str, Any]:
         return self.identity.manifest(
-            ranks=self.world.size,
+            ranks=self.distributed.size,
             skipped_steps=self.skipped_steps,
             nonfinite_steps=self.nonfinite_steps,
             stream=position and position.to_dict(),
@@ -309,7 +311,7 @@ class FSDPSFTTrainer:
     def export(self, directory: Path) -> None:
         """Write the model and its tokenizer in the published format. Collective."""
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if self.world.is_main:
+        if self.distributed.is_main:
             with whole_directory(directory, replace=True) as unfinished:
                 self.model.save_pretrained(unfinished, merge_lora(full, self.config.model), self.tokenizer)
 
@@ -318,11 +320,11 @@ class FSDPSFTTrainer:
         report = self.train_batches.report
         if not report.read:
             return
-        self._say(report.text())
-        if self.world.is_main:
+        self.print_main(report.text())
+        if self.distributed.is_main:
             save([report, *(report for _, report in self.rows.values())], self.output_dir, extend=done > 0)
 
-    def _say(self, *lines: str) -> None:
-        if self.world.is_main:
+    def print_main(self, *lines: str) -> None:
+        if self.distributed.is_main:
             for line in lines:
                 print(printable(line), flush=True)

@@ -8,8 +8,8 @@ from typing import Any
 from data import StreamedBatches, TrainBatches
 from trainer.checkpoint import find_newest
 from trainer.config import Config, differences, to_dict
+from trainer.distributed import Distributed
 from trainer.manifest import candidates, check_version, check_whole, read_manifest
-from trainer.world import World
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Identity:
 
     @classmethod
     def of(cls, config: Config, batches: TrainBatches | StreamedBatches, vocabulary: int) -> "Identity":
-        return cls(config, batches.share.global_batch_size, *batches.identity(), vocabulary)
+        return cls(config, batches.layout.global_batch_size, *batches.identity(), vocabulary)
 
     def manifest(self, **progress: Any) -> dict[str, Any]:
         """What goes into checkpoint.json."""
@@ -50,15 +50,15 @@ class Identity:
             )
 
 
-def find_checkpoint(directory: Path, resume: str, world: World) -> tuple[Path | None, dict[Path, str]]:
+def find_checkpoint(directory: Path, resume: str, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint that `trainer.resume` names, None if there is none, and what was skipped and why. Collective.
 
     Raises:
         ValueError: it names none, would branch off inside the run that `directory` holds, or none there is whole.
     """
-    newest, skipped = find_newest(directory, world)
+    newest, skipped = find_newest(directory, distributed)
     if resume == "auto":
-        if newest is None and world.on_main(lambda: candidates(directory)):
+        if newest is None and distributed.on_main(lambda: candidates(directory)):
             reasons = "".join(f"\n{path}: {reason}" for path, reason in skipped.items())
             raise ValueError(
                 f"{directory} holds checkpoints, but none that is whole: restore one, or train anew with "
@@ -73,7 +73,7 @@ def find_checkpoint(directory: Path, resume: str, world: World) -> tuple[Path | 
     if resume == "never":
         return None, skipped
     try:
-        world.on_main(lambda: check_whole(Path(resume)))
+        distributed.on_main(lambda: check_whole(Path(resume)))
     except ValueError as error:
         raise ValueError(f"trainer.resume={resume}: {error}") from error
     return Path(resume), skipped

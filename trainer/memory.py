@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Share
+from data import BatchLayout
 from diffllm import DiffLLM
 from trainer.build import compute_dtype, frozen_dtype
-from trainer.config import Config, share_of
-from trainer.world import World
+from trainer.config import Config, batch_layout
+from trainer.distributed import Distributed
 
 GIB = 2**30
 
@@ -49,32 +49,33 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     )
 
 
-def whole_gradients(model: DiffLLM, config: Config, share: Share) -> int:
+def whole_gradients(model: DiffLLM, config: Config, layout: BatchLayout) -> int:
     """Bytes of all gradients, which every rank adds up in float32 where they are reduced only once a step."""
-    if config.trainer.reduce_each_micro_batch or share.micro_batches == 1:
+    if config.trainer.reduce_each_micro_batch or layout.micro_batches == 1:
         return 0
     return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def check_fits(model: DiffLLM, config: Config, world: World) -> None:
+def check_fits(model: DiffLLM, config: Config, distributed: Distributed) -> None:
     """Refuse a run whose state alone is more than a rank's memory.
 
     Raises:
         ValueError: naming both and what helps.
     """
-    device = torch.device("cpu") if config.trainer.cpu_offload else world.device
-    state = state_memory(model, config, world.size, world.device)
+    device = torch.device("cpu") if config.trainer.cpu_offload else distributed.device
+    state = state_memory(model, config, distributed.size, distributed.device)
     needed = state.total
     if config.trainer.cpu_offload:  # what ranks gather and add up stays on the GPU
         needed -= state.gathered
     else:
-        whole = whole_gradients(model, config, share_of(config.data, world.rank, world.size))
+        whole = whole_gradients(model, config, batch_layout(config.data, distributed.rank, distributed.size))
         needed += max(0, whole - state.gradients)
     available = device_memory(device)
     if needed > available:
         raise ValueError(
-            f"ranks={world.size}: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each rank, which has "
-            f"{available / GIB:.1f}. Use more ranks, model.lora_rank, optim.name=adamw_8bit or trainer.cpu_offload=true"
+            f"ranks={distributed.size}: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each rank, "
+            f"which has {available / GIB:.1f}. Use more ranks, model.lora_rank, optim.name=adamw_8bit or "
+            "trainer.cpu_offload=true"
         )
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.storage import AppendedRecords, read_records, whole_file
 from data.terminal import printable
 from trainer.config import TrainerConfig
-from trainer.world import World
+from trainer.distributed import Distributed
 
 WANDB_SECONDS = 20  # that wandb has to answer when a run starts
 FINISH_SECONDS = 4  # that wandb has to finish a run that failed
@@ -45,10 +45,12 @@ class MetricsLog:
         ValueError: a broken metrics.jsonl, or wandb that cannot be reached.
     """
 
-    def __init__(self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, world: World):
+    def __init__(
+        self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, distributed: Distributed
+    ):
         self._file = self._bar = self._wandb = None
-        world.on_main(lambda: self._open(config, settings, done))
-        if world.is_main and "console" in config.logger:
+        distributed.on_main(lambda: self._open(config, settings, done))
+        if distributed.is_main and "console" in config.logger:
             self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True)
 
     def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from data.storage import whole_file
-from trainer.world import World
+from trainer.distributed import Distributed
 
 
 @dataclass
@@ -50,7 +50,7 @@ class FailedStep:
         return cls(**content)
 
 
-def keep(failed: FailedStep, losses: list[Tensor], directory: Path, world: World) -> str:
+def keep(failed: FailedStep, losses: list[Tensor], directory: Path, distributed: Distributed) -> str:
     """Write the micro-batches to blame, each rank its own. Collective.
 
     Args:
@@ -61,10 +61,10 @@ def keep(failed: FailedStep, losses: list[Tensor], directory: Path, world: World
         The ranks, sample indices and files.
     """
     bad = [batch for batch, loss in zip(failed.micro_batches, losses, strict=True) if not loss.isfinite()]
-    if any(world.gather(bool(bad))):
+    if any(distributed.gather(bool(bad))):
         failed.micro_batches = bad
     place = None
     if failed.micro_batches:
         samples = [index for batch in failed.micro_batches for index in batch["sample_index"].tolist()]
-        place = f"rank {world.rank}, samples {samples}: {failed.write(directory)}"
-    return "; ".join(place for place in world.gather(place) if place)
+        place = f"rank {distributed.rank}, samples {samples}: {failed.write(directory)}"
+    return "; ".join(place for place in distributed.gather(place) if place)

@@ -21,13 +21,13 @@ from diffllm.lora import base_name
 from diffllm.sources import readable
 from trainer.build import compute_dtype
 from trainer.config import Config
-from trainer.world import World
+from trainer.distributed import Distributed
 
 # What selective recomputation keeps: the results of these cost more time than memory.
 KEPT_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "flash_attn::")
 
 
-def shard(model: DiffLLM, world: World, config: Config) -> None:
+def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
     """Split the model over all ranks with FSDP2, layer by layer; gradients are summed, never averaged.
 
     With `trainer.replicate` > 1 there are that many copies, each split over its own ranks (HSDP). In bf16 the forward
@@ -41,15 +41,15 @@ def shard(model: DiffLLM, world: World, config: Config) -> None:
     recompute_activations(model, config.model)
     layers = model.lm.get_decoder().layers
     policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype(config, world.device),
+        param_dtype=compute_dtype(config, distributed.device),
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the weights of the loss stay float32; states follow the embedding
     )
     split = partial(
         fully_shard,
-        mesh=build_mesh(world, settings.replicate),
+        mesh=build_mesh(distributed, settings.replicate),
         mp_policy=policy,
-        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        offload_policy=CPUOffloadPolicy(pin_memory=distributed.device.type == "cuda")
         if settings.cpu_offload
         else OffloadPolicy(),
     )
@@ -62,30 +62,30 @@ def shard(model: DiffLLM, world: World, config: Config) -> None:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
 
-    home = torch.device("cpu") if settings.cpu_offload else world.device
+    home = torch.device("cpu") if settings.cpu_offload else distributed.device
     empty = any(parameter.is_meta for parameter in model.parameters())
     model._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(home))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(world.device))
+            setattr(module, name, buffer.to(distributed.device))
     if empty:
         model.lm.tie_weights()
         read_weights(model, config.model.path)
     model.train()
 
 
-def build_mesh(world: World, replicate: int) -> DeviceMesh:
+def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:
     """All ranks in one dimension, or in copies × shards.
 
     Raises:
         ValueError: the copies do not divide the ranks.
     """
-    if world.size % replicate:
-        raise ValueError(f"trainer.replicate={replicate}: must divide the {world.size} ranks")
+    if distributed.size % replicate:
+        raise ValueError(f"trainer.replicate={replicate}: must divide the {distributed.size} ranks")
     if replicate == 1:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    shape = (replicate, world.size // replicate)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(distributed.device.type, (distributed.size,), mesh_dim_names=("shard",))
+    shape = (replicate, distributed.size // replicate)
+    return init_device_mesh(distributed.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def recompute_activations(model: DiffLLM, config: ModelConfig) -> None:

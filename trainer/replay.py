@@ -11,11 +11,11 @@ from data.terminal import ending_in_one_line
 from diffllm import DiffLLM
 from diffllm.loss import focal_of
 from trainer.config import Config, resolve
+from trainer.distributed import Distributed
 from trainer.export import load_trained
 from trainer.forward import forward
 from trainer.manifest import check_whole
 from trainer.nonfinite import FailedStep
-from trainer.world import World
 
 
 def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]:
@@ -44,7 +44,7 @@ def _rows(batch: Batch) -> list[Batch]:
 
 def _run(model: DiffLLM, row: Batch, norm: float, config: Config) -> dict[str, float]:
     model.zero_grad()
-    restored = forward(model, row, World(0, 1, torch.device("cpu")), focal_of(config.diffusion))
+    restored = forward(model, row, Distributed(0, 1, torch.device("cpu")), focal_of(config.diffusion))
     loss = restored.loss / norm
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

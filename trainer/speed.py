@@ -6,7 +6,7 @@ import time
 import torch
 
 from diffllm import DiffLLM
-from trainer.world import World
+from trainer.distributed import Distributed
 
 # Dense bf16 TFLOP/s of the data sheets, by a part of the device's name.
 DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
@@ -15,10 +15,10 @@ DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 
 class Speed:
     """Turns the counts of a step and its duration into the `perf/` metrics."""
 
-    def __init__(self, model: DiffLLM, world: World, dtype: torch.dtype, peak_tflops: float | None):
+    def __init__(self, model: DiffLLM, distributed: Distributed, dtype: torch.dtype, peak_tflops: float | None):
         config = model.lm.config
-        self.world = world
-        self.peak = peak_tflops or _data_sheet(world.device, dtype) or measured_tflops(world.device, dtype)
+        self.distributed = distributed
+        self.peak = peak_tflops or _data_sheet(distributed.device, dtype) or measured_tflops(distributed.device, dtype)
         self.per_token = sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
         self.per_masked = _flops(model.lm.lm_head.weight)
         # Scores and sums of values, two products of 2·L²·D forward and twice that backward, in every layer.
@@ -42,9 +42,9 @@ class Speed:
         return {
             "perf/tokens_per_second": counts["row_tokens"] / seconds,
             "perf/step_seconds": seconds,
-            "perf/mfu": flops / seconds / (self.peak * 1e12 * self.world.size),
+            "perf/mfu": flops / seconds / (self.peak * 1e12 * self.distributed.size),
             "perf/data_wait": waited / seconds,
-            "perf/memory_gib": _peak_memory(self.world.device) / 2**30,
+            "perf/memory_gib": _peak_memory(self.distributed.device) / 2**30,
         }
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 
 from data.loader import Batch
-from diffllm.modeling_diffllm import Restored
-from trainer.world import World
+from diffllm.modeling_diffllm import LossOutput
+from trainer.distributed import Distributed
 
 T_BUCKETS = 4
 
@@ -14,13 +14,13 @@ T_BUCKETS = 4
 class Tally:
     """Collects what the model makes of batches; their sums over all ranks become metrics."""
 
-    def __init__(self, world: World):
-        self.world = world
-        self.sums = torch.zeros(4 + 2 * T_BUCKETS, dtype=torch.float64, device=world.device)
+    def __init__(self, distributed: Distributed):
+        self.distributed = distributed
+        self.sums = torch.zeros(4 + 2 * T_BUCKETS, dtype=torch.float64, device=distributed.device)
 
-    def add(self, batch: Batch, restored: Restored, loss: torch.Tensor | float = 0.0) -> None:
+    def add(self, batch: Batch, restored: LossOutput, loss: torch.Tensor | float = 0.0) -> None:
         """Count a batch; nothing waits for the device."""
-        masked, device = batch["masked"], self.world.device
+        masked, device = batch["masked"], self.distributed.device
         per_row = torch.stack([batch["t"], batch["importance"]], dim=-1)[:, None].expand(*masked.shape, 2)
         t, weight = per_row[masked].to(device, non_blocking=True).double().unbind(-1)
         nll = restored.nll * weight
@@ -43,7 +43,7 @@ class Tally:
             masked_accuracy: share of the masked tokens whose most likely token is the clean one.
             nll_t_A_B: mean nll of the masked tokens of rows with t in [A, B); left out where no token is.
         """
-        loss, weighted, tokens, correct, *by_bucket = self.world.sum(*self.sums)
+        loss, weighted, tokens, correct, *by_bucket = self.distributed.sum(*self.sums)
         nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]
         elbo = weighted / max(tokens, 1)
         return {

@@ -6,18 +6,18 @@ import torch
 
 from data.loader import Batch
 from diffllm import DiffLLM
+from trainer.distributed import Distributed
 from trainer.forward import forward
 from trainer.tally import Tally
-from trainer.world import World
 
 
 @torch.no_grad()
-def validate(model: DiffLLM, batches: Iterable[Batch], world: World) -> dict[str, float]:
+def validate(model: DiffLLM, batches: Iterable[Batch], distributed: Distributed) -> dict[str, float]:
     """Metrics of `Tally` over all validation rows of all ranks. Collective."""
     model.eval()
-    tally = Tally(world)
+    tally = Tally(distributed)
     for batch in batches:
-        tally.add(batch, forward(model, batch, world))
+        tally.add(batch, forward(model, batch, distributed))
     model.reshard()
     model.train()
     metrics = tally.metrics("val")

@@ -16,8 +16,8 @@ from diffllm import ModelConfig
 from trainer.build import build_model, build_optimizer
 from trainer.checkpoint import Checkpoints, TrainingState
 from trainer.config import Config
+from trainer.distributed import Distributed, init_distributed
 from trainer.parallel import shard
-from trainer.world import World, open_world
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 12}
 
@@ -39,12 +39,12 @@ def stall(checkpoints: Checkpoints, step: int, state: TrainingState) -> float:
     return stood
 
 
-def measure(directory: Path, world: World) -> tuple[float, float, float]:
+def measure(directory: Path, distributed: Distributed) -> tuple[float, float, float]:
     """Medians of the stalls, blocking and in the background, and the size of a checkpoint in bytes."""
     config = Config(model=ModelConfig(**SHAPE, num_key_value_heads=12))
     model, _ = build_model(config.model)
-    shard(model, world, config)
-    state = TrainingState(model, build_optimizer(model.parameters(), config.optim), world)
+    shard(model, distributed, config)
+    state = TrainingState(model, build_optimizer(model.parameters(), config.optim), distributed)
     medians = []
     for asynchronous in (False, True):
         checkpoints = Checkpoints(directory / f"{asynchronous}", state, keep=1, asynchronous=asynchronous)
@@ -58,9 +58,9 @@ def measure(directory: Path, world: World) -> tuple[float, float, float]:
 def main() -> None:
     with (
         tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as directory,
-        open_world() as world,
+        init_distributed() as distributed,
     ):
-        blocking, background, size = measure(Path(directory), world)
+        blocking, background, size = measure(Path(directory), distributed)
     print(
         f"checkpoint of {size / 2**20:,.0f} MiB: the trainer stands still {blocking:.2f} s for a blocking save, "
         f"{background:.3f} s for one in the background, {background / blocking:.1%} of it"

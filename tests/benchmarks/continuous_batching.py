@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffllm import DiffLLM, ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
-from sampling import Canvas, Filling, SamplingConfig, Tokens, fill, trim
+from sampling import Canvas, RowState, SamplingConfig, Tokens, fill, trim
 from sampling.batch import Batch
 from tests.benchmarks.measure import median_seconds
 
@@ -60,7 +60,7 @@ def make_canvases(mask: int) -> list[Canvas]:
 
 def continuous(model: Ending, canvases: Sequence[Canvas], special: Tokens) -> Iterator[list[int]]:
     """Responses before their end, in the order of the canvases."""
-    rows = sorted(fill(model, canvases, CONFIG, special), key=lambda row: row.canvas.name)
+    rows = sorted(fill(model, canvases, CONFIG, special), key=lambda row: row.canvas.row_id)
     return (trim(row.tokens[row.canvas.prompt_length :], special.eos) for row in rows)
 
 
@@ -68,7 +68,7 @@ def fixed(model: Ending, canvases: Sequence[Canvas], special: Tokens) -> Iterato
     """The same, in batches that stay together until all their rows have ended."""
     config = replace(CONFIG, stop_at_eos=False)
     for start in range(0, len(canvases), config.batch_size):
-        rows = [Filling(canvas, config, special) for canvas in canvases[start : start + config.batch_size]]
+        rows = [RowState(canvas, config, special) for canvas in canvases[start : start + config.batch_size]]
         batch = Batch(model, config, special)
         batch.arrange(rows)
         while not all(special.mask not in response_of(row) for row in rows):
@@ -78,7 +78,7 @@ def fixed(model: Ending, canvases: Sequence[Canvas], special: Tokens) -> Iterato
         yield from map(response_of, rows)
 
 
-def response_of(row: Filling) -> list[int]:
+def response_of(row: RowState) -> list[int]:
     return trim(row.tokens[row.canvas.prompt_length :].tolist(), row.special.eos)
 
 

@@ -82,7 +82,7 @@ class Questions:
     def ours(self, **settings) -> list[tuple[str, int, int]]:
         """Text, tokens and forwards of every answer."""
         config = SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE, **settings)
-        responses = sorted(generate(self.model, self.tokenizer, self.prompts, config), key=lambda each: each.name)
+        responses = sorted(generate(self.model, self.tokenizer, self.prompts, config), key=lambda each: each.row_id)
         return [(each.text, round(each.tokens_per_forward * each.nfe), each.nfe) for each in responses]
 
     def published(self) -> list[tuple[str, int, int]]:

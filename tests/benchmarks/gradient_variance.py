@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import DataConfig, Share, TokenRows, TrainBatches, rows_of
+from data import BatchLayout, DataConfig, TokenRows, TrainBatches, rows_of
 from data.equations import train_rows
 from data.loader import Batch
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, new_model
@@ -53,10 +53,10 @@ def gradient(model: DiffLLM, batch: Batch, loss_norm: str) -> Tensor:
 
 def draw_gradients(model: DiffLLM, config: DiffusionConfig, rows: TokenRows, draws: int, twice: bool = False) -> Tensor:
     """[draws, parameters] gradients of as many steps."""
-    share = Share(rank=0, ranks=1, micro_batch_size=ROWS // 2 if twice else ROWS, micro_batches=1)
+    layout = BatchLayout(rank=0, ranks=1, micro_batch_size=ROWS // 2 if twice else ROWS, micro_batches=1)
     noise = ForwardProcess(config, model.mask_token_id, seed=1)
     data = DataConfig(perbatch_cutoff_type="min_pad")
-    batches = TrainBatches(rows, data, share, model.eos_token_id, noise, seed=1)
+    batches = TrainBatches(rows, data, layout, model.eos_token_id, noise, seed=1)
     gradients = []
     for step in range(draws):
         [batch] = batches[step]
@@ -66,9 +66,9 @@ def draw_gradients(model: DiffLLM, config: DiffusionConfig, rows: TokenRows, dra
 
 
 def train(model: DiffLLM, rows: TokenRows, steps: int) -> None:
-    share = Share(rank=0, ranks=1, micro_batch_size=ROWS, micro_batches=1)
+    layout = BatchLayout(rank=0, ranks=1, micro_batch_size=ROWS, micro_batches=1)
     noise = ForwardProcess(DiffusionConfig(), model.mask_token_id, seed=0)
-    batches = TrainBatches(rows, DataConfig(), share, model.eos_token_id, noise, seed=0)
+    batches = TrainBatches(rows, DataConfig(), layout, model.eos_token_id, noise, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         gradient(model, batches[step][0], "maskable")

@@ -6,7 +6,7 @@ micro-batches of 8. Prints the share of positions that are padding, and of the r
 
 import numpy as np
 
-from data import DataConfig, Share, TokenRows, TrainBatches
+from data import BatchLayout, DataConfig, TokenRows, TrainBatches
 from data.config import CUTOFFS
 
 EOS = 0
@@ -22,7 +22,7 @@ def make_rows(rows: int = 1000) -> TokenRows:
 
 def shares(rows: TokenRows, config: DataConfig) -> tuple[float, float]:
     """Of one epoch: padding among the positions, and tokens that were cut off."""
-    train = TrainBatches(rows, config, Share(0, 1, 8, 4), EOS, lambda batch, *_: batch, seed=0)
+    train = TrainBatches(rows, config, BatchLayout(0, 1, 8, 4), EOS, lambda batch, *_: batch, seed=0)
     batches = [batch for step in range(train.steps_per_epoch) for batch in train[step]]
     positions = sum(batch["input_ids"].numel() for batch in batches)
     kept = sum(int(batch["row_tokens"].sum()) for batch in batches)

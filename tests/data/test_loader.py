@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from data import DataConfig, Share, TokenRows, TrainBatches, ValBatches
+from data import BatchLayout, DataConfig, TokenRows, TrainBatches, ValBatches
 from data.cutoff import assemble, response_widths
 from data.loader import each, follow_rank, mix
 from data.tokens import SCHEMA
@@ -43,7 +43,7 @@ def no_noise(batch, epoch, batch_size):
 def batches(ranks=1, micro=4, accumulation=1, rows=ROWS, **settings):
     config = DataConfig(num_workers=0, max_length=16, **settings)
     return [
-        TrainBatches(rows, config, Share(rank, ranks, micro, accumulation), EOS, no_noise, seed=7)
+        TrainBatches(rows, config, BatchLayout(rank, ranks, micro, accumulation), EOS, no_noise, seed=7)
         for rank in range(ranks)
     ]
 
@@ -170,8 +170,8 @@ def test_a_cut_can_fall_into_the_prompt():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_visits_every_row_once_on_equally_many_batches(ranks):
-    shares = [Share(rank, ranks, 2, 1) for rank in range(ranks)]
-    per_rank = [list(ValBatches(ROWS, share, EOS, no_noise)) for share in shares]
+    layouts = [BatchLayout(rank, ranks, 2, 1) for rank in range(ranks)]
+    per_rank = [list(ValBatches(ROWS, layout, EOS, no_noise)) for layout in layouts]
     assert len({len(batches) for batches in per_rank}) == 1
     counted = [
         int(sample)
@@ -237,7 +237,7 @@ class TestMixture:
         rows = make_rows([3] * 10, [4] * 10)
         table = rows.table.set_column(PLACE["source"], "source", pa.array([0] * 3 + [1] * 7, pa.int32()))
         config = DataConfig(num_workers=0, max_length=16, train_files=["a", "b"], mixture=[4, 1])
-        return TrainBatches(TokenRows(table), config, Share(0, 1, 5, 1), EOS, no_noise, seed=1)
+        return TrainBatches(TokenRows(table), config, BatchLayout(0, 1, 5, 1), EOS, no_noise, seed=1)
 
     def test_an_epoch_has_each_file_by_its_weight(self, layout):
         for epoch in range(3):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, Share, StreamedBatches
+from data import BatchLayout, DataConfig, StreamedBatches
 from data.stream import Position
 from diffllm import DiffusionConfig, ForwardProcess
 from tests.trainer.runs import losses, metrics, train, weights
@@ -38,11 +38,11 @@ def settings(**changes):
 
 @pytest.fixture
 def stream(files, tokenizer):
-    def stream(share=None, workers=0, **changes):
-        share = share or Share(0, 1, 4, 1)
+    def stream(layout=None, workers=0, **changes):
+        layout = layout or BatchLayout(0, 1, 4, 1)
         config = DataConfig(train_files=files, max_length=64, num_workers=workers, **settings(**changes))
         noise = ForwardProcess(DiffusionConfig(), tokenizer.mask_token_id, seed=0)
-        return StreamedBatches(files, config, tokenizer, share, noise, seed=0)
+        return StreamedBatches(files, config, tokenizer, layout, noise, seed=0)
 
     return stream
 
@@ -86,7 +86,7 @@ def test_ranks_and_micro_batches_share_the_same_batch(stream):
         return rows
 
     alone = by_slot([stream()])
-    assert by_slot([stream(Share(rank, 2, 1, 2)) for rank in range(2)]) == alone
+    assert by_slot([stream(BatchLayout(rank, 2, 1, 2)) for rank in range(2)]) == alone
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -11,7 +11,7 @@ from data.terminal import printable
 from launch import chat as chat_module
 from launch.chat import Chat, chat
 from launch.generate import generate
-from sampling import Filling, SamplingConfig, fill
+from sampling import RowState, SamplingConfig, fill
 from tests.conftest import small_shape
 from trainer.config import Config
 
@@ -162,7 +162,7 @@ def test_ctrl_c_ends_a_response_and_not_the_chat(talk, monkeypatch):
     def interrupted(model, canvases, config, special, on_step):
         steps = 0
 
-        def press(row: Filling) -> None:
+        def press(row: RowState) -> None:
             nonlocal steps
             on_step(row)
             steps += 1

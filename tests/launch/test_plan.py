@@ -16,7 +16,7 @@ from launch.cli import CONF
 from launch.plan import largest_micro_batch, memory_table, meta_model, read_arguments
 from tests.benchmarks.measure import peak_bytes
 from tests.conftest import GOLDEN, small_shape
-from trainer.config import Config, share_of
+from trainer.config import Config, batch_layout
 from trainer.parallel import recompute_activations
 
 COMMAND = ["model=dream_7b", "gpus=8", "gpu_memory=80", "data.max_length=2048", "data.micro_batch_size_per_gpu=4"]
@@ -191,31 +191,31 @@ def test_mistakes_end_in_one_error(run, arguments, words):
 def meta():
     config = Config(model=small_shape(hidden_size=256, num_hidden_layers=8, vocab_size=70_000))
     with torch.device("meta"):
-        return new_model(config.model, builtin_tokenizer()), config, share_of(config.data, 0, 4)
+        return new_model(config.model, builtin_tokenizer()), config, batch_layout(config.data, 0, 4)
 
 
 def test_the_largest_micro_batch_fits(meta):
-    model, config, share = meta
+    model, config, layout = meta
     usable = 8 * 2**30
-    largest = largest_micro_batch(model, config, share, usable)
+    largest = largest_micro_batch(model, config, layout, usable)
     fitting, beyond = (
-        max(memory_table(model, config, replace(share, micro_batch_size=rows))["total"])
+        max(memory_table(model, config, replace(layout, micro_batch_size=rows))["total"])
         for rows in (largest, round(1.1 * largest))
     )
     assert fitting <= usable < beyond
-    assert largest_micro_batch(model, config, share, 1000) == 0
+    assert largest_micro_batch(model, config, layout, 1000) == 0
 
 
 def test_settings_move_memory(meta):
-    model, config, share = meta
-    plain = memory_table(model, config, share)
+    model, config, layout = meta
+    plain = memory_table(model, config, layout)
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     for reduced, gradients in ((True, whole // 4), (False, whole)):
         config.trainer.reduce_each_micro_batch = reduced
-        assert memory_table(model, config, replace(share, micro_batches=2))["gradients"][0] == gradients
+        assert memory_table(model, config, replace(layout, micro_batches=2))["gradients"][0] == gradients
     model.lm.set_attn_implementation("eager")
-    assert memory_table(model, config, share)["activations"][0] > 2 * plain["activations"][0]  # keeps L×L scores
+    assert memory_table(model, config, layout)["activations"][0] > 2 * plain["activations"][0]  # keeps L×L scores
     config.model.enable_gradient_checkpointing = True
-    assert memory_table(model, config, share)["activations"][0] < plain["activations"][0] / 4
+    assert memory_table(model, config, layout)["activations"][0] < plain["activations"][0] / 4
     config.trainer.cpu_offload = True
-    assert memory_table(model, config, share)["optimizer"] == (0, 0, 0, 0)
+    assert memory_table(model, config, layout)["optimizer"] == (0, 0, 0, 0)

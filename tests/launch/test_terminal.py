@@ -164,5 +164,5 @@ def test_reports_and_progress(capsys, text):
     report = Report(text, read=3, kept=1, sources={f"{text}.jsonl": 1, "b": 0})
     report.drop(text, f"{text}:1")
     assert_shown(text, report.text())
-    FSDPSFTTrainer._say(SimpleNamespace(world=SimpleNamespace(is_main=True)), f"resumed from {text}")
+    FSDPSFTTrainer.print_main(SimpleNamespace(distributed=SimpleNamespace(is_main=True)), f"resumed from {text}")
     assert_shown(text, capsys.readouterr().out)

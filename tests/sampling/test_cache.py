@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from diffllm import DiffLLM, new_model
 from sampling import Canvas, SamplingConfig, fill
 from sampling.cache import computed
-from sampling.filling import Filling, Step
+from sampling.row_state import RowState, Step
 from tests.conftest import small_shape
 
 CACHES = ["prefix", "dual", "delayed"]
@@ -25,7 +25,7 @@ def fill_rows(model, rows, history=True, **changes):
     config = SamplingConfig(**{"steps": 6, "stop_at_eos": False, **changes})
     mask = model.mask_token_id
     canvases = [Canvas.after(prompt, new, mask, name) for name, (prompt, new) in enumerate(rows)]
-    filled = {row.canvas.name: row for row in fill(model, canvases, config, model.special_tokens, history=history)}
+    filled = {row.canvas.row_id: row for row in fill(model, canvases, config, model.special_tokens, history=history)}
     return [filled[name] for name in range(len(rows))]
 
 
@@ -56,7 +56,7 @@ def test_a_cache_that_is_not_refreshed_is_used(model):
 def test_what_is_masked_again_in_a_finished_block_is_computed_again(model):
     config = SamplingConfig(steps=16, block_length=4, remask=0.9, transfer="even", cache="dual", stop_at_eos=False)
     mask = model.mask_token_id
-    row = Filling(Canvas.after([5, 6], 8, mask), config, model.special_tokens)
+    row = RowState(Canvas.after([5, 6], 8, mask), config, model.special_tokens)
     row.tokens[2:6], row.changed[3] = 40, True
     row.step = Step(8, 6, 10, False, 1)
     assert np.flatnonzero(computed(row)).tolist() == [2, 3, 5, 6, 7, 8, 9]

@@ -2,14 +2,14 @@
 
 from sampling import Canvas, SamplingConfig, left_pad, trim
 from sampling.batch import Batch
-from sampling.filling import Filling
+from sampling.row_state import RowState
 from tests.sampling.models import MASK, SPECIAL, MockDenoiser
 
 
 def batch_of(*canvases):
     config = SamplingConfig()
     batch = Batch(MockDenoiser(), config, SPECIAL)
-    batch.arrange([Filling(canvas, config, SPECIAL) for canvas in canvases])
+    batch.arrange([RowState(canvas, config, SPECIAL) for canvas in canvases])
     return batch
 
 

@@ -11,7 +11,7 @@ from sampling import SamplingConfig, Template, Tokens, infill, infill_templates,
 from sampling.config import CACHES, SCHEDULED
 from tests.conftest import ROOT, small_shape
 
-SOURCE = (ROOT / "sampling/transfer.py").read_text()
+SOURCE = (ROOT / "sampling/schedule.py").read_text()
 START = SOURCE.index("    if step == steps - 1:")
 FUNCTION = SOURCE[START : SOURCE.index("@lru_cache")]
 
@@ -85,7 +85,7 @@ def test_a_line_does_not_depend_on_the_others(lines, tokenizer):
     for name in (0, len(texts) - 1):
         before, _, after = texts[name]
         length = filled[name].length
-        assert infill(model, tokenizer, before, after, length, config, model.special_tokens, name=name) == filled[name]
+        assert infill(model, tokenizer, before, after, length, config, model.special_tokens, row_id=name) == filled[name]
 
 
 @pytest.mark.parametrize("changes", [{"transfer": transfer} for transfer in SCHEDULED] + [
@@ -161,11 +161,11 @@ def test_one_of_several_slots_may_be_of_unknown_length(tokenizer, special):
 
 def test_a_template_becomes_a_canvas(tokenizer):
     mask = tokenizer.mask_token_id
-    [canvas] = Template.parse("12 <|mask:2|>, é<|mask:1|>").canvases(tokenizer, mask, name=7)
+    [canvas] = Template.parse("12 <|mask:2|>, é<|mask:1|>").canvases(tokenizer, mask, row_id=7)
     assert canvas.tokens == [*ids(tokenizer, "12 "), mask, mask, *ids(tokenizer, ", é"), mask]
     assert canvas.prompt_length == canvas.slots[0].start == 2
     assert canvas.slots == (range(2, 4), range(8, 9))
-    assert canvas.name == 7
+    assert canvas.row_id == 7
     lengths = [len(canvas.tokens) for canvas in Template.parse("<|mask:4-6|>").canvases(tokenizer, mask)]
     assert lengths == [4, 5, 6]
 

@@ -15,17 +15,17 @@ import launch.answers  # noqa: F401 — for the processes of start_ranks
 from diffllm import loss
 from trainer.checkpoint import find_newest
 from trainer.config import Config
+from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import MANIFEST, read_manifest, write_manifest
-from trainer.world import open_world
 
 multiprocessing.set_forkserver_preload(["tests.trainer.runs"])
 
 
 def train(config: Config) -> Path:
     """Run in this process, as one rank."""
-    with open_world() as world:
-        FSDPSFTTrainer(config, world).fit()
+    with init_distributed() as distributed:
+        FSDPSFTTrainer(config, distributed).fit()
     return Path(config.trainer.output_dir)
 
 
@@ -50,15 +50,15 @@ def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
     loss.LOGITS_PER_CHUNK = 20_000  # so that the small model's loss comes in several chunks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with open_world() as world:
+    with init_distributed() as distributed:
         for config in configs:
-            FSDPSFTTrainer(config, world).fit()
+            FSDPSFTTrainer(config, distributed).fit()
 
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint, as a run finds it."""
-    with open_world() as world:
-        return find_newest(run / "checkpoints", world)[0]
+    with init_distributed() as distributed:
+        return find_newest(run / "checkpoints", distributed)[0]
 
 
 def change_manifest(checkpoint: Path, change: Callable[[dict], None]) -> None:

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 import launch.cli  # noqa: F401 - registers the defaults
 from launch.cli import CONF
-from trainer.config import PATHS, Config, differences, resolve, share_of, to_dict
+from trainer.config import PATHS, Config, batch_layout, differences, resolve, to_dict
 from trainer.config import DataConfig as DataSettings
 
 
@@ -113,7 +113,7 @@ def test_the_published_command_line_is_understood():
         "data.perbatch_cutoff_type=random_with_input_pad",
         "trainer.val_check_interval=500",
     )
-    assert share_of(config.data, 0, 2).global_batch_size == 16
+    assert batch_layout(config.data, 0, 2).global_batch_size == 16
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_batch_settings_are_derived(total, micro, accumulation, ranks, expected)
     data = DataSettings(
         train_batch_size=total, micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation
     )
-    share = share_of(data, 0, ranks)
-    assert (share.micro_batch_size, share.micro_batches) == expected
-    assert share.global_batch_size == (total or expected[0] * expected[1] * ranks)
+    layout = batch_layout(data, 0, ranks)
+    assert (layout.micro_batch_size, layout.micro_batches) == expected
+    assert layout.global_batch_size == (total or expected[0] * expected[1] * ranks)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_contradictions_name_all_the_numbers(total, micro, accumulation, ranks):
     )
     numbers = rf"size={total}, .*gpu={micro}, .*steps={accumulation}, ranks={ranks}"
     with pytest.raises(ValueError, match=numbers):
-        share_of(data, 0, ranks)
+        batch_layout(data, 0, ranks)
 
 
 def test_what_makes_a_run_another_one():

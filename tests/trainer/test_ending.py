@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.trainer.processes import SMALL, TORCHRUN, Run, failing, lines, training
-from trainer.world import World, _portable, locked, open_world
+from trainer.distributed import Distributed, _portable, init_distributed, locked
 
 SECONDS = 10
 
@@ -25,7 +25,7 @@ def assert_ended(run: Run, directory, word: str, seconds: float = SECONDS) -> No
     last = re.sub(r"\s*=+\s*$", "", run.text).strip().splitlines()[-1]  # torchrun's report ends with a line of these
     assert word in last, run.text[-3000:]
     if (directory / "run").is_dir():
-        with open_world() as world, locked(directory / "run", world):
+        with init_distributed() as distributed, locked(directory / "run", distributed):
             pass
 
 
@@ -165,11 +165,11 @@ def test_a_lock_is_no_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
-    with open_world() as world:
-        assert isinstance(world, World)
+    with init_distributed() as distributed:
+        assert isinstance(distributed, Distributed)
         with (
             pytest.raises(ValueError, match=r"run/\.lock is a symbolic link to .*precious"),
-            locked(tmp_path / "run", world),
+            locked(tmp_path / "run", distributed),
         ):
             pass
     assert (tmp_path / "precious").read_text() == "precious"

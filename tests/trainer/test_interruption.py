@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.trainer.runs import losses, metrics, train, weights
+from trainer.distributed import Distributed, init_distributed, locked
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
-from trainer.world import World, locked, open_world
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_in_the_last_step_it_changes_nothing(small_run, interrupted):
 
 
 def test_loader_workers_ignore_signals(small_run):
-    with open_world() as world:
-        trainer = FSDPSFTTrainer(small_run(data__num_workers=1), world)
+    with init_distributed() as distributed:
+        trainer = FSDPSFTTrainer(small_run(data__num_workers=1), distributed)
         batches = trainer.train_batches.loader(range(12))
         next(batches)
         [worker] = multiprocessing.active_children()
@@ -73,19 +73,19 @@ def test_loader_workers_ignore_signals(small_run):
 
 
 def test_two_runs_in_one_directory(tmp_path):
-    main = World(0, 1, torch.device("cpu"))
+    main = Distributed(0, 1, torch.device("cpu"))
     context = multiprocessing.get_context("fork")
     locked_there, done_here = context.Event(), context.Event()
 
     def other_run():
-        with open_world() as world, locked(tmp_path / "run", world):
+        with init_distributed() as distributed, locked(tmp_path / "run", distributed):
             locked_there.set()
             done_here.wait(60)
 
     process = context.Process(target=other_run)
     process.start()
     assert locked_there.wait(60)
-    with open_world():
+    with init_distributed():
         message = r"another run writes to .*run: wait for it, or name another"
         with pytest.raises(ValueError, match=message), locked(tmp_path / "run", main):
             pass

@@ -5,9 +5,9 @@ import torch
 
 from tests.trainer.runs import metrics, train
 from trainer.config import Config
+from trainer.distributed import Distributed
 from trainer.memory import check_fits, state_memory
 from trainer.speed import Speed
-from trainer.world import World
 
 EVERY_STEP = {
     "train/loss", "train/elbo", "train/perplexity_bound", "train/masked_accuracy", "train/grad_norm", "train/lr",
@@ -46,7 +46,7 @@ def test_grouping_by_length_leaves_less_padding(small_run):
 
 def test_model_flops_are_those_of_the_products(small_model):
     """6 a weight and token, the head on masked tokens only, and 12·L²·D a layer for attention."""
-    speed = Speed(small_model, World(0, 1, torch.device("cpu")), torch.float32, peak_tflops=1e-12)
+    speed = Speed(small_model, Distributed(0, 1, torch.device("cpu")), torch.float32, peak_tflops=1e-12)
     counts = {"row_tokens": 20, "attended": 20, "pairs": 200, "masked": 5}
     weights = sum(parameter.numel() for parameter in small_model.lm.get_decoder().layers.parameters())
     head = small_model.lm.lm_head.weight.numel()
@@ -67,8 +67,8 @@ def test_state_of_each_rank(small_model):
 
 def test_a_world_that_shrank_below_what_fits(small_model, monkeypatch):
     monkeypatch.setattr("trainer.memory.device_memory", lambda device: 2**20)
-    check_fits(small_model, Config(), World(0, 64, torch.device("cpu")))
+    check_fits(small_model, Config(), Distributed(0, 64, torch.device("cpu")))
     with pytest.raises(
         ValueError, match=r"ranks=1: weights, gradients and optimizer need .* GiB on each rank, which has"
     ):
-        check_fits(small_model, Config(), World(0, 1, torch.device("cpu")))
+        check_fits(small_model, Config(), Distributed(0, 1, torch.device("cpu")))

@@ -12,9 +12,9 @@ from diffllm.loss import masked_loss
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
 from trainer.dcp import SafeReader
+from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.replay import replay
-from trainer.world import open_world
 
 BAD_STEP = 3
 
@@ -61,8 +61,8 @@ def test_raise_names_the_rows_and_loses_nothing(small_run, fails, monkeypatch, k
     run = whole.parent / "run"
     [file] = (run / "nonfinite").iterdir()
     assert f"{file}" in str(failure.value)
-    with open_world() as world:
-        batches = FSDPSFTTrainer(small_run(**settings()), world).train_batches[BAD_STEP - 1]
+    with init_distributed() as distributed:
+        batches = FSDPSFTTrainer(small_run(**settings()), distributed).train_batches[BAD_STEP - 1]
     samples = [index for batch in batches[0 if kind == "gradient" else 1 :] for index in batch["sample_index"].tolist()]
     assert f"rank 0, samples {samples}: {file}" in str(failure.value)
     assert [line["step"] for line in metrics(run)] == list(range(1, BAD_STEP))

@@ -10,8 +10,8 @@ from diffllm.loading import empty_model
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, train, train_on_ranks, weights
 from trainer import parallel
+from trainer.distributed import Distributed, init_distributed
 from trainer.parallel import read_weights, shard
-from trainer.world import World, open_world
 
 
 @pytest.fixture(params=["dream", "llada", "dream-tied"])
@@ -31,10 +31,10 @@ def pretrained(request, tmp_path, tokenizer):
 def sharded_copy(small_run, path, **changes):
     """The model of a checkpoint as the trainer loads it, and the whole tensors in it."""
     config = small_run(model__path=str(path), **changes)
-    with open_world() as world:
+    with init_distributed() as distributed:
         model = empty_model(path)
         assert all(parameter.is_meta for parameter in model.parameters())
-        shard(model, world, config)
+        shard(model, distributed, config)
         return model, {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
 
 
@@ -155,7 +155,7 @@ def test_copies_and_shards_change_nothing(small_run):
 
 def test_copies_that_do_not_divide_the_ranks():
     with pytest.raises(ValueError, match=r"trainer\.replicate=2: must divide the 3 ranks"):
-        parallel.build_mesh(World(0, 3, torch.device("cpu")), 2)
+        parallel.build_mesh(Distributed(0, 3, torch.device("cpu")), 2)
 
 
 def test_compiled_layers_change_nothing(small_run):

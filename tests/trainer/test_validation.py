@@ -7,16 +7,16 @@ import torch
 
 from tests.trainer.runs import losses, metrics, train, weights
 from trainer.build import build_model
+from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.validation import validate
-from trainer.world import open_world
 
 
 def test_metrics_are_what_they_say(small_run):
-    with open_world() as world:
-        trainer = FSDPSFTTrainer(small_run(), world)
-        measured = validate(trainer.model, trainer.val_batches, world)
-        assert validate(trainer.model, trainer.val_batches, world) == measured
+    with init_distributed() as distributed:
+        trainer = FSDPSFTTrainer(small_run(), distributed)
+        measured = validate(trainer.model, trainer.val_batches, distributed)
+        assert validate(trainer.model, trainer.val_batches, distributed) == measured
         model, _ = build_model(trainer.config.model, trainer.config.seed)
         bound, tokens, right, masked = 0.0, 0, 0.0, 0.0
         with torch.no_grad():

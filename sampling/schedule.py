@@ -35,7 +35,7 @@ def masked_shares(transfer: str, steps: int, eps: float) -> np.ndarray:
     return (torch.sin(torch.pi / 2 * t) if transfer == "cosine" else t).numpy()
 
 
-def sure(config: SamplingConfig, order: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+def select_adaptive(config: SamplingConfig, order: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> np.ndarray:
     """Candidates that an adaptive transfer commits, at least one.
 
     `threshold` (Fast-dLLM, arXiv 2505.22618) all with a probability of at least `threshold` · `factor` (ibid.) the n

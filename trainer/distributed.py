@@ -24,7 +24,7 @@ PATIENCE = timedelta(days=7)  # of a rank that is done, for the others
 
 
 @dataclass(frozen=True)
-class World:
+class Distributed:
     """Where this process stands: as torchrun says, or alone."""
 
     rank: int
@@ -82,7 +82,7 @@ def ranks_from_environment() -> tuple[int, int]:
 
 
 @contextmanager
-def locked(directory: Path, world: World, *written: str) -> Iterator[None]:
+def locked(directory: Path, distributed: Distributed, *written: str) -> Iterator[None]:
     """Keep a directory to this run. Collective.
 
     Args:
@@ -102,12 +102,12 @@ def locked(directory: Path, world: World, *written: str) -> Iterator[None]:
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(f"another run writes to {directory}: wait for it, or name another") from error
 
-        world.on_main(lock)
+        distributed.on_main(lock)
         yield
 
 
 @contextmanager
-def open_world() -> Iterator[World]:
+def init_distributed() -> Iterator[Distributed]:
     """Join the process group; leave it at the end, so that another run can follow in this process.
 
     Of several ranks that fail, the first raises its error. The others leave with SystemExit a little later: they failed
@@ -124,11 +124,11 @@ def open_world() -> Iterator[World]:
     dist.init_process_group(backend, **alone)
     # Made now: to make it the ranks wait for each other as long as in any other collective.
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    world = World(rank, size, device, patient)
-    watch, together = _watch_peers(world), False
+    distributed = Distributed(rank, size, device, patient)
+    watch, together = _watch_peers(distributed), False
     try:
         with Deadline.on_error():
-            yield world
+            yield distributed
         together = True
     except SystemExit:  # of all ranks alike
         together = True
@@ -139,20 +139,20 @@ def open_world() -> Iterator[World]:
         raise
     finally:
         if together:
-            world.wait()  # a rank that leaves early would be taken for dead
+            distributed.wait()  # a rank that leaves early would be taken for dead
             if watch is not None:
                 watch.stop()
         if together or device.type == "cpu":  # NCCL would wait for ranks that have failed
             dist.destroy_process_group()
 
 
-def _watch_peers(world: World) -> PeerWatch | None:
+def _watch_peers(distributed: Distributed) -> PeerWatch | None:
     """Watch the ranks of this machine, if torchrun started them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     here = os.environ["GROUP_RANK"]  # of this machine's torchrun
-    ranks = enumerate(world.gather((here, os.getpid())))
-    return PeerWatch({rank: process for rank, (group, process) in ranks if group == here and rank != world.rank})
+    ranks = enumerate(distributed.gather((here, os.getpid())))
+    return PeerWatch({rank: process for rank, (group, process) in ranks if group == here and rank != distributed.rank})
 
 
 def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:

@@ -17,13 +17,13 @@ from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V
 def run(prompts, names=None, special=SPECIAL, **changes):
     config = SamplingConfig(**{"max_new_tokens": 8, "steps": 5, "stop_at_eos": False, **changes})
     input_ids, attention_mask = left_pad(prompts, PAD)
-    return sample(MockDenoiser(), input_ids, config, special, attention_mask, names=names, history=True)
+    return sample(MockDenoiser(), input_ids, config, special, attention_mask, row_ids=names, history=True)
 
 
 def fill_rows(rows, config, special=SPECIAL, **kwargs):
     """Filled rows by name, of (prompt, new tokens) pairs."""
     canvases = [Canvas.after(prompt, new, MASK, name) for name, (prompt, new) in enumerate(rows)]
-    filled = {row.canvas.name: row for row in fill(MockDenoiser(), canvases, config, special, history=True, **kwargs)}
+    filled = {row.canvas.row_id: row for row in fill(MockDenoiser(), canvases, config, special, history=True, **kwargs)}
     return [filled[name] for name in range(len(rows))]
 
 
@@ -89,7 +89,7 @@ def test_rows_leave_and_enter_the_batch():
     """A row that needs one forward does not wait for one that needs eight."""
     model, config = MockDenoiser(), SamplingConfig(batch_size=2, steps=8, transfer="even", stop_at_eos=False)
     canvases = [Canvas.after([1], new, MASK, name) for name, new in enumerate([8, 1, 1, 1])]
-    assert [row.canvas.name for row in fill(model, canvases, config, SPECIAL)] == [1, 2, 3, 0]
+    assert [row.canvas.row_id for row in fill(model, canvases, config, SPECIAL)] == [1, 2, 3, 0]
     assert model.calls == 8
 
 

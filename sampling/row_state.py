@@ -8,7 +8,7 @@ import numpy as np
 from sampling.canvas import Canvas, Tokens
 from sampling.confidence import gumbel, priority
 from sampling.config import SamplingConfig
-from sampling.transfer import masked_shares, scheduled, share_steps, sure
+from sampling.schedule import masked_shares, scheduled, select_adaptive, share_steps
 
 Criterion = Callable[[np.ndarray], bool]  # whether a row ends with these tokens [N], all before which are clean
 
@@ -25,7 +25,7 @@ class Step:
     n_remask: int = 0
 
 
-class Filling:
+class RowState:
     """The state of one row. It lives on the host, where it costs microseconds: a batch cannot change a row.
 
     Attributes:
@@ -50,7 +50,7 @@ class Filling:
         self.criterion, self.every_step = criterion, every_step
         self.tokens = np.array(canvas.tokens, dtype=np.int64)
         self.given = self.tokens != special.mask
-        self.surety = np.zeros(len(self))  # probability of a token when it was committed
+        self.commit_prob = np.zeros(len(self))  # probability of a token when it was committed
         self.changed = np.zeros(len(self), dtype=bool)  # by the last step
         self.history: list[np.ndarray] | None = [] if history else None
         self.nfe = self.since_refresh = 0
@@ -121,7 +121,7 @@ class Filling:
 
     def uniforms(self) -> np.ndarray:
         """[2, L] in [0, 1) for this step: for tokens, and for positions."""
-        return np.random.default_rng((self.config.seed, self.canvas.name, self.step.number)).random((2, len(self)))
+        return np.random.default_rng((self.config.seed, self.canvas.row_id, self.step.number)).random((2, len(self)))
 
     def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
         """Fix tokens at candidates, and mask others again if the step says so. Then `go_on`.
@@ -134,17 +134,17 @@ class Filling:
         random = config.alg == "origin" or config.alg_temp > 0 or step.n_remask
         draws = self.uniforms()[1] if random else None
         order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")
-        chosen = sure(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]
+        chosen = select_adaptive(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]
 
         self.changed[:] = False
         if step.n_remask:
             # as many as ReMDM-cap, chosen as ReMDM-conf does: by softmax(-probability when committed)
             committed = self._committed(step.end)
-            order = np.argsort(self.surety[committed] - gumbel(draws[committed]), kind="stable")
+            order = np.argsort(self.commit_prob[committed] - gumbel(draws[committed]), kind="stable")
             self.tokens[committed[order[: step.n_remask]]] = self.special.mask
             self.changed[committed[order[: step.n_remask]]] = True
         self.tokens[columns[chosen]] = tokens[chosen]
-        self.surety[columns[chosen]] = p[chosen]
+        self.commit_prob[columns[chosen]] = p[chosen]
         self.changed[columns[chosen]] = True
 
     def go_on(self) -> None:

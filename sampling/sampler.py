@@ -18,14 +18,14 @@ from torch import Tensor
 from sampling.batch import Batch, Denoiser, LogitsProcessor
 from sampling.canvas import Canvas, Tokens, trim
 from sampling.config import SCHEDULED, SamplingConfig
-from sampling.filling import Criterion, Filling
+from sampling.row_state import Criterion, RowState
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
 TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
-class Filled:
+class SampledRow:
     """A row that is done."""
 
     canvas: Canvas
@@ -41,7 +41,7 @@ class Filled:
         return self.new_tokens / max(self.nfe, 1)
 
     @classmethod
-    def of(cls, row: Filling) -> "Filled":
+    def of(cls, row: RowState) -> "SampledRow":
         tokens, start = row.tokens.tolist(), row.canvas.prompt_length
         response = trim(tokens[start:], row.special.eos)
         end = start + len(response) + 1 if row.end is None else row.end
@@ -57,9 +57,9 @@ def fill(
     *,
     logits_processor: LogitsProcessor | None = None,
     criterion: Criterion | None = None,
-    on_step: Callable[[Filling], None] | None = None,
+    on_step: Callable[[RowState], None] | None = None,
     history: bool = False,
-) -> Iterator[Filled]:
+) -> Iterator[SampledRow]:
     """Fill canvases, `config.batch_size` at once; each is given back when it is done.
 
     Args:
@@ -72,10 +72,10 @@ def fill(
         history: keep the canvas after every step.
     """
     waiting, batch = iter(canvases), Batch(model, config, special, logits_processor)
-    rows: list[Filling] = []
+    rows: list[RowState] = []
     while True:
         for canvas in itertools.islice(waiting, config.batch_size - len(rows)):
-            rows.append(Filling(canvas, config, special, criterion, history))
+            rows.append(RowState(canvas, config, special, criterion, history))
         if not rows:
             return
         if active := [row for row in rows if row.step is not None]:
@@ -87,7 +87,7 @@ def fill(
                     on_step(row)
         for row in rows:
             if row.step is None:
-                yield Filled.of(row)
+                yield SampledRow.of(row)
         rows = [row for row in rows if row.step is not None]
 
 
@@ -101,7 +101,7 @@ def fill_with_hooks(
     tokens_hook: TokensHook | None,
     logits_hook: LogitsHook | None,
     history: bool = False,
-) -> list[Filled]:
+) -> list[SampledRow]:
     """Fill canvases in step, as the published code does, with its hooks: every step has a forward and all logits.
 
     Rules about the ends of rows do not apply: every row goes through all steps.
@@ -124,7 +124,7 @@ def fill_with_hooks(
     if tokens_hook is not None:
         x = ask(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
-    rows = [Filling(canvas, config, special, history=history, every_step=True) for canvas in changed]
+    rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
     batch = Batch(model, config, special)
     batch.arrange(rows)
     while rows[0].step is not None:
@@ -139,7 +139,7 @@ def fill_with_hooks(
         for row, tokens in zip(rows, x.tolist(), strict=True):
             row.tokens[:] = tokens[-len(row) :]
             row.go_on()
-    return [Filled.of(row) for row in rows]
+    return [SampledRow.of(row) for row in rows]
 
 
 @dataclass
@@ -159,7 +159,7 @@ def sample(
     special: Tokens,
     attention_mask: Tensor | None = None,
     *,
-    names: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
     history: bool = False,
     tokens_hook: TokensHook | None = None,
     logits_hook: LogitsHook | None = None,
@@ -170,7 +170,7 @@ def sample(
     Args:
         input_ids: [B, P] prompts, left-padded.
         attention_mask: [B, P], 0 at the padding.
-        names: of the rows, for their draws; by default 0 … B-1.
+        row_ids: number the rows, for their draws; by default 0 … B-1.
         history: keep the canvas after every step.
         tokens_hook, logits_hook: see `fill_with_hooks`.
         watchers: logits_processor, criterion and on_step, see `fill`.
@@ -185,8 +185,8 @@ def sample(
     x = F.pad(input_ids, (0, config.max_new_tokens), value=special.mask)
     lengths = attended.sum(-1).tolist()
     canvases = [
-        Canvas(row[len(row) - length - config.max_new_tokens :], length, name)
-        for row, length, name in zip(x.tolist(), lengths, range(len(x)) if names is None else names, strict=True)
+        Canvas(row[len(row) - length - config.max_new_tokens :], length, row_id)
+        for row, length, row_id in zip(x.tolist(), lengths, range(len(x)) if row_ids is None else row_ids, strict=True)
     ]
     hooked = tokens_hook is not None or logits_hook is not None
     if hooked and any(watcher is not None for watcher in watchers.values()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sampling import SamplingConfig
-from sampling.transfer import scheduled, share_steps, sure
+from sampling.schedule import scheduled, select_adaptive, share_steps
 
 
 def commits(n, steps, transfer):
@@ -46,7 +46,9 @@ ORDER = np.array([1, 3, 2, 0])
 
 
 def chosen(entropy=None, p=P, **changes):
-    return sorted(sure(SamplingConfig(**changes), ORDER, p, np.zeros(4) if entropy is None else entropy).tolist())
+    return sorted(
+        select_adaptive(SamplingConfig(**changes), ORDER, p, np.zeros(4) if entropy is None else entropy).tolist()
+    )
 
 
 def test_threshold_commits_all_above_and_at_least_one():
