@@ -25,8 +25,9 @@ from data.chat import ANSWERS, Columns, Message, to_prompt, tools_of
 from data.storage import AppendedRecords, read_object, read_records, refuse_links, whole_file
 from data.terminal import for_stdout, printable
 from diffllm import DiffLLM
-from launch.generate import Response, check_fits, generate, load_for_sampling, special_tokens
+from diffllm.generate import Response, check_fits, generate, special_tokens
 from sampling import SamplingConfig, Template, infill_templates
+from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.distributed import init_distributed, locked, ranks_from_environment
 

@@ -21,10 +21,11 @@ from data import prompt_ids
 from data.chat import Message
 from data.terminal import printable
 from diffllm import DiffLLM
+from diffllm.generate import Response, check_fits, response_of, special_tokens
 from launch.answers import check_alone
-from launch.generate import Response, check_fits, load_for_sampling, response_of, special_tokens
 from sampling import Canvas, RowState, SamplingConfig, fill
 from sampling.config import TEXTS, unescape
+from trainer.build import load_for_sampling
 from trainer.config import Config, nearest
 
 HELP = """\

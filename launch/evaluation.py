@@ -21,7 +21,8 @@ from data.readers import BadRows, PlacedRow
 from data.storage import refuse_links, whole_file
 from data.terminal import printable
 from data.verify import check_verifiable, is_correct, reference
-from launch.generate import Response, generate, load_for_sampling
+from diffllm.generate import Response, generate
+from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
 
 SHOWN = 6

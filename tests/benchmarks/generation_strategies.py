@@ -27,8 +27,8 @@ from data.chat import to_chat
 from data.equations import held_out_rows
 from data.verify import is_correct
 from diffllm import DiffLLM, load_model
+from diffllm.generate import generate
 from diffllm.tokenizer import load_tokenizer
-from launch.generate import generate
 from sampling import SamplingConfig, left_pad, trim
 from tests.benchmarks.published_sampler import published_sample
 

@@ -21,13 +21,14 @@ import torch.multiprocessing as mp
 
 from data import prompt_ids
 from diffllm import ModelConfig, new_model
+from diffllm.generate import Response, generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
 from launch import answers
 from launch.answers import answer
-from launch.generate import Response, generate, load_for_sampling, special_tokens
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from tests.trainer.runs import free_port, start_ranks
+from trainer.build import load_for_sampling
 from trainer.config import Config
 
 ROWS = [{"question": f"Solve {i}x{'+1' * i} = {i}", "id": i} for i in range(10)]

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from data import prompt_ids
 from data.terminal import printable
+from diffllm.generate import generate
 from launch import chat as chat_module
 from launch.chat import Chat, chat
-from launch.generate import generate
 from sampling import RowState, SamplingConfig, fill
 from tests.conftest import small_shape
 from trainer.config import Config

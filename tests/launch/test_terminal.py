@@ -17,9 +17,9 @@ from data import prepare
 from data.report import Report
 from data.terminal import printable
 from diffllm import adapt
+from diffllm.generate import Response
 from launch import answers, cli, evaluation
 from launch.chat import Chat
-from launch.generate import Response
 from sampling import SamplingConfig
 from trainer import export, replay
 from trainer.config import Config

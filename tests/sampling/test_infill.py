@@ -85,7 +85,9 @@ def test_a_line_does_not_depend_on_the_others(lines, tokenizer):
     for name in (0, len(texts) - 1):
         before, _, after = texts[name]
         length = filled[name].length
-        assert infill(model, tokenizer, before, after, length, config, model.special_tokens, row_id=name) == filled[name]
+        assert (
+            infill(model, tokenizer, before, after, length, config, model.special_tokens, row_id=name) == filled[name]
+        )
 
 
 @pytest.mark.parametrize("changes", [{"transfer": transfer} for transfer in SCHEDULED] + [

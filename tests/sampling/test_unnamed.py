@@ -9,9 +9,9 @@ from rich.console import Console
 
 from data import prompt_ids
 from diffllm import new_model
+from diffllm.generate import generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
 from launch.chat import Chat
-from launch.generate import generate, special_tokens
 from sampling import Canvas, SamplingConfig, Template, fill, ids_without_token, infill_templates
 from tests.conftest import small_shape
 from trainer.build import build_model

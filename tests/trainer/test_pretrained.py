@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from data import prompt_ids
 from diffllm import load_model
+from diffllm.generate import generate
 from diffllm.tokenizer import load_tokenizer
-from launch.generate import generate
 from sampling import SamplingConfig
 from tests.conftest import ROOT
 from tests.trainer.runs import metrics, train

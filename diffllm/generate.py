@@ -1,17 +1,14 @@
-"""Prompts in, responses out."""
+"""Text in, text out: sample responses to prompts of token ids."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import turn_end
-from diffllm import DiffLLM
+from diffllm.modeling_diffllm import DiffLLM
 from sampling import Canvas, SampledRow, SamplingConfig, Tokens, fill, ids_without_token
-from trainer.build import build_model
-from trainer.config import Config
 
 
 @dataclass
@@ -21,19 +18,6 @@ class Response:
     tokens: int  # up to the end-of-sequence token, which counts
     nfe: int  # forwards of the model that it took part in
     tokens_per_forward: float
-
-
-def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The checkpoint of `model.path`, on the GPU if there is one.
-
-    Raises:
-        ValueError: no `model.path`, or see `build_model`.
-    """
-    if config.model.path is None:
-        raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model, tokenizer = build_model(config.model, dtype=dtype)  # loaded in it: casting would round the rotary buffers
-    return model.to(device).eval(), tokenizer
 
 
 def generate(

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from diffllm.generate import generate
 from diffllm.tokenizer import builtin_tokenizer
-from launch.generate import generate
 from sampling import SamplingConfig
 
 PROMPT = "Hi\n"
