@@ -3,7 +3,7 @@
 import data.terminal  # noqa: F401 — first, see there
 from data.config import DataConfig
 from data.files import read_rows
-from data.loader import BatchLayout, TrainBatches, ValBatches
+from data.loader import Batch, BatchLayout, BatchSource, TrainBatches, ValBatches
 from data.readers import PlacedRow
 from data.report import Prepared, Report
 from data.rows import rows_of, rows_of_files
@@ -11,7 +11,9 @@ from data.stream import StreamedBatches
 from data.tokens import TokenRows, prompt_ids, turn_end
 
 __all__ = [
+    "Batch",
     "BatchLayout",
+    "BatchSource",
     "DataConfig",
     "PlacedRow",
     "Prepared",

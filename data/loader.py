@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,12 @@ from data.cutoff import assemble, response_widths
 from data.tokens import TokenRows
 
 Batch = dict[str, Tensor]
-Noise = Callable[[Batch, int, int], Batch]  # (batch, epoch, rows of the global batch) → batch with x_t
+Noise = Callable[[Batch, int], Batch]  # (batch, epoch) → batch with x_t
+
+
+class BatchSource(Protocol):
+    pass
+
 
 _ORDER, CUT = 1, 2  # first words of the keys, so that no two draws share one
 
@@ -53,8 +58,6 @@ class TrainBatches(Dataset):
         ValueError: there are fewer rows than a global batch has.
     """
 
-    position = before = None  # the number of a step says it all
-
     def __init__(
         self, rows: TokenRows, config: DataConfig, layout: BatchLayout, eos_token_id: int, noise: Noise, seed: int
     ):
@@ -74,7 +77,7 @@ class TrainBatches(Dataset):
             slots = self.layout.slots(micro_batch)
             batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
             batch["repeat"] = repeats[slots]
-            batches.append(self.noise(to_torch(batch, slots), epoch, self.layout.global_batch_size))
+            batches.append(self.noise(to_torch(batch, slots, self.layout.global_batch_size), epoch))
         return batches
 
     def plan(self, step: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
@@ -137,6 +140,13 @@ class TrainBatches(Dataset):
         )
         with closing(each(loader)) as items:
             yield from map(to_device_ready, items)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Nothing: the step number is enough to resume."""
+        return {}
+
+    def resume(self, position: dict[str, int]) -> None:
+        """Nothing has to be restored."""
 
     def identity(self) -> tuple[int, str]:
         """Number of rows, and what tells them from others: data, order, and the tokenizer with its template."""
@@ -276,11 +286,14 @@ class ValBatches:
             real = slots < len(self.rows)
             samples = np.where(real, slots, 0)
             batch = to_torch(
-                assemble(self.rows, samples, self.rows.response_lengths[samples], self.eos_token_id), slots
+                assemble(self.rows, samples, self.rows.response_lengths[samples], self.eos_token_id),
+                slots,
+                len(self.rows),
             )
             batch["maskable"] &= torch.from_numpy(real)[:, None]
-            yield self.noise(batch, 0, len(self.rows))
+            yield self.noise(batch, 0)
 
 
-def to_torch(batch: dict[str, np.ndarray], slots: np.ndarray) -> Batch:
-    return {name: torch.from_numpy(array) for name, array in {**batch, "slot": slots}.items()}
+def to_torch(batch: dict[str, np.ndarray], slots: np.ndarray, batch_size: int) -> Batch:
+    placed = {**batch, "slot": slots, "batch_size": np.full_like(slots, batch_size)}
+    return {name: torch.from_numpy(array) for name, array in placed.items()}

@@ -64,7 +64,8 @@ class StreamedBatches(IterableDataset):
     ):
         self.files, self.config, self.tokenizer, self.layout = files, config, tokenizer, layout
         self.noise, self.seed = noise, seed
-        self.position = self.before = Position()
+        self.start = Position()
+        self._positions: dict[int, Position] = {}
         self.report, self.first_step = Report("training"), 0
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
@@ -82,11 +83,12 @@ class StreamedBatches(IterableDataset):
             worker_init_fn=follow_rank,
         )
         with closing(each(loader)) as items:
-            for _, item in zip(steps, items, strict=False):
+            for step, item in zip(steps, items, strict=False):
                 if isinstance(item, Exception):
                     raise item
                 micro_batches, position, report = item
-                self.before, self.position = self.position, position
+                self._positions = dict([*self._positions.items()][-1:]) | {step + 1: position}
+                self.start = position
                 trained += self.layout.global_batch_size
                 self.report = replace(report, trained=trained)
                 yield to_device_ready(micro_batches)
@@ -99,7 +101,7 @@ class StreamedBatches(IterableDataset):
             yield error
 
     def _steps(self) -> Iterator[tuple[list[Batch], Position, Report]]:
-        rows, step = self._rows(self.position), self.first_step
+        rows, step = self._rows(self.start), self.first_step
         while True:
             picked = [next(rows) for _ in range(self.layout.global_batch_size)]
             tokens = TokenRows(pa.concat_tables([row.table.slice(place, 1) for row, place, *_ in picked]))
@@ -111,7 +113,7 @@ class StreamedBatches(IterableDataset):
                 slots = self.layout.slots(micro_batch)
                 batch = assemble(tokens, slots, widths[slots], self.tokenizer.eos_token_id)
                 batch["sample_index"] = samples[slots]
-                batches.append(self.noise(to_torch(batch, slots), 0, self.layout.global_batch_size))
+                batches.append(self.noise(to_torch(batch, slots, self.layout.global_batch_size), 0))
             *_, position, report = picked[-1]
             yield batches, position, report
             step += 1
@@ -137,6 +139,12 @@ class StreamedBatches(IterableDataset):
                 raise ValueError(f"no row is left.\n{preparation.summary().text()}")
             position = Position(position.epoch + 1, 0, 0, position.seen)
 
+    def position(self, step: int) -> dict[str, int]:
+        return asdict(self._positions.get(step, self.start))
+
+    def resume(self, position: dict[str, int]) -> None:
+        self.start = Position(**position)
+
     def identity(self) -> tuple[int, str]:
         """No number of rows, and what tells their source from others without reading all of it.
 
@@ -152,7 +160,7 @@ class StreamedBatches(IterableDataset):
 
     def epoch(self, step: int) -> float:
         """Passes over the rows that are complete."""
-        return float(self.position.epoch)
+        return float(self.start.epoch)
 
 
 def _arrays(item: tuple | Exception) -> tuple | Exception:

@@ -1,9 +1,9 @@
-"""Diffusion language models: forward process, loss, families and the model itself."""
+"""Diffusion language models: objectives, families and the model itself."""
 
 import data.terminal  # noqa: F401 — first, see there
-from diffllm.config import DiffusionConfig, ModelConfig
+from diffllm.config import ModelConfig
+from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from diffllm.loading import load_model, new_model
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.noise import ForwardProcess
 
-__all__ = ["DiffLLM", "DiffusionConfig", "ForwardProcess", "ModelConfig", "load_model", "new_model"]
+__all__ = ["DiffLLM", "DiffusionConfig", "MaskedDiffusion", "ModelConfig", "load_model", "new_model"]

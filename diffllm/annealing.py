@@ -21,7 +21,7 @@ class AttentionAnnealing:
         self.steps, self.size, self.seed = steps, size, seed
 
     def __call__(self, micro_batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
-        """Add visible [B, L, L], whether the first position sees the second, while there is anything to hide.
+        """Add pairs [B, L, L], whether the first position sees the second, while there is anything to hide.
 
         Args:
             micro_batches: each with position_ids [B, L] that count the attended tokens.
@@ -31,7 +31,7 @@ class AttentionAnnealing:
         positions = [batch["position_ids"] for batch in micro_batches]
         sees = self._draw(step, 1 + max(int(ids.max()) for ids in positions))
         return [
-            {**batch, "visible": sees[ids[:, :, None], ids[:, None, :]]}
+            {**batch, "pairs": sees[ids[:, :, None], ids[:, None, :]]}
             for batch, ids in zip(micro_batches, positions, strict=True)
         ]
 

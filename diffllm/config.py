@@ -1,12 +1,9 @@
-"""Settings of the model and of the forward process."""
+"""Settings of the model."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 FAMILY_NAMES = ("dream", "llada")
-T_SAMPLERS = ("importance", "stratified", "uniform")
-TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
-LOSS_NORMS = ("masked", "maskable", "sequence")
 LOSS_KERNELS = ("chunked", "liger")
 RECOMPUTED = ("full", "selective")
 ATTENTIONS = ("sdpa", "flash_attention_2")
@@ -81,41 +78,3 @@ class ModelConfig:
                 f"model.hidden_size={self.hidden_size} and be a multiple of "
                 f"model.num_key_value_heads={self.num_key_value_heads}"
             )
-
-
-@dataclass
-class DiffusionConfig:
-    """The forward process and the weights of the loss.
-
-    Raises:
-        ValueError: a value outside its range; the message names the field, the value and the rule.
-    """
-
-    # importance: stratified, and small t more often where time_reweighting=original makes them heavy, each loss term
-    # corrected | stratified over the global batch | uniform, independent draws
-    t_sampler: str = "importance"
-    eps: float = 1e-3  # t is in [eps, 1)
-    time_reweighting: str = "original"  # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
-    cart_p: float = 0.1  # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
-    token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
-    token_reweighting_alpha: float = 0.25
-    token_reweighting_gamma: float = 2.0
-    # steps in which positions come to see those after them, for a model that was trained causally; 0: from the start
-    attention_annealing_steps: int = 0
-    loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("t_sampler", T_SAMPLERS),
-            ("time_reweighting", TIME_REWEIGHTINGS),
-            ("loss_norm", LOSS_NORMS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
-        if not 0 < self.cart_p <= 1:
-            raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
-        for name in ("token_reweighting_alpha", "token_reweighting_gamma", "attention_annealing_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"diffusion.{name}={getattr(self, name)}: must not be negative")

@@ -3,29 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from diffllm.attention import mask_of, without_padding
+from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_loss
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.families import Family, has_window, switch_off_causality
-from diffllm.loss import Focal, masked_loss
 from diffllm.sources import copy_code, generation_settings, local
 from diffllm.tokenizer import save_tokenizer
-from sampling import CanvasCache, Tokens, ids_without_token
-
-
-class LossOutput(NamedTuple):
-    """What the model makes of the N masked positions. Only the loss carries a gradient."""
-
-    loss: Tensor  # scalar, Σ weight·nll, float32
-    nll: Tensor  # [N] negative log-likelihood of the clean tokens, float32
-    correct: Tensor  # [N] whether the most likely token is the clean one
+from sampling import CanvasCache, Tokens, Visibility, ids_without_token
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -41,7 +33,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         unnamed_ids: those of its vocabulary that its tokenizer lacks, where that is known; they are never sampled.
         windowed: some layers attend to the positions nearby only.
         unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
-        masked_loss: `diffllm.loss.masked_loss`, or another with the same arguments.
+        masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
     """
 
     def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any], source: str | None = None):
@@ -91,24 +83,24 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         weights: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        focal: Focal | None = None,
-        visible: Tensor | None = None,
+        token_loss: TokenLoss = CROSS_ENTROPY,
+        visibility: Visibility | None = None,
     ) -> LossOutput:
-        """Loss and likelihood of the clean tokens under the masks; the head sees the masked positions only.
+        """Loss and likelihood of the clean tokens under the masks. The head projects the masked positions only.
 
         Args:
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
             masked: [B, L] bool, the N positions to restore.
-            weights: [B, L] float32, of each masked token in the loss.
+            weights: [B, L] float32 weight of each masked token in the loss.
             attention_mask: [B, L], 0 at left padding; None where no row is padded.
             position_ids: [B, L]; None counts from the first column.
-            focal: token reweighting.
-            visible: [B, L, L] bool, whether the first position sees the second; None lets it see all that is attended.
+            token_loss: function of a token's nll.
+            visibility: which positions a position sees, in place of `attention_mask`.
         """
-        where = masked.nonzero(as_tuple=True)  # once: on a GPU it waits for all that was asked of it before
-        hidden = self.hidden(x_t, attention_mask, position_ids, *where, visible=visible)
-        return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], focal))
+        where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
+        hidden = self.hidden(x_t, *self._defaults(x_t, attention_mask, position_ids, visibility), *where)
+        return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], token_loss))
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -119,7 +111,19 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     def denoise(self, x_t: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Logits [B, L, V] of the clean token at each position of x_t [B, L], shifted if the family is."""
         every = torch.ones_like(x_t, dtype=torch.bool).nonzero(as_tuple=True)
-        return self.head(self.hidden(x_t, attention_mask, position_ids, *every)).unflatten(0, x_t.shape)
+        hidden = self.hidden(x_t, *self._defaults(x_t, attention_mask, position_ids), *every)
+        return self.head(hidden).unflatten(0, x_t.shape)
+
+    def _defaults(
+        self,
+        x_t: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        visibility: Visibility | None = None,
+    ) -> tuple[Tensor, Visibility]:
+        if position_ids is None:
+            position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
+        return position_ids, visibility or Visibility(attended=attention_mask)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[N, V] logits of `hidden` states [N, D]."""
@@ -128,67 +132,55 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     def hidden(
         self,
         x_t: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        position_ids: Tensor,
+        visibility: Visibility,
         row: Tensor,
         column: Tensor,
         cache: CanvasCache | None = None,
-        visible: Tensor | None = None,
     ) -> Tensor:
         """[N, D] states that predict the tokens at the N positions `row`, `column` of x_t [B, L].
 
         Args:
-            attention_mask: [B, L], 0 at left padding; None where no row is padded.
-            position_ids: [B, L]; None counts from the first column.
+            position_ids: [B, L].
+            visibility: which positions a position sees.
             cache: compute its columns only and take other keys and values from it; they must hold the positions, and
                 if the family shifts their left neighbours.
-            visible: [B, L, L] bool, whether the first position sees the second.
 
         Raises:
-            ValueError: a cache, or what is visible, with an attention that takes rows without their padding, or a cache
-                with one that sees a window only.
+            ValueError: the model's attention cannot follow the cache or the visibility.
         """
+        self._check_attention(visibility, cache)
         if self.family.shift:
-            first = 0 if attention_mask is None else (attention_mask == 0).sum(-1)[row]
-            column = (column - 1).clamp(min=first)
+            column = visibility.left_neighbour(row, column)
         decoder = self.lm.get_decoder()
-        if visible is not None:
-            if self.unpad or self.windowed:
-                raise ValueError("visible: needs model.attn_implementation=sdpa, and layers without a window")
-            attended = visible if attention_mask is None else visible & attention_mask.bool()[:, None]
-            attention_mask = attended[:, None]  # [B, 1, L, L]
+        if self.unpad and (visibility.attended is not None or visibility.document is not None):
+            flash = "flash" in self.lm.config._attn_implementation
+            inputs, place = without_padding(visibility, x_t, position_ids, flash)
+            return decoder(**inputs).last_hidden_state[0, place[row, column]]
+        columns = kept = None
         if cache is not None:
-            if self.unpad:
-                raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
-            if self.windowed:
-                raise ValueError(
-                    "sampling.cache cannot follow the window of this model's layers: set sampling.cache=none"
-                )
-            if position_ids is None:
-                position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
-            if cache.columns is not None:
-                x_t, position_ids = x_t.gather(1, cache.columns), position_ids.gather(1, cache.columns)
-                column = cache.place[row, column]
             kept = {"past_key_values": cache, "use_cache": True}
-            hidden = decoder(input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids, **kept)
-            return hidden.last_hidden_state[row, column]
-        if self.unpad and attention_mask is not None:
-            attended = attention_mask.bool()
-            one_row = {"input_ids": x_t[attended][None], "position_ids": position_ids[attended][None]}
-            hidden = decoder(**one_row, **self._row_bounds(attended)).last_hidden_state[0]
-            return hidden[attended.flatten().cumsum(0).view_as(attended)[row, column] - 1]
-        hidden = decoder(input_ids=x_t, attention_mask=attention_mask, position_ids=position_ids).last_hidden_state
-        return hidden[row, column]
+            if (columns := cache.columns) is not None:
+                x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
+                column = cache.place[row, column]
+        mask = mask_of(visibility, columns)
+        hidden = decoder(input_ids=x_t, attention_mask=mask, position_ids=position_ids, **kept or {})
+        return hidden.last_hidden_state[row, column]
 
-    def _row_bounds(self, attended: Tensor) -> dict[str, Any]:
-        """What keeps the tokens of one row from attending to those of another, as the attention takes it."""
-        lengths = attended.sum(-1)
-        if "flash" in self.lm.config._attn_implementation:
-            bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            longest = int(lengths.max())
-            return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        return {"attention_mask": (row[:, None] == row)[None, None]}
+    def _check_attention(self, visibility: Visibility, cache: CanvasCache | None) -> None:
+        """Refuse a visibility or a cache that the attention cannot follow.
+
+        Raises:
+            ValueError: naming the setting to change.
+        """
+        if visibility.needs_pairs and (self.unpad or self.windowed):
+            raise ValueError(
+                "visibility: blocks and pairs need model.attn_implementation=sdpa, and layers without a window"
+            )
+        if cache is not None and self.unpad:
+            raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
+        if cache is not None and self.windowed:
+            raise ValueError("sampling.cache cannot follow the window of this model's layers: set sampling.cache=none")
 
     def save_pretrained(
         self,

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffllm import DiffLLM
-from diffllm.loss import focal_of
 from trainer.config import Config
 from trainer.parallel import recompute_activations
 
@@ -79,8 +78,8 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -
             del output
             kept = live.peak = live.now
             hidden = states.detach().requires_grad_()
-            weights, focal = torch.empty(len(index)), focal_of(config.diffusion)
-            model.masked_loss(hidden, model.lm.lm_head.weight, index, weights, focal)[0].backward()
+            weights = torch.empty(len(index))
+            model.masked_loss(hidden, model.lm.lm_head.weight, index, weights)[0].backward()
             loss, live.peak = live.peak - kept, live.now
             states.backward(hidden.grad)
     others = (layers - 3) * (begun[2] - begun[1]) if layers > 3 else 0

@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from data.storage import find_full_disk
 from data.terminal import printable, running
+from diffllm.diffusion import OBJECTIVES
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
@@ -35,10 +36,19 @@ from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to
 
 CONF = ROOT / "conf"
 
+
+def plain(schema: type) -> DictConfig:
+    """Defaults of a dataclass as plain values."""
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema)))
+
+
 # Plain values, not the dataclasses: a wrong one is then reported by `resolve`, the same way wherever it came from.
-DEFAULTS = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+DEFAULTS = plain(Config)
 OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # its names are those of the template
+del DEFAULTS.diffusion  # each of its choices begins with the defaults of its objective
 ConfigStore.instance().store("defaults", DEFAULTS)
+for name, objective in OBJECTIVES.items():
+    ConfigStore.instance().store(name, plain(objective.settings), group="diffusion")
 OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
 
 
@@ -142,6 +152,7 @@ def check_arguments(arguments: list[str]) -> None:
     if {"-m", "--multirun"} & set(arguments) and ranks_from_environment()[1] > 1:
         raise ValueError("a sweep is started by `python train.py -m …`: under torchrun its ranks would part ways")
     choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
+    choices["diffusion"] += OBJECTIVES
     names = sorted({*choices, *field_names()})
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:

@@ -21,9 +21,9 @@ from omegaconf import OmegaConf, open_dict
 from data import BatchLayout
 from data.terminal import printable
 from diffllm import DiffLLM, new_model
+from diffllm.diffusion.loss import LOGITS_PER_CHUNK
 from diffllm.loading import empty_model
 from diffllm.lora import add_lora
-from diffllm.loss import LOGITS_PER_CHUNK
 from diffllm.tokenizer import builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors

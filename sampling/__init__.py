@@ -8,6 +8,7 @@ from sampling.infill import Infilled, Template, infill, infill_templates
 from sampling.likelihood import Choice, Score, choose, score, score_positions
 from sampling.row_state import RowState
 from sampling.sampler import LogitsHook, SampledRow, SampleOutput, TokensHook, fill, sample
+from sampling.visibility import Visibility
 
 Filled, Filling = SampledRow, RowState  # their former names, for one version
 
@@ -26,6 +27,7 @@ __all__ = [
     "Template",
     "Tokens",
     "TokensHook",
+    "Visibility",
     "choose",
     "fill",
     "ids_without_token",

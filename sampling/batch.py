@@ -12,6 +12,7 @@ from sampling.canvas import Tokens, count_positions
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.row_state import RowState
+from sampling.visibility import Visibility
 
 RATED_AT_ONCE = 2**20  # logits that a CPU goes over together: several times, so they should stay in its cache
 
@@ -27,15 +28,19 @@ class Denoiser(Protocol):
     def hidden(
         self,
         x_t: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
+        position_ids: Tensor,
+        visibility: Visibility,
         row: Tensor,
         column: Tensor,
         cache: CanvasCache | None = None,
     ) -> Tensor:
-        """[N, …] what `head` makes the logits of N positions of; x_t is [B, L].
+        """[N, …] states of N positions, for `head`.
 
         Args:
+            x_t: [B, L] tokens.
+            position_ids: [B, L].
+            visibility: which positions a position sees.
+            row, column: [N] the positions.
             cache: compute its `columns` only and take the other keys and values from it.
         """
 
@@ -82,10 +87,9 @@ class Batch:
         self.rows, self.width = list(rows), width
         self.pads = np.array([width - len(row) for row in rows])
         self.starts = self._to_device(self.pads + [row.canvas.prompt_length for row in rows])
-        self.attention_mask = self.position_ids = None
-        if self.pads.any():
-            self.attention_mask = self._to_device((np.arange(width) >= self.pads[:, None]).astype(np.int64))
-            self.position_ids = count_positions(self.attention_mask)
+        attended = self._to_device(np.arange(width) >= self.pads[:, None])
+        self.position_ids = count_positions(attended)
+        self.visibility = Visibility(attended=attended) if self.pads.any() else Visibility()
 
     def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
         """Tokens, confidence, p and entropy [n] at the n candidates of each row.
@@ -135,7 +139,7 @@ class Batch:
             filling.nfe += len(views)
         if not self.caches:
             where = self._to_device(row), self._to_device(column)
-            return [self.model.hidden(x, self.attention_mask, self.position_ids, *where) for x in views]
+            return [self.model.hidden(x, self.position_ids, self.visibility, *where) for x in views]
 
         refreshed = np.array([needs_refresh(filling) for filling in self.rows])
         hidden: list[Tensor | None] = [None] * len(views)
@@ -146,10 +150,10 @@ class Batch:
                 continue
             rows = self._to_device(group)
             where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
-            padding = [None if t is None else t[rows] for t in (self.attention_mask, self.position_ids)]
+            seen = self.position_ids[rows], self.visibility.rows(rows)
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
                 cache.aim(rows, len(self.rows), None if fresh else self._computed(group))
-                part = self.model.hidden(x[rows], *padding, *where, cache)
+                part = self.model.hidden(x[rows], *seen, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
                 hidden[i][self._to_device(np.flatnonzero(inside))] = part

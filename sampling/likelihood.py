@@ -17,10 +17,10 @@ from math import comb
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sampling.batch import Denoiser, positions_at_once
 from sampling.canvas import Tokens, count_positions, left_pad
+from sampling.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,11 @@ def _log_p(model: Denoiser, rows: Sequence[np.ndarray], masked: Sequence[np.ndar
     row = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(at) for at in masked]))
     column = torch.from_numpy(np.concatenate([at + pad for at, pad in zip(masked, pads, strict=True)]))
     x_t = x_0.index_put((row, column), torch.tensor(mask))
-    padding = [None, None]
-    if any(pads):
-        padding = [attention_mask, count_positions(attention_mask)]
-
-    def there(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(model.device)
-
-    hidden = model.hidden(there(x_t), *map(there, padding), there(row), there(column))
+    visibility = Visibility(attended=attention_mask.to(model.device)) if any(pads) else Visibility()
+    where = row.to(model.device), column.to(model.device)
+    position_ids = count_positions(attention_mask).to(model.device)
+    hidden = model.hidden(x_t.to(model.device), position_ids, visibility, *where)
     at_once = positions_at_once(model)
-    parts = zip(hidden.split(at_once), there(x_0[row, column]).split(at_once), strict=True)
+    parts = zip(hidden.split(at_once), x_0[row, column].to(model.device).split(at_once), strict=True)
     nll = torch.cat([F.cross_entropy(model.head(h).float(), target, reduction="none") for h, target in parts])
     return -np.bincount(row.numpy(), nll.double().cpu().numpy(), minlength=len(rows))

@@ -7,13 +7,16 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from data import BatchLayout, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
+from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
 from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
-from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
+from data.loader import Noise
+from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, needs_adapting
+from diffllm.diffusion.loss import liger
 from diffllm.loading import empty_model
+from diffllm.lora import add_lora
 from diffllm.tokenizer import (
     MASK_TOKEN,
     builtin_tokenizer,
@@ -23,8 +26,6 @@ from diffllm.tokenizer import (
     set_template_variables,
 )
 from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
-
-VAL_SEED = 0
 
 
 def build_model(
@@ -75,16 +76,40 @@ def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]
     return model.to(device).eval(), tokenizer
 
 
+def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    """The model of a run with its adapters, and its tokenizer; weights of a checkpoint are on the meta device.
+
+    Raises:
+        ValueError: settings that the model cannot follow, or see `build_model`.
+    """
+    model, tokenizer = build_model(config.model, config.seed, frozen_dtype(config, device), empty=True)
+    if config.model.lora_rank:
+        add_lora(model, config.model, config.seed)
+    if config.model.loss_kernel == "liger":
+        model.masked_loss = liger()
+    if (steps := config.diffusion.attention_annealing_steps) and model.windowed:
+        raise ValueError(
+            f"diffusion.attention_annealing_steps={steps}: some layers of this model attend within a window, which "
+            "would be lifted and come back; set it to 0"
+        )
+    context = model.lm.config.max_position_embeddings
+    if config.data.max_length > context:
+        raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
+    return model, tokenizer
+
+
 def build_batches(
-    config: Config, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, layout: BatchLayout
-) -> tuple[TrainBatches | StreamedBatches, ValBatches | None, dict[str, Prepared]]:
+    config: Config, tokenizer: PreTrainedTokenizerBase, layout: BatchLayout, noise: Noise, val_noise: Noise
+) -> tuple[BatchSource, ValBatches | None, dict[str, Prepared]]:
     """Training batches, validation batches if there are validation rows, and these rows with their reports.
+
+    Args:
+        noise, val_noise: corrupt the batches.
 
     Raises:
         ValueError: see `data.rows_of_files`; `data.subset` asks for more than there are; or too few rows for a batch.
     """
     data, eos = config.data, tokenizer.eos_token_id
-    noise = ForwardProcess(config.diffusion, mask_token_id, config.seed)
     rows = {}
     if data.streaming:
         train = StreamedBatches(data.train_files, data, tokenizer, layout, noise, config.seed)
@@ -103,10 +128,7 @@ def build_batches(
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files:
         rows["validation"] = rows_of({"equations": held_out_rows()}, data, tokenizer, "validation", curated=False)
-    val = None
-    if "validation" in rows:
-        elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask_token_id, VAL_SEED)
-        val = ValBatches(rows["validation"].rows, layout, eos, elbo)
+    val = ValBatches(rows["validation"].rows, layout, eos, val_noise) if "validation" in rows else None
     return train, val, rows
 
 

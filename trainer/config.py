@@ -9,9 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data import BatchLayout, DataConfig
+from data import BatchLayout, BatchSource, DataConfig
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
+from diffllm.diffusion import OBJECTIVES, ObjectiveConfig, settings_of
 from sampling import SamplingConfig
 from sampling.config import TEXTS, unescape
 
@@ -121,7 +122,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: ObjectiveConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -155,9 +156,12 @@ def field_names(schema: type = Config, prefix: str = "") -> list[str]:
     names = []
     for item in fields(schema):
         names.append(prefix + item.name)
-        if is_dataclass(item.type):
-            names += field_names(item.type, f"{prefix}{item.name}.")
-    return names
+        schemas = [item.type] if is_dataclass(item.type) else []
+        if item.type is ObjectiveConfig:
+            schemas = [objective.settings for objective in OBJECTIVES.values()]
+        for part in schemas:
+            names += field_names(part, f"{prefix}{item.name}.")
+    return list(dict.fromkeys(names))
 
 
 def nearest(name: str, allowed: list[str]) -> str:
@@ -186,7 +190,9 @@ def resolve(composed: DictConfig) -> Config:
         for group, name in lists:
             if isinstance(value := plain.get(group, {}).get(name), str):
                 plain[group][name] = [value]  # a list of one may be written without brackets
-        config = _at_home(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)))
+        objective = plain.get("diffusion", {}).get("objective", DiffusionConfig.objective)
+        schema = OmegaConf.structured(Config(diffusion=settings_of(objective)()))
+        config = _at_home(OmegaConf.to_object(OmegaConf.merge(schema, plain)))
     except ConfigKeyError as error:
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
@@ -299,9 +305,9 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
     return BatchLayout(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
 
 
-def total_steps(config: TrainerConfig, steps_per_epoch: int | None) -> int:
+def total_steps(config: TrainerConfig, source: BatchSource) -> int:
     """Optimizer steps of the whole run."""
-    return config.max_steps or config.total_epochs * steps_per_epoch
+    return config.max_steps or config.total_epochs * source.steps_per_epoch
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:

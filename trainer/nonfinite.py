@@ -14,11 +14,11 @@ from trainer.distributed import Distributed
 
 @dataclass
 class FailedStep:
-    """What one rank forwarded in a step that failed, and where the parameters are that it did so with."""
+    """What one rank forwarded in a step that failed, and where its parameters are."""
 
     step: int
     rank: int
-    norm: float  # denominator of the loss
+    denominator: float  # of the loss
     dtype: torch.dtype  # that the parameters were computed in
     micro_batches: list[Batch]
     config: dict[str, Any]

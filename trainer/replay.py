@@ -9,11 +9,9 @@ from omegaconf import OmegaConf
 from data.loader import Batch
 from data.terminal import ending_in_one_line
 from diffllm import DiffLLM
-from diffllm.loss import focal_of
-from trainer.config import Config, resolve
-from trainer.distributed import Distributed
+from diffllm.diffusion import Objective, build_objective
+from trainer.config import resolve
 from trainer.export import load_trained
-from trainer.forward import forward
 from trainer.manifest import check_whole
 from trainer.nonfinite import FailedStep
 
@@ -35,25 +33,26 @@ def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]
         raise ValueError(f"{error}. Name another: python -m trainer.replay {file} CHECKPOINT") from error
     config = resolve(OmegaConf.create(failed.config))
     model = load_trained(checkpoint, config)[0].to(failed.dtype)
-    return [_run(model, row, failed.norm, config) for batch in failed.micro_batches for row in _rows(batch)]
+    objective = build_objective(config.diffusion, model.mask_token_id, config.seed)
+    return [_run(model, objective, row, failed.denominator) for batch in failed.micro_batches for row in _rows(batch)]
 
 
 def _rows(batch: Batch) -> list[Batch]:
     return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
 
 
-def _run(model: DiffLLM, row: Batch, norm: float, config: Config) -> dict[str, float]:
+def _run(model: DiffLLM, objective: Objective, row: Batch, denominator: float) -> dict[str, float]:
     model.zero_grad()
-    restored = forward(model, row, Distributed(0, 1, torch.device("cpu")), focal_of(config.diffusion))
-    loss = restored.loss / norm
+    output = objective.loss(model, row)
+    loss = output.loss / denominator
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return {
         "sample_index": int(row["sample_index"]),
-        "t": float(row["t"]),
+        "t": float(row["t"].amax()),
         "masked": int(row["masked"].sum()),
         "loss": float(loss.detach()),
-        "largest_nll": float(restored.nll.amax()) if len(restored.nll) else 0.0,
+        "largest_nll": float(output.nll.amax()) if len(output.nll) else 0.0,
         "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
     }
 

@@ -1,25 +1,22 @@
-"""Validation with fixed noise: the bound on the likelihood, and how well masked tokens are restored."""
+"""Validation with fixed noise."""
 
 from collections.abc import Iterable
 
 import torch
 
-from data.loader import Batch
+from data import Batch
 from diffllm import DiffLLM
+from diffllm.diffusion import Objective
 from trainer.distributed import Distributed
-from trainer.forward import forward
-from trainer.tally import Tally
 
 
 @torch.no_grad()
-def validate(model: DiffLLM, batches: Iterable[Batch], distributed: Distributed) -> dict[str, float]:
-    """Metrics of `Tally` over all validation rows of all ranks. Collective."""
+def validate(
+    model: DiffLLM, objective: Objective, batches: Iterable[Batch], distributed: Distributed
+) -> dict[str, float]:
+    """Metrics of an objective over the validation rows of all ranks. Collective."""
     model.eval()
-    tally = Tally(distributed)
-    for batch in batches:
-        tally.add(batch, forward(model, batch, distributed))
+    sums = sum(objective.measure(batch, objective.loss(model, batch)) for batch in batches)
     model.reshard()
     model.train()
-    metrics = tally.metrics("val")
-    del metrics["val/loss"]
-    return metrics
+    return {f"val/{name}": value for name, value in objective.metrics(distributed.sum(*sums)).items()}

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffllm.weights import cart_weights
+from diffllm.diffusion.weights import cart_weights
 from tests.benchmarks.measure import median_seconds
 
 P = 0.1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffllm import DiffLLM, ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
-from sampling import Canvas, RowState, SamplingConfig, Tokens, fill, trim
+from sampling import Canvas, RowState, SamplingConfig, Tokens, Visibility, fill, trim
 from sampling.batch import Batch
 from tests.benchmarks.measure import median_seconds
 
@@ -32,13 +32,12 @@ class Ending:
         self.model, self.device, self.vocab_size = model, model.device, model.vocab_size
         self.forwards = 0
 
-    def hidden(
-        self, x_t: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, row: Tensor, column: Tensor
-    ) -> Tensor:
+    def hidden(self, x_t: Tensor, position_ids: Tensor, visibility: Visibility, row: Tensor, column: Tensor) -> Tensor:
         """[N, D + 1]: states, and whether a position is at the end or behind it."""
         self.forwards += 1
-        states = self.model.hidden(x_t, attention_mask, position_ids, row, column)
-        first = torch.zeros_like(row) if attention_mask is None else (attention_mask == 0).sum(-1)[row]
+        states = self.model.hidden(x_t, position_ids, visibility, row, column)
+        attended = visibility.attended
+        first = torch.zeros_like(row) if attended is None else (~attended).sum(-1)[row]
         over = column - first >= x_t[row, first]
         return torch.cat([states, over[:, None]], dim=-1)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, rows_of
 from data.equations import train_rows
 from data.loader import Batch
-from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, new_model
+from diffllm import DiffLLM, DiffusionConfig, MaskedDiffusion, ModelConfig, new_model
+from diffllm.diffusion.weights import time_weights
 from diffllm.tokenizer import builtin_tokenizer
-from diffllm.weights import loss_denominator, time_weights
 
 ROWS = 8
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -39,39 +39,39 @@ def complement(batch: Batch, config: DiffusionConfig, mask_token_id: int) -> Bat
     """The rows of a noised batch with the other tokens masked, at 1 - t."""
     t = (1 - batch["t"]).clamp(min=config.eps)
     masked = batch["maskable"] & ~batch["masked"]
-    weights = time_weights(t, masked, batch["attention_mask"].bool(), config)
+    attended = batch["attention_mask"].bool()
+    weights = time_weights(t, masked, attended, config.time_reweighting, config.cart_p)
     x_t = batch["input_ids"].masked_fill(masked, mask_token_id)
     return {**batch, "t": t, "masked": masked, "weights": weights, "x_t": x_t}
 
 
-def gradient(model: DiffLLM, batch: Batch, loss_norm: str) -> Tensor:
+def gradient(model: DiffLLM, batch: Batch, objective: MaskedDiffusion) -> Tensor:
     model.zero_grad()
-    names = ("x_t", "input_ids", "masked", "weights", "attention_mask", "position_ids")
-    (model(*(batch[name] for name in names)).loss / loss_denominator(batch, loss_norm)).backward()
+    (objective.loss(model, batch).loss / objective.denominator(batch)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def draw_gradients(model: DiffLLM, config: DiffusionConfig, rows: TokenRows, draws: int, twice: bool = False) -> Tensor:
     """[draws, parameters] gradients of as many steps."""
     layout = BatchLayout(rank=0, ranks=1, micro_batch_size=ROWS // 2 if twice else ROWS, micro_batches=1)
-    noise = ForwardProcess(config, model.mask_token_id, seed=1)
+    objective = MaskedDiffusion(config, model.mask_token_id, seed=1)
     data = DataConfig(perbatch_cutoff_type="min_pad")
-    batches = TrainBatches(rows, data, layout, model.eos_token_id, noise, seed=1)
+    batches = TrainBatches(rows, data, layout, model.eos_token_id, objective.corrupt, seed=1)
     gradients = []
     for step in range(draws):
         [batch] = batches[step]
         halves = [batch, complement(batch, config, model.mask_token_id)] if twice else [batch]
-        gradients.append(sum(gradient(model, half, config.loss_norm) for half in halves) / len(halves))
+        gradients.append(sum(gradient(model, half, objective) for half in halves) / len(halves))
     return torch.stack(gradients)
 
 
 def train(model: DiffLLM, rows: TokenRows, steps: int) -> None:
     layout = BatchLayout(rank=0, ranks=1, micro_batch_size=ROWS, micro_batches=1)
-    noise = ForwardProcess(DiffusionConfig(), model.mask_token_id, seed=0)
-    batches = TrainBatches(rows, DataConfig(), layout, model.eos_token_id, noise, seed=0)
+    objective = MaskedDiffusion(DiffusionConfig(), model.mask_token_id, seed=0)
+    batches = TrainBatches(rows, DataConfig(), layout, model.eos_token_id, objective.corrupt, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
-        gradient(model, batches[step][0], "maskable")
+        gradient(model, batches[step][0], objective)
         optimizer.step()
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffllm import DiffLLM, DiffusionConfig, ModelConfig, new_model
+from diffllm import DiffLLM, ModelConfig, new_model
+from diffllm.diffusion.weights import time_weights
 from diffllm.tokenizer import builtin_tokenizer
-from diffllm.weights import time_weights
 from tests.benchmarks.cart_weights import by_matrix
 from tests.benchmarks.measure import median_seconds, peak_bytes
 
@@ -51,8 +51,7 @@ def make_batch(model: DiffLLM, rows: int, length: int) -> tuple[Tensor, Tensor, 
 
 
 def ours(model: DiffLLM, x_t: Tensor, x_0: Tensor, masked: Tensor, t: Tensor) -> float:
-    config = DiffusionConfig(time_reweighting="cart", cart_p=P)
-    weights = time_weights(t, masked, torch.ones_like(masked), config)
+    weights = time_weights(t[:, None], masked, torch.ones_like(masked), "cart", P)
     loss = model(x_t, x_0, masked, weights).loss / masked.sum()
     loss.backward()
     return loss.item()

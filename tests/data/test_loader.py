@@ -17,7 +17,7 @@ from data import BatchLayout, DataConfig, TokenRows, TrainBatches, ValBatches
 from data.cutoff import assemble, response_widths
 from data.loader import each, follow_rank, mix
 from data.tokens import SCHEMA
-from diffllm import DiffusionConfig, ForwardProcess
+from diffllm import DiffusionConfig, MaskedDiffusion
 from tests.conftest import no_longer_than
 
 EOS = 0
@@ -36,8 +36,8 @@ PLACE = {name: place for place, name in enumerate(SCHEMA.names)}
 ROWS = make_rows([3, 5, 2, 4, 6, 3, 2, 5, 4, 3], [4, 2, 6, 3, 5, 1, 8, 2, 7, 4])
 
 
-def no_noise(batch, epoch, batch_size):
-    return {**batch, "epoch": torch.tensor(epoch), "batch_size": torch.tensor(batch_size)}
+def no_noise(batch, epoch):
+    return {**batch, "epoch": torch.tensor(epoch)}
 
 
 def batches(ranks=1, micro=4, accumulation=1, rows=ROWS, **settings):
@@ -88,7 +88,7 @@ def test_an_epoch_visits_rows_once_and_reshuffles():
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
     assert orders[0] != orders[1]
     assert [int(loader[step][0]["epoch"]) for step in range(4)] == [0, 0, 1, 1]
-    assert int(loader[0][0]["batch_size"]) == 5
+    assert int(loader[0][0]["batch_size"][0]) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -249,8 +249,8 @@ class TestMixture:
                 assert repeats[samples == sample].tolist() == list(range(counts[sample]))
 
     def test_a_row_that_comes_again_has_other_noise(self, layout):
-        layout.noise = ForwardProcess(DiffusionConfig(t_sampler="uniform"), 99, seed=0)
-        times = [float(t) for step in range(2) for batch in layout[step] for t in batch["t"]]
+        layout.noise = MaskedDiffusion(DiffusionConfig(t_sampler="uniform"), 99, seed=0).corrupt
+        times = [float(t) for step in range(2) for batch in layout[step] for t in batch["t"][:, 0]]
         assert len(set(times)) == 10
 
     def test_a_file_of_which_nothing_is_left(self, layout):

@@ -11,7 +11,7 @@ import torch
 
 from data import BatchLayout, DataConfig, StreamedBatches
 from data.stream import Position
-from diffllm import DiffusionConfig, ForwardProcess
+from diffllm import DiffusionConfig, MaskedDiffusion
 from tests.trainer.runs import losses, metrics, train, weights
 
 
@@ -41,7 +41,7 @@ def stream(files, tokenizer):
     def stream(layout=None, workers=0, **changes):
         layout = layout or BatchLayout(0, 1, 4, 1)
         config = DataConfig(train_files=files, max_length=64, num_workers=workers, **settings(**changes))
-        noise = ForwardProcess(DiffusionConfig(), tokenizer.mask_token_id, seed=0)
+        noise = MaskedDiffusion(DiffusionConfig(), tokenizer.mask_token_id, seed=0).corrupt
         return StreamedBatches(files, config, tokenizer, layout, noise, seed=0)
 
     return stream

@@ -12,6 +12,7 @@ from diffllm.adapt import needs_adapting
 from diffllm.loading import empty_model
 from diffllm.tokenizer import load_tokenizer, save_tokenizer
 from tests.conftest import GOLDEN, small_shape
+from tests.sampling.models import unpadded
 from trainer.parallel import read_weights
 
 
@@ -123,7 +124,7 @@ def test_denoise_gives_shifted_logits_where_asked(family, shift, request):
     where = torch.zeros_like(x, dtype=torch.bool)
     where[0, [0, 3, 9]] = True
     torch.testing.assert_close(model.denoise(x), expected)
-    hidden = model.hidden(x, None, None, *where.nonzero(as_tuple=True))
+    hidden = model.hidden(x, *unpadded(x), *where.nonzero(as_tuple=True))
     torch.testing.assert_close(model.head(hidden), expected[where])
 
 

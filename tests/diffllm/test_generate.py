@@ -28,7 +28,7 @@ class Scripted:
             len(tokenizer),
         )
 
-    def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
+    def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
         wanted = torch.tensor(self.tokens)[column - self.prompt_length]
         return torch.nn.functional.one_hot(wanted, self.vocab_size) * 20.0
 

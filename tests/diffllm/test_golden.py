@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffllm import DiffusionConfig
-from diffllm.loss import focal_of, weighted_sum
-from diffllm.weights import time_weights
+from diffllm.diffusion.loss import weighted_sum
+from diffllm.diffusion.weights import time_weights
 from tests.conftest import GOLDEN
 
 DREAM, LLADA = load_file(GOLDEN / "dream.safetensors"), load_file(GOLDEN / "llada.safetensors")
@@ -54,9 +54,8 @@ def test_nll_of_the_masked_tokens(dream):
 @pytest.mark.parametrize("name", ["none", "original", "linear", "cart.0.1", "cart.0.3", "cart.0.8"])
 def test_time_weights(name):
     kind, _, p = name.partition(".")
-    config = DiffusionConfig(time_reweighting=kind, cart_p=float(p or 0.1))
     masked = DREAM["loss.masked"]
-    weights = time_weights(DREAM["loss.t"], masked, torch.ones_like(masked), config)
+    weights = time_weights(DREAM["loss.t"][:, None], masked, torch.ones_like(masked), kind, float(p or 0.1))
     torch.testing.assert_close(weights[masked], DREAM[f"weight.{name}"][masked], rtol=1e-6, atol=1e-6)
 
 
@@ -71,8 +70,9 @@ def test_losses(case):
         loss_norm="masked",
     )
     masked = DREAM["loss.masked"]
-    weights = time_weights(DREAM["loss.t"], masked, torch.ones_like(masked), config)
-    total = weighted_sum(DREAM["loss.nll"][masked], weights[masked], focal_of(config)).item()
+    attended = torch.ones_like(masked)
+    weights = time_weights(DREAM["loss.t"][:, None], masked, attended, config.time_reweighting, config.cart_p)
+    total = weighted_sum(DREAM["loss.nll"][masked], weights[masked], config.token_loss).item()
     assert total == pytest.approx(case["weighted_sum"], rel=1e-6)
     assert total / masked.sum().item() == pytest.approx(case["loss"], rel=1e-6)
 

@@ -2,10 +2,15 @@
 
 import torch
 
-from sampling import Tokens
+from sampling import Tokens, Visibility
 
 V, MASK, PAD, EOS = 12, 11, 10, 9
 SPECIAL = Tokens(mask=MASK, eos=(EOS,))
+
+
+def unpadded(x):
+    """Positions and visibility of rows [B, L] without padding."""
+    return torch.arange(x.shape[1]).expand_as(x), Visibility()
 
 
 class MockDenoiser:
@@ -16,9 +21,9 @@ class MockDenoiser:
     def __init__(self):
         self.calls = 0
 
-    def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
+    def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
         self.calls += 1
-        attended = torch.ones_like(x_t) if attention_mask is None else attention_mask
+        attended = torch.ones_like(x_t) if visibility.attended is None else visibility.attended
         L = x_t.shape[1]
         from_right = torch.arange(L, 0, -1)
         state = ((x_t + 1) * attended * from_right).sum(-1)  # [B]

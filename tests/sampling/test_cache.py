@@ -11,6 +11,7 @@ from sampling import Canvas, SamplingConfig, fill
 from sampling.cache import computed
 from sampling.row_state import RowState, Step
 from tests.conftest import small_shape
+from tests.sampling.models import unpadded
 
 CACHES = ["prefix", "dual", "delayed"]
 
@@ -118,9 +119,9 @@ def test_positions_are_those_of_the_canvas(model):
     cache.arrange([None], 6)
     cache.aim(rows, 1, None)
     with torch.no_grad():
-        whole = model.hidden(x, None, None, *at, cache)
+        whole = model.hidden(x, *unpadded(x), *at, cache)
         cache.aim(rows, 1, np.array([[False, False, True, True, False, False]]))
-        part = model.hidden(x, None, None, *at, cache)
-        plain = model.hidden(x, None, None, *at)
+        part = model.hidden(x, *unpadded(x), *at, cache)
+        plain = model.hidden(x, *unpadded(x), *at)
     torch.testing.assert_close(whole, plain)
     torch.testing.assert_close(part, plain)

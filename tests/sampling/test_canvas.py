@@ -1,6 +1,6 @@
 """Canvases, and the batches made of them."""
 
-from sampling import Canvas, SamplingConfig, left_pad, trim
+from sampling import Canvas, SamplingConfig, Visibility, left_pad, trim
 from sampling.batch import Batch
 from sampling.row_state import RowState
 from tests.sampling.models import MASK, SPECIAL, MockDenoiser
@@ -17,14 +17,14 @@ def test_ragged_rows_are_right_aligned():
     batch = batch_of(Canvas.after([5, 6, 7], 2, MASK), Canvas.after([8], 2, MASK))
     [x] = batch._views()
     assert x.tolist() == [[5, 6, 7, MASK, MASK], [MASK, MASK, 8, MASK, MASK]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert batch.visibility.attended.tolist() == [[True] * 5, [False, False, True, True, True]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [1, 1, 0, 1, 2]]
 
 
 def test_without_padding_there_is_no_mask():
     batch = batch_of(Canvas.after([1], 2, MASK))
-    assert batch.attention_mask is None
-    assert batch.position_ids is None
+    assert batch.visibility == Visibility()
+    assert batch.position_ids.tolist() == [[0, 1, 2]]
 
 
 def test_left_pad():

@@ -27,8 +27,8 @@ class Known:
     def __init__(self, likely, length=0, first=()):
         self.likely, self.length, self.first = likely, length, list(first)
 
-    def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
-        attended = torch.ones_like(x_t) if attention_mask is None else attention_mask
+    def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
+        attended = torch.ones_like(x_t) if visibility.attended is None else visibility.attended
         p = torch.where(attended.sum(-1)[row] == self.length, 0.9, 0.3)
         logits = ((1 - p) / (self.vocab_size - 1)).log()[:, None].repeat(1, self.vocab_size)
         logits[:, self.likely] = p.log()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sampling import choose, score, score_positions
-from tests.sampling.models import MASK, SPECIAL, MockDenoiser, V
+from tests.sampling.models import MASK, SPECIAL, MockDenoiser, V, unpadded
 
 PROMPT, RESPONSE = [1, 2], [3, 4, 5, 6, 7, 8, 0, 3, 1]
 
@@ -16,7 +16,7 @@ PROMPT, RESPONSE = [1, 2], [3, 4, 5, 6, 7, 8, 0, 3, 1]
 class Neighbours(MockDenoiser):
     """Says 3 everywhere, the surer the more neighbours are clean: scores vary smoothly with the masks."""
 
-    def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
+    def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
         clean = torch.nn.functional.pad((x_t != MASK).float(), (1, 1))
         logits = torch.zeros(len(row), V)
         logits[:, 3] = 2 * (clean[row, column] + clean[row, column + 2])
@@ -26,7 +26,7 @@ class Neighbours(MockDenoiser):
 class Counting(MockDenoiser):
     """Says 3 everywhere, the surer the fewer tokens are masked: what is masked makes no difference."""
 
-    def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
+    def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
         logits = torch.zeros(len(row), V)
         logits[:, 3] = 4 - 0.5 * (x_t == MASK).sum(-1)[row]
         return logits
@@ -36,7 +36,7 @@ def log_p(tokens, masked, model=None):
     """Σ log p of the masked tokens, of one row."""
     x_t, at = torch.tensor([tokens]), torch.tensor(sorted(masked))
     x_t[0, at] = MASK
-    logits = (model or MockDenoiser()).hidden(x_t, None, None, torch.zeros_like(at), at)
+    logits = (model or MockDenoiser()).hidden(x_t, *unpadded(x_t), torch.zeros_like(at), at)
     return logits.log_softmax(-1)[torch.arange(len(at)), torch.tensor(tokens)[at]].double().sum().item()
 
 
@@ -77,7 +77,7 @@ def test_the_bound_is_the_mean_of_the_log_likelihoods_in_every_order():
         for place in range(3):
             x_t, column = torch.tensor([tokens]), torch.tensor([order[place]])
             x_t[0, list(order[place:])] = MASK
-            logits = MockDenoiser().hidden(x_t, None, None, torch.tensor([0]), column)
+            logits = MockDenoiser().hidden(x_t, *unpadded(x_t), torch.tensor([0]), column)
             chain += logits.log_softmax(-1)[0, tokens[order[place]]].item()
         orders.append(chain)
     assert score(MockDenoiser(), PROMPT, [3, 4, 5], SPECIAL).mean == pytest.approx(np.mean(orders))
@@ -151,9 +151,9 @@ def test_ragged_rows_are_right_aligned():
     seen = []
 
     class Watched(MockDenoiser):
-        def hidden(self, x_t, attention_mask, position_ids, row, column, cache=None):
-            seen.extend((x_t.tolist(), attention_mask.tolist(), position_ids.tolist()))
-            return super().hidden(x_t, attention_mask, position_ids, row, column)
+        def hidden(self, x_t, position_ids, visibility, row, column, cache=None):
+            seen.extend((x_t.tolist(), visibility.attended.tolist(), position_ids.tolist()))
+            return super().hidden(x_t, position_ids, visibility, row, column)
 
     score_positions(Watched(), [([1, 2, 3], [1]), ([4], [0])], SPECIAL)
     assert seen == [[[1, MASK, 3], [MASK] * 3], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [1, 1, 0]]]

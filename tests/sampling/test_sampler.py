@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sampling import Canvas, SamplingConfig, fill, left_pad, sample
 from sampling.config import ADAPTIVE, ALGS, SCHEDULED
-from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V
+from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V, unpadded
 
 
 def run(prompts, names=None, special=SPECIAL, **changes):
@@ -280,8 +280,8 @@ def test_guidance_pulls_away_from_what_the_model_says_without_the_prompt():
     """l_u + (1 + w)·(l - l_u) at one position, by hand; it costs two forwards."""
     model, prompt = MockDenoiser(), torch.tensor([[1, 2, MASK]])
     at = torch.tensor([0]), torch.tensor([2])
-    with_prompt = model.hidden(prompt, None, None, *at)
-    without = model.hidden(torch.full_like(prompt, MASK), None, None, *at)
+    with_prompt = model.hidden(prompt, *unpadded(prompt), *at)
+    without = model.hidden(torch.full_like(prompt, MASK), *unpadded(prompt), *at)
     expected = (without + 3 * (with_prompt - without)).argmax().item()
     output = run([[1, 2]], max_new_tokens=1, cfg_scale=2.0)
     assert output.sequences[0, -1].item() == expected

@@ -125,7 +125,7 @@ def test_a_longer_run_has_its_own_lr_from_the_first_step(small_run):
 
 
 def test_skipped_steps_are_remembered(small_run, monkeypatch):
-    monkeypatch.setattr("diffllm.noise.ForwardProcess.time", lambda *_: 0.0)
+    monkeypatch.setattr("diffllm.diffusion.masked.MaskedDiffusion.time", lambda *_: 0.0)
     train(small_run(trainer__max_steps=2))
     assert metrics(train(small_run(trainer__max_steps=3)))[-1]["train/skipped_steps"] == 3
 

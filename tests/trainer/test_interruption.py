@@ -64,7 +64,7 @@ def test_in_the_last_step_it_changes_nothing(small_run, interrupted):
 def test_loader_workers_ignore_signals(small_run):
     with init_distributed() as distributed:
         trainer = FSDPSFTTrainer(small_run(data__num_workers=1), distributed)
-        batches = trainer.train_batches.loader(range(12))
+        batches = trainer.source.loader(range(12))
         next(batches)
         [worker] = multiprocessing.active_children()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -64,7 +64,7 @@ def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
 
 
 def test_a_step_with_no_masked_token_is_skipped_and_counted(small_run, monkeypatch):
-    monkeypatch.setattr("diffllm.noise.ForwardProcess.time", lambda *_: 0.0)
+    monkeypatch.setattr("diffllm.diffusion.masked.MaskedDiffusion.time", lambda *_: 0.0)
     config = small_run("empty", trainer__max_steps=3)
     run = train(config)
     assert [line["train/skipped_steps"] for line in metrics(run)] == [1, 2, 3]

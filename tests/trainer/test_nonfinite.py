@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from diffllm.loss import masked_loss
+from diffllm.diffusion.loss import masked_loss
 from tests.conftest import ROOT
 from tests.trainer.runs import losses, metrics, train, weights
 from trainer.dcp import SafeReader
@@ -62,7 +62,7 @@ def test_raise_names_the_rows_and_loses_nothing(small_run, fails, monkeypatch, k
     [file] = (run / "nonfinite").iterdir()
     assert f"{file}" in str(failure.value)
     with init_distributed() as distributed:
-        batches = FSDPSFTTrainer(small_run(**settings()), distributed).train_batches[BAD_STEP - 1]
+        batches = FSDPSFTTrainer(small_run(**settings()), distributed).source[BAD_STEP - 1]
     samples = [index for batch in batches[0 if kind == "gradient" else 1 :] for index in batch["sample_index"].tolist()]
     assert f"rank 0, samples {samples}: {file}" in str(failure.value)
     assert [line["step"] for line in metrics(run)] == list(range(1, BAD_STEP))

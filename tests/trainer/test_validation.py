@@ -9,22 +9,21 @@ from tests.trainer.runs import losses, metrics, train, weights
 from trainer.build import build_model
 from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
-from trainer.validation import validate
 
 
 def test_metrics_are_what_they_say(small_run):
     with init_distributed() as distributed:
         trainer = FSDPSFTTrainer(small_run(), distributed)
-        measured = validate(trainer.model, trainer.val_batches, distributed)
-        assert validate(trainer.model, trainer.val_batches, distributed) == measured
+        measured = trainer.validate()
+        assert trainer.validate() == measured
         model, _ = build_model(trainer.config.model, trainer.config.seed)
         bound, tokens, right, masked = 0.0, 0, 0.0, 0.0
         with torch.no_grad():
             for batch in trainer.val_batches:
                 logits = model.denoise(batch["x_t"], batch["attention_mask"], batch["position_ids"])
                 log_p = logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None]).squeeze(-1)
-                importance = batch["importance"][:, None] * batch["masked"]
-                bound -= (log_p / batch["t"][:, None] * importance).sum().item()
+                importance = batch["importance"] * batch["masked"]
+                bound -= (log_p / batch["t"] * importance).sum().item()
                 tokens += batch["maskable"].sum().item()
                 right += ((logits.argmax(-1) == batch["input_ids"]) * importance).sum().item()
                 masked += importance.sum().item()

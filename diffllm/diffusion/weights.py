@@ -4,50 +4,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffllm.config import DiffusionConfig
+TIME_REWEIGHTINGS = ("none", "original", "linear", "cart")
 
 
-def time_weights(t: Tensor, masked: Tensor, attended: Tensor, config: DiffusionConfig) -> Tensor:
+def time_weights(t: Tensor, masked: Tensor, attended: Tensor, kind: str, cart_p: float) -> Tensor:
     """Time reweighting of every masked position.
 
     `none` 1 · `original` 1/t, the ELBO under the linear schedule (arXiv 2406.07524, eq. 10) · `linear` 1-t ·
     `cart` see `cart_weights`.
 
     Args:
-        t: [B] times.
+        t: [B, L] times, or [B, 1] for rows with one time.
         masked: [B, L] positions noised in x_t.
         attended: [B, L], False at padding that is not attended.
+        kind: one of TIME_REWEIGHTINGS.
+        cart_p: parameter of CART's geometric distribution.
 
     Returns:
         [B, L] float32, 0 where not masked.
     """
-    if config.time_reweighting == "cart":
-        weights = cart_weights(attended & ~masked, config.cart_p)
-    else:
-        per_row = {"none": torch.ones_like(t), "original": 1 / t, "linear": 1 - t}[config.time_reweighting]
-        weights = per_row[:, None].float()
-    return weights * masked
-
-
-def loss_denominator(batch: dict[str, Tensor], loss_norm: str) -> Tensor:
-    """What Σ weight·nll is divided by, of the rows of a batch: their parts add up to that of the global batch.
-
-    `masked` the masked tokens, each counted with the importance of its row · `maskable` the tokens that may be masked,
-    as in the ELBO · `sequence` the rows.
-
-    Args:
-        batch: what `ForwardProcess` gives.
-
-    Returns:
-        A scalar in float64.
-    """
-    match loss_norm:
-        case "masked":
-            return batch["masked"].sum(-1).double() @ batch["importance"].double()
-        case "maskable":
-            return batch["maskable"].sum().double()
+    match kind:
+        case "cart":
+            weights = cart_weights(attended & ~masked, cart_p)
+        case "original":
+            weights = 1 / t
+        case "linear":
+            weights = 1 - t
         case _:
-            return torch.tensor(len(batch["masked"]), dtype=torch.float64)
+            weights = torch.ones_like(t)
+    return weights.float() * masked
 
 
 def cart_weights(context: Tensor, p: float) -> Tensor:

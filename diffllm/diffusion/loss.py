@@ -1,6 +1,7 @@
 """The loss: weighted cross entropy of the masked tokens, with its gradient made on the way."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -8,16 +9,39 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from diffllm.config import DiffusionConfig
-
 LOGITS_PER_CHUNK = 2**26  # at most; 256 MiB in float32
 
 
-class Focal(NamedTuple):
-    """Token reweighting: nll becomes alpha·(1 - p)^gamma·nll with p = exp(-nll), which plays down what is known.
+class LossOutput(NamedTuple):
+    """Loss of the N masked positions. Only the loss carries a gradient."""
 
-    The focal loss (arXiv 1708.02002, eq. 5).
-    """
+    loss: Tensor  # scalar, Σ weight·token loss, float32
+    nll: Tensor  # [N] negative log-likelihood of the clean tokens, float32
+    correct: Tensor  # [N] whether the most likely token is the clean one
+
+
+class TokenLoss:
+    """A function of a token's nll, with its derivative. This one is the cross entropy: the nll itself."""
+
+    def __call__(self, nll: Tensor) -> Tensor:
+        """[n] losses of tokens."""
+        return nll
+
+    def derivative(self, nll: Tensor) -> Tensor:
+        """[n] d loss / d nll."""
+        return torch.ones_like(nll)
+
+    def select(self, tokens: slice) -> "TokenLoss":
+        """The loss of some of the N tokens, for one that differs from token to token."""
+        return self
+
+
+CROSS_ENTROPY = TokenLoss()
+
+
+@dataclass(frozen=True)
+class Focal(TokenLoss):
+    """alpha·(1 - p)^gamma·nll with p = exp(-nll), which plays down what is known (arXiv 1708.02002, eq. 5)."""
 
     alpha: float
     gamma: float
@@ -26,22 +50,17 @@ class Focal(NamedTuple):
         return self.alpha * (1 - torch.exp(-nll)) ** self.gamma * nll
 
     def derivative(self, nll: Tensor) -> Tensor:
-        """d/d nll: alpha·(1 - p)^gamma + alpha·gamma·(1 - p)^(gamma - 1)·p·nll."""
+        """alpha·(1 - p)^gamma + alpha·gamma·(1 - p)^(gamma - 1)·p·nll."""
         p = torch.exp(-nll)
         # Written with nll/(1 - p), which tends to 1 where p does, so that no gamma divides 0 by 0.
         ratio = torch.where(nll > 0, nll / -torch.expm1(-nll), 1.0)
         return self.alpha * (1 - p) ** self.gamma * (1 + self.gamma * p * ratio)
 
 
-def focal_of(config: DiffusionConfig) -> Focal | None:
-    """The token reweighting that a configuration asks for."""
-    return Focal(config.token_reweighting_alpha, config.token_reweighting_gamma) if config.token_reweighting else None
-
-
 def masked_loss(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, focal: Focal | None = None
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, token_loss: TokenLoss = CROSS_ENTROPY
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ weight·nll through the vocabulary projection, a chunk of positions at a time.
+    """Σ weight·token loss through the vocabulary projection, a chunk of positions at a time.
 
     Weights are known before the forward pass, and with them the gradient of every logit. So it is made and used while
     the chunk's logits are there: they exist once, are never kept and never computed again. In bf16 the chunks' parts of
@@ -52,18 +71,18 @@ def masked_loss(
         head: [V, D] vocabulary projection.
         targets: [N] clean tokens.
         weights: [N] float32.
-        focal: token reweighting.
+        token_loss: function of a token's nll.
 
     Returns:
         The loss, a float32 scalar; nll [N] in float32 and correct [N], whether the most likely token is the target,
         both without gradient.
     """
-    return _MaskedLoss.apply(hidden, head, targets, weights, focal, torch.is_grad_enabled())
+    return _MaskedLoss.apply(hidden, head, targets, weights, token_loss, torch.is_grad_enabled())
 
 
-def weighted_sum(nll: Tensor, weights: Tensor, focal: Focal | None = None) -> Tensor:
-    """Σ weight·nll over the masked positions, the numerator of the loss."""
-    return (weights * (nll if focal is None else focal(nll))).sum()
+def weighted_sum(nll: Tensor, weights: Tensor, token_loss: TokenLoss = CROSS_ENTROPY) -> Tensor:
+    """Σ weight·token loss over the masked positions, the numerator of the loss."""
+    return (weights * token_loss(nll)).sum()
 
 
 def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -79,21 +98,21 @@ def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if Version(installed := version("liger-kernel")) < Version("0.8.2"):
         raise ValueError(f"model.loss_kernel=liger: {installed} gives wrong gradients: pip install 'diffllm[liger]'")
 
-    def liger_loss(hidden, head, targets, weights, focal=None):
+    def liger_loss(hidden, head, targets, weights, token_loss=CROSS_ENTROPY):
         if not len(hidden):  # which the kernel divides by
-            return masked_loss(hidden, head, targets, weights, focal)
+            return masked_loss(hidden, head, targets, weights, token_loss)
         output = liger_fused_linear_cross_entropy(
             hidden, head, targets, reduction="none", return_predicted_tokens=True, accum_dtype=torch.float32
         )
         nll = output.loss.float()
-        return weighted_sum(nll, weights, focal), nll.detach(), output.predicted_tokens == targets
+        return weighted_sum(nll, weights, token_loss), nll.detach(), output.predicted_tokens == targets
 
     return liger_loss
 
 
 class _MaskedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, focal, training):
+    def forward(ctx, hidden, head, targets, weights, token_loss, training):
         hidden_needs, head_needs = (training and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if hidden_needs else None
         grad_head = torch.zeros_like(head) if head_needs and not len(hidden) else None
@@ -114,7 +133,7 @@ class _MaskedLoss(torch.autograd.Function):
             if not (hidden_needs or head_needs):
                 continue
             # d loss / d logits = slope·(softmax - onehot)
-            slope = weights[chunk] if focal is None else weights[chunk] * focal.derivative(nll[chunk])
+            slope = weights[chunk] * token_loss.select(chunk).derivative(nll[chunk])
             grad = p.mul_(slope[:, None] / total).scatter_add_(-1, y, -slope[:, None]).to(h.dtype)
             if hidden_needs:
                 torch.mm(grad, head, out=grad_hidden[chunk])
@@ -123,7 +142,7 @@ class _MaskedLoss(torch.autograd.Function):
             del logits, p, grad  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, correct)
-        return weighted_sum(nll, weights, focal), nll, correct
+        return weighted_sum(nll, weights, token_loss), nll, correct
 
     @staticmethod
     def backward(ctx, grad_loss, *_):

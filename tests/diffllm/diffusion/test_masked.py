@@ -1,4 +1,4 @@
-"""The forward process: keyed, layout-free, and distributed as it should be."""
+"""Masked diffusion: noise that is keyed, layout-free, and distributed as it should be; denominators."""
 
 import math
 
@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffllm import DiffusionConfig, ForwardProcess
-from diffllm.config import LOSS_NORMS, T_SAMPLERS
-from diffllm.weights import loss_denominator
+from diffllm import DiffusionConfig, MaskedDiffusion
+from diffllm.diffusion.masked import LOSS_NORMS, T_SAMPLERS
 
 MASK = 99
 
 
-def batch(samples, width=16, left_pad=0, slots=None):
+def batch(samples, size, width=16, left_pad=0):
     n = len(samples)
     columns = torch.arange(left_pad + width)
     return {
@@ -21,24 +20,28 @@ def batch(samples, width=16, left_pad=0, slots=None):
         "maskable": (columns >= left_pad + 4).expand(n, -1),
         "attention_mask": (columns >= left_pad).long().expand(n, -1),
         "sample_index": torch.tensor(samples),
-        "slot": torch.tensor(samples if slots is None else slots),
+        "slot": torch.tensor(samples),
+        "batch_size": torch.full((n,), size),
     }
 
 
 @pytest.mark.parametrize("t_sampler", T_SAMPLERS)
 def test_noise_is_a_function_of_the_sample(t_sampler):
     """Neither company, order nor left padding changes it; seed and epoch do."""
-    process = ForwardProcess(DiffusionConfig(t_sampler=t_sampler), MASK, seed=5)
-    together = process(batch([0, 1, 2, 3]), 2, 4)
-    alone = process(batch([2], left_pad=3), 2, 4)
+    process = MaskedDiffusion(DiffusionConfig(t_sampler=t_sampler), MASK, seed=5)
+    together = process.corrupt(batch([0, 1, 2, 3], 4), 2)
+    alone = process.corrupt(batch([2], 4, left_pad=3), 2)
     assert torch.equal(together["masked"][2], alone["masked"][0, 3:])
-    assert together["t"][2] == alone["t"][0]
-    for other in (ForwardProcess(process.config, MASK, 6)(batch([2]), 2, 4), process(batch([2]), 3, 4)):
+    assert torch.equal(together["t"][2], alone["t"][0, 3:])
+    for other in (
+        MaskedDiffusion(process.config, MASK, 6).corrupt(batch([2], 4), 2),
+        process.corrupt(batch([2], 4), 3),
+    ):
         assert not torch.equal(other["masked"][0], together["masked"][2])
 
 
 def test_only_maskable_positions_are_noised():
-    noised = ForwardProcess(DiffusionConfig(), MASK, 0)(batch(list(range(50))), 0, 50)
+    noised = MaskedDiffusion(DiffusionConfig(), MASK, 0).corrupt(batch(list(range(50)), 50), 0)
     assert not noised["masked"][:, :4].any()
     assert torch.equal(noised["x_t"] == MASK, noised["masked"])
     assert torch.equal(noised["x_t"][~noised["masked"]], noised["input_ids"][~noised["masked"]])
@@ -51,14 +54,14 @@ def test_stratified_times_cover_the_global_batch():
         ("stratified", lambda t: (t - 0.01) / 0.99),
         ("importance", lambda t: (t**0.5 - 0.1) / 0.9),
     ):
-        process = ForwardProcess(DiffusionConfig(eps=0.01, t_sampler=t_sampler), MASK, 0)
-        halves = [process(batch(samples), 0, 8)["t"] for samples in ([0, 1, 2, 3], [4, 5, 6, 7])]
+        process = MaskedDiffusion(DiffusionConfig(eps=0.01, t_sampler=t_sampler), MASK, 0)
+        halves = [process.corrupt(batch(samples, 8), 0)["t"][:, 0] for samples in ([0, 1, 2, 3], [4, 5, 6, 7])]
         assert ((share(torch.cat(halves)) * 8).long() == torch.arange(8)).all()
 
 
 def test_importance_corrects_the_density():
     """Weighted means over a fine grid of draws are those under U(eps, 1)."""
-    process = ForwardProcess(DiffusionConfig(eps=1e-2), MASK, 0)
+    process = MaskedDiffusion(DiffusionConfig(eps=1e-2), MASK, 0)
     t = torch.tensor([process.time(0.5, slot, 10_000) for slot in range(10_000)], dtype=torch.float64)
     importance = process.importance(t)
     assert importance.mean().item() == pytest.approx(1, rel=1e-6)
@@ -68,20 +71,22 @@ def test_importance_corrects_the_density():
 
 @pytest.mark.parametrize("loss_norm", LOSS_NORMS)
 def test_denominators_of_micro_batches_add_up(loss_norm):
-    noised = ForwardProcess(DiffusionConfig(), MASK, 0)(batch(list(range(8))), 0, 8)
+    objective = MaskedDiffusion(DiffusionConfig(loss_norm=loss_norm), MASK, 0)
+    noised = objective.corrupt(batch(list(range(8)), 8), 0)
     parts = [{name: rows[half] for name, rows in noised.items()} for half in (slice(0, 3), slice(3, 8))]
     expected = {
-        "masked": sum(m.sum().item() * w.item() for m, w in zip(noised["masked"], noised["importance"], strict=True)),
+        "masked": (noised["masked"] * noised["importance"]).sum().item(),
         "maskable": 8 * 12,
         "sequence": 8,
     }
-    assert sum(loss_denominator(part, loss_norm).item() for part in parts) == pytest.approx(expected[loss_norm])
+    assert sum(objective.denominator(part).item() for part in parts) == pytest.approx(expected[loss_norm])
 
 
 def test_the_share_of_masked_tokens_is_t():
     """Over 400 rows of 500 tokens the count lies within 5 standard errors of Σ t: a false alarm once in 1.7 million."""
-    noised = ForwardProcess(DiffusionConfig(t_sampler="uniform"), MASK, 0)(batch(list(range(400)), width=504), 0, 400)
-    t = noised["t"].double()
+    objective = MaskedDiffusion(DiffusionConfig(t_sampler="uniform"), MASK, 0)
+    noised = objective.corrupt(batch(list(range(400)), 400, width=504), 0)
+    t = noised["t"][:, 0].double()
     error = noised["masked"].sum().item() - 500 * t.sum().item()
     assert abs(error) < 5 * math.sqrt(500 * (t * (1 - t)).sum().item())
     assert abs(t.mean().item() - 0.5) < 5 / math.sqrt(12 * 400)
@@ -116,7 +121,8 @@ def test_the_elbo_estimator_has_the_exact_mean(t_sampler):
         "attention_mask": torch.ones(n, length),
         "sample_index": torch.arange(n),
         "slot": torch.arange(n),
+        "batch_size": torch.full((n,), n),
     }
-    noised = ForwardProcess(DiffusionConfig(eps=eps, t_sampler=t_sampler), 3, 0)(rows, 0, n)
+    noised = MaskedDiffusion(DiffusionConfig(eps=eps, t_sampler=t_sampler), 3, 0).corrupt(rows, 0)
     draws = np.array([(w * nll(x)).sum() for w, x in zip(noised["weights"].numpy(), noised["x_t"], strict=True)])
     assert abs(draws.mean() - exact) < 5 * draws.std() / math.sqrt(n)

@@ -1,39 +1,71 @@
 """The fused loss against autograd through full logits."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from diffllm import loss
-from diffllm.loss import Focal, masked_loss, weighted_sum
+from diffllm.diffusion import loss
+from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, TokenLoss, masked_loss, weighted_sum
 
 V, D, N = 50, 8, 23
 
 
-def by_autograd(hidden, head, targets, weights, focal):
+@dataclass(frozen=True)
+class ClippedRatio(TokenLoss):
+    """-min(r·A, clip(r, 1-ε, 1+ε)·A) with r = exp(old_nll - nll) (PPO, arXiv 1707.06347, eq. 7)."""
+
+    old_nll: torch.Tensor  # [N] under the policy that sampled the tokens
+    advantage: torch.Tensor  # [N]
+    epsilon: float = 0.2
+
+    def __call__(self, nll):
+        ratio = torch.exp(self.old_nll - nll)
+        return -torch.minimum(ratio * self.advantage, self._clip(ratio) * self.advantage)
+
+    def derivative(self, nll):
+        """r·A where the ratio is not clipped, 0 where it is."""
+        ratio = torch.exp(self.old_nll - nll)
+        return torch.where(ratio * self.advantage <= self._clip(ratio) * self.advantage, ratio * self.advantage, 0.0)
+
+    def select(self, tokens):
+        return replace(self, old_nll=self.old_nll[tokens], advantage=self.advantage[tokens])
+
+    def _clip(self, ratio):
+        return ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
+
+
+CLIPPED = ClippedRatio(torch.linspace(1, 12, N), torch.tensor([1.0, -1.0, 0.5]).repeat(N)[:N])
+
+
+def by_autograd(hidden, head, targets, weights, token_loss):
     """The loss as its definition says, all logits at once."""
     logits = (hidden @ head.T).float()
     nll = F.cross_entropy(logits, targets, reduction="none")
-    return weighted_sum(nll, weights, focal), nll, logits.argmax(-1) == targets
+    return weighted_sum(nll, weights, token_loss), nll, logits.argmax(-1) == targets
 
 
-def value_and_gradients(kernel, dtype, focal, frozen=()):
+def value_and_gradients(kernel, dtype, token_loss, frozen=()):
     torch.manual_seed(1)
     hidden, head = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     hidden.requires_grad_("hidden" not in frozen)
     head.requires_grad_("head" not in frozen)
-    total, nll, correct = kernel(hidden, head, torch.randint(V, (N,)), torch.rand(N), focal)
+    total, nll, correct = kernel(hidden, head, torch.randint(V, (N,)), torch.rand(N), token_loss)
     (total / 3).backward()
     return total.detach(), nll.detach(), correct, hidden.grad, head.grad
 
 
+TOKEN_LOSSES = [CROSS_ENTROPY, Focal(0.25, 2.0), Focal(1.0, 0.0), Focal(1.0, 0.5), CLIPPED]
+
+
 @pytest.mark.parametrize("chunk", [N, 5, 1])
-@pytest.mark.parametrize("focal", [None, Focal(0.25, 2.0), Focal(1.0, 0.0), Focal(1.0, 0.5)])
-def test_value_and_gradient_are_those_of_autograd(monkeypatch, chunk, focal):
+@pytest.mark.parametrize("token_loss", TOKEN_LOSSES, ids=lambda loss: type(loss).__name__)
+def test_value_and_gradient_are_those_of_autograd(monkeypatch, chunk, token_loss):
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", chunk * V)
     for ours, theirs in zip(
-        value_and_gradients(masked_loss, torch.float32, focal),
-        value_and_gradients(by_autograd, torch.float32, focal),
+        value_and_gradients(masked_loss, torch.float32, token_loss),
+        value_and_gradients(by_autograd, torch.float32, token_loss),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -42,8 +74,8 @@ def test_value_and_gradient_are_those_of_autograd(monkeypatch, chunk, focal):
 def test_bf16_is_as_near_to_float32_as_autograd_is(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 12 * V)
     for ours, theirs in zip(
-        value_and_gradients(masked_loss, torch.bfloat16, None),
-        value_and_gradients(by_autograd, torch.bfloat16, None),
+        value_and_gradients(masked_loss, torch.bfloat16, CROSS_ENTROPY),
+        value_and_gradients(by_autograd, torch.bfloat16, CROSS_ENTROPY),
         strict=True,
     ):
         assert ours.dtype == theirs.dtype
@@ -65,7 +97,7 @@ def test_a_bf16_gradient_is_not_scaled_by_a_rounded_denominator():
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_what_is_frozen_gets_no_gradient(frozen):
-    *_, hidden, head = value_and_gradients(masked_loss, torch.float32, None, frozen=[frozen])
+    *_, hidden, head = value_and_gradients(masked_loss, torch.float32, CROSS_ENTROPY, frozen=[frozen])
     assert (hidden is None, head is None) == (frozen == "hidden", frozen == "head")
 
 

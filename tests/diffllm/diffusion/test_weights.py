@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffllm import DiffusionConfig
-from diffllm.weights import cart_weights, time_weights
+from diffllm.diffusion.weights import cart_weights, time_weights
 
 
 def by_definition(context: list[bool], p: float) -> list[float]:
@@ -34,14 +34,14 @@ def test_p_one_counts_the_direct_neighbours():
 def test_padding_and_masked_positions_are_no_context():
     attended = torch.tensor([[False, True, True, True]])
     masked = torch.tensor([[False, False, True, False]])
-    weights = time_weights(torch.tensor([0.5]), masked, attended, DiffusionConfig(time_reweighting="cart", cart_p=1.0))
+    weights = time_weights(torch.tensor([[0.5]]), masked, attended, "cart", cart_p=1.0)
     assert weights.tolist() == [[0, 0, 1.0, 0]]
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("none", 1.0), ("original", 4.0), ("linear", 0.75)])
 def test_weights_by_time(kind, weight):
     masked = torch.tensor([[True, False]])
-    weights = time_weights(torch.tensor([0.25]), masked, masked | True, DiffusionConfig(time_reweighting=kind))
+    weights = time_weights(torch.tensor([[0.25]]), masked, masked | True, kind, cart_p=0.1)
     assert weights.tolist() == [[weight, 0.0]]
 
 

@@ -1,0 +1,11 @@
+"""What training minimises. Each objective is one file of this package, found by the name that its settings have."""
+
+import importlib
+import pkgutil
+
+from diffllm.diffusion.objective import OBJECTIVES, Objective, ObjectiveConfig, build_objective, settings_of
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveConfig", "build_objective", "settings_of"]

@@ -1,0 +1,199 @@
+"""Absorbing-state diffusion: mask each response token with probability t, and restore it.
+
+MDLM (arXiv 2406.07524), LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from diffllm.attention import visibility_of
+from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, LossOutput, TokenLoss
+from diffllm.diffusion.objective import Objective, ObjectiveConfig
+from diffllm.diffusion.weights import TIME_REWEIGHTINGS, time_weights
+
+T_SAMPLERS = ("importance", "stratified", "uniform")
+LOSS_NORMS = ("masked", "maskable", "sequence")
+T_BUCKETS = 4
+_NOISE = 3  # first word of the keys; orders of rows have 1, cuts 2, attention 4, windows of a stream 5
+
+
+@dataclass
+class DiffusionConfig(ObjectiveConfig):
+    """The forward process and the weights of the loss.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    objective: str = "masked"
+    # importance: stratified, and small t more often where time_reweighting=original makes them heavy, each loss term
+    # corrected | stratified over the global batch | uniform, independent draws
+    t_sampler: str = "importance"
+    eps: float = 1e-3  # t is in [eps, 1)
+    time_reweighting: str = "original"  # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
+    cart_p: float = 0.1  # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
+    token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
+    token_reweighting_alpha: float = 0.25
+    token_reweighting_gamma: float = 2.0
+    loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (
+            ("t_sampler", T_SAMPLERS),
+            ("time_reweighting", TIME_REWEIGHTINGS),
+            ("loss_norm", LOSS_NORMS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"diffusion.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
+        if not 0 < self.cart_p <= 1:
+            raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
+        for name in ("token_reweighting_alpha", "token_reweighting_gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"diffusion.{name}={getattr(self, name)}: must not be negative")
+
+    @property
+    def token_loss(self) -> TokenLoss:
+        """The function of a token's nll that is summed up."""
+        if not self.token_reweighting:
+            return CROSS_ENTROPY
+        return Focal(self.token_reweighting_alpha, self.token_reweighting_gamma)
+
+
+class MaskedDiffusion(Objective):
+    """Restores the tokens of x_t that are masked.
+
+    A row's noise is a pure function of (seed, epoch, sample index, repeat within the epoch). Unless t is drawn
+    independently, the row's place in the global batch enters too. Neither rank nor worker, micro-batch, padding or wall
+    time do, so a run sees the same x_t in any layout and after any resume.
+    """
+
+    settings = DiffusionConfig
+    config: DiffusionConfig
+
+    def for_validation(self, seed: int) -> "MaskedDiffusion":
+        """The bound on the likelihood, whatever training weighs its tokens by."""
+        return MaskedDiffusion(DiffusionConfig(eps=self.config.eps), self.mask_token_id, seed)
+
+    def corrupt(self, batch: Batch, epoch: int) -> Batch:
+        """Add x_t, masked, t, importance and weights, [B, L] each.
+
+        importance is the density of t under U(eps, 1) over the density that t was drawn with. weights are time
+        reweighting times importance, 0 where not masked.
+        """
+        maskable = batch["maskable"]
+        t = torch.empty(len(maskable), 1, dtype=torch.float64)
+        uniforms = torch.ones(maskable.shape, dtype=torch.float64)
+        repeats = batch["repeat"].tolist() if "repeat" in batch else [0] * len(t)
+        for row, (sample, repeat) in enumerate(zip(batch["sample_index"].tolist(), repeats, strict=True)):
+            rng = np.random.default_rng((_NOISE, self.seed, epoch, sample, *([repeat] if repeat else [])))
+            t[row] = self.time(rng.random(), int(batch["slot"][row]), int(batch["batch_size"][row]))
+            uniforms[row, maskable[row]] = torch.from_numpy(rng.random(int(maskable[row].sum())))
+        t = t.expand(maskable.shape)
+
+        masked = maskable & (uniforms < t)
+        importance = self.importance(t)
+        weights = time_weights(
+            t, masked, batch["attention_mask"].bool(), self.config.time_reweighting, self.config.cart_p
+        )
+        return {
+            **batch,
+            "x_t": torch.where(masked, self.mask_token_id, batch["input_ids"]),
+            "masked": masked,
+            "t": t.float().contiguous(),
+            "importance": importance.float().contiguous(),
+            "weights": weights * importance.float(),
+        }
+
+    def time(self, uniform: float, slot: int, batch_size: int) -> float:
+        """t in [eps, 1) from a uniform draw, or from the draw within the slot's share of [0, 1).
+
+        The gradient of a row has a second moment near w(t)²·t where its tokens hardly correlate. The best proposal is
+        ∝ w(t)·√t; for w = 1/t, square a uniform draw.
+        """
+        eps = self.config.eps
+        if self.config.t_sampler != "uniform":
+            uniform = (slot + uniform) / batch_size
+        if self._prefers_small_t:
+            return (eps**0.5 + (1 - eps**0.5) * uniform) ** 2
+        return eps + (1 - eps) * uniform
+
+    def importance(self, t: Tensor) -> Tensor:
+        """Density of t under U(eps, 1) over the density that `time` draws it with: Σ weight·nll keeps its mean."""
+        if self._prefers_small_t:
+            return 2 * t.sqrt() / (1 + self.config.eps**0.5)
+        return torch.ones_like(t)
+
+    @property
+    def _prefers_small_t(self) -> bool:
+        return self.config.t_sampler == "importance" and self.config.time_reweighting == "original"
+
+    def denominator(self, batch: Batch) -> Tensor:
+        """The batch's part of what the loss of the step is divided by, a float64 scalar.
+
+        `masked` the masked tokens, each counted with its importance · `maskable` the tokens that may be masked, as in
+        the ELBO · `sequence` the rows.
+        """
+        match self.config.loss_norm:
+            case "masked":
+                return (batch["masked"] * batch["importance"].double()).sum()
+            case "maskable":
+                return batch["maskable"].sum().double()
+            case _:
+                return torch.tensor(len(batch["masked"]), dtype=torch.float64)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """Σ weight·token loss over the masked tokens."""
+        device = model.device
+        names = ("x_t", "input_ids", "masked", "weights", "position_ids")
+        x_t, x_0, masked, weights, position_ids = (batch[name].to(device, non_blocking=True) for name in names)
+        seen = {"position_ids": position_ids, "visibility": visibility_of(batch, device)}
+        return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)
+
+    def measure(self, batch: Batch, output: LossOutput) -> Tensor:
+        """[3 + 2·T_BUCKETS] Σ nll/t, maskable tokens, Σ correct, then nll and tokens by bucket of t.
+
+        Importance weighs every token.
+        """
+        masked, device = batch["masked"], output.nll.device
+        t, importance = (batch[name][masked].to(device, non_blocking=True).double() for name in ("t", "importance"))
+        nll = output.nll * importance
+        sums = torch.zeros(3 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
+        sums[0] = (nll / t).sum()
+        sums[1] = batch["maskable"].sum()
+        sums[2] = (output.correct * importance).sum()
+        bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
+        sums[3 : 3 + T_BUCKETS].index_add_(0, bucket, nll)
+        sums[3 + T_BUCKETS :].index_add_(0, bucket, importance)
+        return sums
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """Means under t ~ U(eps, 1).
+
+        Returns:
+            elbo: nats a token, Σ nll/t over the masked tokens / number of response tokens: an upper bound on the
+            negative log-likelihood, one Monte-Carlo draw of t a row.
+            perplexity_bound: exp(elbo).
+            masked_accuracy: share of the masked tokens whose most likely token is the clean one.
+            nll_t_A_B: mean nll of the masked tokens with t in [A, B); left out where no token is.
+        """
+        weighted, tokens, correct, *by_bucket = sums
+        nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]
+        elbo, masked = weighted / max(tokens, 1), sum(counts)
+        return {
+            "elbo": elbo,
+            "perplexity_bound": math.exp(min(elbo, 700)),
+            "masked_accuracy": correct / masked if masked else 0.0,
+            **{
+                f"nll_t_{i / T_BUCKETS:g}_{(i + 1) / T_BUCKETS:g}": nlls[i] / counts[i]
+                for i in range(T_BUCKETS)
+                if counts[i]
+            },
+        }

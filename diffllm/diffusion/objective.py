@@ -1,0 +1,102 @@
+"""The protocol of an objective: how rows are noised, and what the model is trained to do with them.
+
+The trainer, the loader, validation and the metrics know no objective. To add one, write a file with a subclass of
+`ObjectiveConfig` and one of `Objective` into this package, and choices for it into `conf/diffusion/`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from data import Batch
+from diffllm.diffusion.loss import LossOutput
+
+
+@dataclass
+class ObjectiveConfig:
+    """Settings that every objective has.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the rule.
+    """
+
+    objective: str  # name of the objective
+    # steps in which positions come to see those after them, for a model that was trained causally; 0: from the start
+    attention_annealing_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attention_annealing_steps < 0:
+            raise ValueError(
+                f"diffusion.attention_annealing_steps={self.attention_annealing_steps}: must not be negative"
+            )
+
+
+class Objective(ABC):
+    """What training minimises.
+
+    A corrupted batch is on the host and has, beside what the loader put in: x_t [B, L], masked [B, L] bool, the
+    positions that the loss is about, and whatever `loss` and `measure` read.
+
+    Args:
+        seed: of the noise.
+    """
+
+    settings: ClassVar[type[ObjectiveConfig]]
+
+    def __init__(self, config: Any, mask_token_id: int, seed: int):
+        self.config, self.mask_token_id, self.seed = config, mask_token_id, seed
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        OBJECTIVES[cls.settings.objective] = cls
+
+    def for_validation(self, seed: int) -> "Objective":
+        """The objective that validation measures, with noise of its own."""
+        return type(self)(self.config, self.mask_token_id, seed)
+
+    @abstractmethod
+    def corrupt(self, batch: Batch, epoch: int) -> Batch:
+        """Noise a batch in a loader worker: a pure function of (seed, epoch, row), whatever the layout.
+
+        Args:
+            batch: input_ids [B, L], maskable [B, L] bool, attention_mask [B, L], position_ids [B, L], sample_index [B],
+                slot [B], the row's place in the global batch, batch_size [B], the rows of the global batch, and where
+                rows come more than once in an epoch repeat [B].
+        """
+
+    @abstractmethod
+    def denominator(self, batch: Batch) -> Tensor:
+        """The batch's part of what the loss of the step is divided by, a float64 scalar; parts add up."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """Σ weight·token loss of a corrupted batch, before the division by the denominator of the step."""
+
+    @abstractmethod
+    def measure(self, batch: Batch, output: LossOutput) -> Tensor:
+        """[K] float64 sums over a batch, on the device of the output; sums add up over batches and ranks."""
+
+    @abstractmethod
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """Figures by name from the sums of `measure`."""
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def settings_of(objective: str) -> type[ObjectiveConfig]:
+    """The settings of an objective by its name.
+
+    Raises:
+        ValueError: no objective has that name.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"diffusion.objective={objective}: choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective].settings
+
+
+def build_objective(config: ObjectiveConfig, mask_token_id: int, seed: int) -> Objective:
+    """The objective that settings describe."""
+    return OBJECTIVES[config.objective](config, mask_token_id, seed)

@@ -1,0 +1,69 @@
+"""Which positions a position attends to."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Conditions on the positions that a position sees: all of them must hold. Without any, every position sees all.
+
+    Attributes:
+        attended: [B, L] bool; padding is False, and no position sees it.
+        document: [B, L]; a position sees its own document only, as in packed rows.
+        block: [B, L]; a position sees its own block and earlier ones (block diffusion, arXiv 2503.09573).
+        pairs: [B, L, L] bool; whether the first position sees the second, as in attention that is annealed.
+    """
+
+    attended: Tensor | None = None
+    document: Tensor | None = None
+    block: Tensor | None = None
+    pairs: Tensor | None = None
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether padding and documents alone do not describe it."""
+        return self.block is not None or self.pairs is not None
+
+    def rows(self, rows: Tensor) -> "Visibility":
+        """Visibility of some rows [b] of the batch."""
+        chosen = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Visibility(**{name: None if value is None else value[rows] for name, value in chosen.items()})
+
+    def dense(self, columns: Tensor | None = None) -> Tensor | None:
+        """[B, Q, L] bool: whether a position sees another; None where every position sees all.
+
+        Args:
+            columns: [B, Q] positions that look; None for all L.
+        """
+        conditions = []
+        if self.attended is not None:
+            conditions.append(self.attended[:, None].bool())
+        if self.document is not None:
+            conditions.append(_looking(self.document, columns) == self.document[:, None])
+        if self.block is not None:
+            conditions.append(_looking(self.block, columns) >= self.block[:, None])
+        if self.pairs is not None:
+            conditions.append(self.pairs if columns is None else self.pairs.take_along_dim(columns[..., None], dim=1))
+        if not conditions:
+            return None
+        visible = conditions[0]
+        for condition in conditions[1:]:
+            visible = visible & condition
+        return visible
+
+    def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
+        """[N] columns to the left of N positions; where there is none to see, the columns themselves."""
+        left = (column - 1).clamp(min=0)
+        if self.attended is not None:
+            left = torch.where(self.attended[row, left].bool(), left, column)
+        if self.document is not None:
+            left = torch.where(self.document[row, left] == self.document[row, column], left, column)
+        return left
+
+
+def _looking(group: Tensor, columns: Tensor | None) -> Tensor:
+    """[B, Q, 1] groups of the positions that look."""
+    return (group if columns is None else group.gather(1, columns))[..., None]

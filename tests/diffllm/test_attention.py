@@ -1,0 +1,51 @@
+"""Visibility as a decoder's attention takes it."""
+
+import pytest
+import torch
+
+from diffllm.attention import visibility_of
+from sampling import Visibility
+
+
+@pytest.fixture(params=["dream", "llada"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def states(model, x, positions, visibility):
+    every = torch.ones_like(x, dtype=torch.bool).nonzero(as_tuple=True)
+    return model.hidden(x, positions, visibility, *every).unflatten(0, x.shape)
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@torch.no_grad()
+def test_packed_rows_are_those_that_stand_alone(model, unpad, monkeypatch):
+    """Two documents in a row, behind padding; shifted models predict each first token from itself."""
+    monkeypatch.setattr(model, "unpad", unpad)
+    first, second = torch.arange(5)[None] + 10, torch.arange(7)[None] + 40
+    x = torch.cat([torch.zeros(1, 2, dtype=torch.long), first, second], dim=1)
+    positions = torch.cat([torch.ones(2).long(), torch.arange(5), torch.arange(7)])[None]
+    attended, document = torch.arange(14)[None] >= 2, (torch.arange(14)[None] >= 7).long()
+    packed = states(model, x, positions, Visibility(attended=attended, document=document))[0]
+    for alone, part in ((first, packed[2:7]), (second, packed[7:])):
+        expected = states(model, alone, torch.arange(alone.shape[1])[None], Visibility())[0]
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_do_not_see_later_ones(model):
+    x, block = torch.arange(8)[None] + 20, torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
+    positions = torch.arange(8)[None]
+    before = states(model, x, positions, Visibility(block=block))
+    changed = torch.where(block == 2, 99, x)
+    after = states(model, changed, positions, Visibility(block=block))
+    torch.testing.assert_close(before[0, :5], after[0, :5])
+    assert not torch.equal(before[0, 6:], after[0, 6:])
+    assert not torch.equal(before[0, :5], states(model, x, positions, Visibility())[0, :5])
+
+
+def test_a_batch_without_padding_hides_nothing():
+    batch = {"attention_mask": torch.ones(2, 3).long(), "position_ids": torch.arange(3).expand(2, 3)}
+    assert visibility_of(batch, torch.device("cpu")) == Visibility()
+    batch["attention_mask"][0, 0] = 0
+    assert visibility_of(batch, torch.device("cpu")).attended.tolist() == [[False, True, True], [True] * 3]
