@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from data.chat import Chat, Columns, Message, needs_answer, schema_of, to_chat, to_prompt, unused
 from data.config import DataConfig
 from data.curation import Duplicates, Expression, Overlap
+from data.errors import BadRows
 from data.files import digest, iterate
-from data.readers import BadRows, PlacedRow
+from data.readers import PlacedRow
 from data.report import Noted, Prepared, Report
 from data.storage import digest_file, read_object, whole_directory
 from data.tokens import SCHEMA, ControlTokens, Encoded, TokenRows, check_for_chats, encode

@@ -12,7 +12,7 @@ import pyarrow as pa
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from data.chat import END_THINK, THINK, Chat, Message, final_answer
-from data.readers import listed
+from data.errors import listed
 
 DAY = datetime(2026, 1, 1)
 # In front of templates that write the date: so a row is the same on every day.

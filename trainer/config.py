@@ -1,6 +1,5 @@
 """The whole configuration: groups, strictness and batch arithmetic."""
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from os.path import expanduser
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import BatchLayout, DataConfig
+from data.errors import nearest
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
 from sampling import SamplingConfig
@@ -158,12 +158,6 @@ def field_names(schema: type = Config, prefix: str = "") -> list[str]:
         if is_dataclass(item.type):
             names += field_names(item.type, f"{prefix}{item.name}.")
     return names
-
-
-def nearest(name: str, allowed: list[str]) -> str:
-    """A hint for a misspelt name: the closest allowed ones."""
-    close = difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(allowed)}"
 
 
 def resolve(composed: DictConfig) -> Config:

@@ -68,8 +68,8 @@ class TestCuration:
         [
             ("source ==", "cannot be read: invalid syntax"),
             ("source = 'math'", "cannot be read: invalid syntax"),
-            ("level > 2", r"^data\.filter='level > 2': no row has a field level; .* fields are answer, answer_tok"),
-            ("response_token > 2", "^data.filter.*: no row has a field response_token; did you mean response_tokens?"),
+            ("level > 2", r"^data\.filter='level > 2': no row has a field level .*known are answer, answer_tok"),
+            ("response_token > 2", "^data.filter.*: no row has a field response_token .*did you mean response_tokens"),
             ("difficulty > 9 and level > 2", "no row has a field level"),
             ("__import__('os').remove('x')", r"no function __import__, there is len$"),
             ("set(question)", r"no function set, there is len$"),
