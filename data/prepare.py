@@ -12,10 +12,10 @@ from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
 
+from data.convert import RAW_SETS, convert
 from data.errors import BadRows
 from data.files import iterate
 from data.generated import DIFFICULTY, generate
-from data.raw import RAW_SETS, convert
 from data.readers import PlacedRow
 from data.report import Report
 from data.storage import whole_file

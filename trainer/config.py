@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data import BatchLayout, DataConfig
+from data import BatchLayout, DataConfig, StreamedBatches, TrainBatches
 from data.errors import nearest
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
@@ -293,9 +293,9 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
     return BatchLayout(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
 
 
-def total_steps(config: TrainerConfig, steps_per_epoch: int | None) -> int:
-    """Optimizer steps of the whole run."""
-    return config.max_steps or config.total_epochs * steps_per_epoch
+def total_steps(config: TrainerConfig, batches: TrainBatches | StreamedBatches) -> int:
+    """Optimizer steps of the whole run. Streamed batches need `max_steps`: they do not know the length of an epoch."""
+    return config.max_steps or config.total_epochs * batches.steps_per_epoch
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:

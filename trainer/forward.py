@@ -1,6 +1,6 @@
 """A batch through the model, on this rank's device."""
 
-from data.loader import Batch
+from data.batches import Batch
 from diffllm import DiffLLM
 from diffllm.loss import Focal
 from diffllm.modeling_diffllm import LossOutput

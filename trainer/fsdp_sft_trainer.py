@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from data.loader import Batch
+from data.batches import Batch
 from data.report import save
 from data.storage import whole_directory
-from data.stream import Position
 from data.terminal import printable
 from diffllm.annealing import AttentionAnnealing
 from diffllm.lora import add_lora, merge_lora
@@ -87,7 +86,7 @@ class FSDPSFTTrainer:
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
 
         self.identity = Identity.of(config, self.train_batches, self.model.lm.config.vocab_size)
-        self.steps = total_steps(config.trainer, self.train_batches.steps_per_epoch)
+        self.steps = total_steps(config.trainer, self.train_batches)
         if annealing_steps > self.steps:
             raise ValueError(
                 f"diffusion.attention_annealing_steps={annealing_steps}: more than the {self.steps} steps of the run, "
@@ -150,7 +149,7 @@ class FSDPSFTTrainer:
             log.log(step, metrics)
             asked = step < self.steps and [name for name in NAMES if counts[name]]
             if asked or self._due(step, settings.save_checkpoint_steps):
-                self.checkpoints.save(step, self._manifest(self.train_batches.position))
+                self.checkpoints.save(step, self._manifest(step))
             if asked:
                 self.checkpoints.wait()
                 self.print_main(
@@ -253,7 +252,7 @@ class FSDPSFTTrainer:
         self.optimizer.zero_grad()
         self.checkpoints.wait()
         if not self.distributed.on_main(before.exists):
-            self.checkpoints.save(step - 1, self._manifest(self.train_batches.before))
+            self.checkpoints.save(step - 1, self._manifest(step - 1))
             self.checkpoints.wait()
         failed = FailedStep(
             step=step,
@@ -293,19 +292,18 @@ class FSDPSFTTrainer:
         self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
         self.skipped_steps, self.nonfinite_steps = manifest["skipped_steps"], manifest.get("nonfinite_steps", 0)
-        if self.config.data.streaming:
-            self.train_batches.position = Position(**manifest["stream"])
+        self.train_batches.resume(manifest.get("stream") or {})
         self.print_main(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         if manifest["step"] >= self.steps:
             self.print_main("no step is left; the model is exported again")
         return manifest["step"], skipped
 
-    def _manifest(self, position: Position | None) -> dict[str, Any]:
+    def _manifest(self, step: int) -> dict[str, Any]:
         return self.identity.manifest(
             ranks=self.distributed.size,
             skipped_steps=self.skipped_steps,
             nonfinite_steps=self.nonfinite_steps,
-            stream=position and position.to_dict(),
+            stream=self.train_batches.position(step) or None,
         )
 
     def export(self, directory: Path) -> None:

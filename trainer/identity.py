@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data import StreamedBatches, TrainBatches
+from data import BatchSource
 from trainer.checkpoint import find_newest
 from trainer.config import Config, differences, to_dict
 from trainer.distributed import Distributed
@@ -23,7 +23,7 @@ class Identity:
     vocabulary: int  # tokens that the model knows
 
     @classmethod
-    def of(cls, config: Config, batches: TrainBatches | StreamedBatches, vocabulary: int) -> "Identity":
+    def of(cls, config: Config, batches: BatchSource, vocabulary: int) -> "Identity":
         return cls(config, batches.layout.global_batch_size, *batches.identity(), vocabulary)
 
     def manifest(self, **progress: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from data.loader import Batch
+from data.batches import Batch
 from diffllm.modeling_diffllm import LossOutput
 from trainer.distributed import Distributed
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from data.loader import Batch
+from data.batches import Batch
 from diffllm import DiffLLM
 from trainer.distributed import Distributed
 from trainer.forward import forward

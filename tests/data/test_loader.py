@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, ValBatches
-from data.cutoff import assemble, response_widths
-from data.loader import each, follow_rank, mix
-from data.tokens import SCHEMA
+from data.batches import mix
+from data.collate import assemble, response_widths
+from data.token_rows import SCHEMA
+from data.workers import from_workers
 from diffllm import DiffusionConfig, ForwardProcess
 from tests.conftest import no_longer_than
 
@@ -319,9 +320,8 @@ class Stuck(Dataset):
 
 
 def test_workers_end_with_the_iteration_whatever_they_do():
-    loader = DataLoader(Stuck(), batch_size=None, sampler=range(9), num_workers=2, worker_init_fn=follow_rank)
     before = set(multiprocessing.active_children())
-    with no_longer_than(5), closing(each(loader)) as items:
+    with no_longer_than(5), closing(from_workers(Stuck(), 2, range(9), pack=int)) as items:
         assert next(items) == 0
         workers = set(multiprocessing.active_children()) - before
         assert len(workers) == 2

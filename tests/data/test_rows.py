@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, rows_of, rows_of_files, turn_end
+from data.encode import encode
 from data.report import PERCENTILES, Report, save
-from data.tokens import encode
 from diffllm.tokenizer import CHAT_TEMPLATES, builtin_tokenizer
 
 
@@ -223,7 +223,7 @@ class TestMemory:
             sizes.append([len(chat["response"]) for chat in chats])
             return encode(chats, *others)
 
-        monkeypatch.setattr("data.rows.encode", watched)
+        monkeypatch.setattr("data.preparation.encode", watched)
         rows = [row(answer="x" * 100_000)] * 7 + [row()] * 2500
         assert len(prepared(tokenizer, rows, max_length=200_000)[0]) == len(rows)
         assert list(map(len, sizes)) == [3, 3, 1000, 1000, 501]
@@ -287,7 +287,7 @@ class TestSeveralTurns:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
-            ("{{ messages[0]['content'] }}>", "leaves out or rewrites number 2"),
+            ("{{ messages[0]['content'] }}>", "leaves out or rewrites message 2"),
             ("{{ messages[1]['content'] + 1 }}", "refuses messages of system, user"),
             ("{{ messages | map(attribute='content') | join }}<think>\n", "writes <think> before the answer"),
         ],
@@ -421,7 +421,7 @@ class TestCache:
 
     def test_the_second_time_nothing_is_tokenized(self, load, tmp_path, monkeypatch):
         first = load()[0].fingerprint()
-        monkeypatch.setattr("data.rows.encode", None)
+        monkeypatch.setattr("data.preparation.encode", None)
         assert load()[0].fingerprint() == first
 
     def test_anything_that_changes_the_rows_makes_new_ones(self, load, files, tmp_path, tokenizer, monkeypatch):
@@ -492,7 +492,7 @@ class TestCache:
             first, schema = read.read_next_batch(), read.schema
         with pa.ipc.new_stream(str(rows), schema) as written:
             written.write(first)
-        with pytest.raises(ValueError, match=rf"{entry}: .*1000 of 1001 rows are there.*; delete the directory"):
+        with pytest.raises(ValueError, match=rf"{entry}: .*it has 1000 of 1001 rows.*; delete the directory"):
             load()
 
     def test_files_that_change_while_they_are_read(self, load, files, tmp_path, monkeypatch):
@@ -501,7 +501,7 @@ class TestCache:
             return encode(chats, *others)
 
         with monkeypatch.context() as patch:
-            patch.setattr("data.rows.encode", changed)
+            patch.setattr("data.preparation.encode", changed)
             with pytest.raises(ValueError, match="changed while they were read"):
                 load()
         assert self.entries(tmp_path) == []
@@ -549,16 +549,16 @@ class TestCache:
 
 
 def _fingerprint(files, config, builds):
-    import data.rows
+    import data.token_cache
 
-    build = data.rows._build
+    build = data.token_cache._build
 
     def counted(*args):
         with open(builds, "a") as log:
             log.write(f"{os.getpid()}\n")
         build(*args)
 
-    data.rows._build = counted
+    data.token_cache._build = counted
     return rows_of_files(files, config, builtin_tokenizer(), "training", True)[0].fingerprint()
 
 
