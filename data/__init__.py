@@ -1,14 +1,16 @@
 """Files to padded batches, and the generated tasks with their verifiers."""
 
 import data.terminal  # noqa: F401 — first, see there
+from data.batches import Batch, BatchLayout, BatchSource, TrainBatches, ValBatches
 from data.config import DataConfig
+from data.encode import prompt_ids
 from data.files import read_rows
-from data.loader import Batch, BatchLayout, BatchSource, TrainBatches, ValBatches
 from data.readers import PlacedRow
 from data.report import Prepared, Report
-from data.rows import rows_of, rows_of_files
 from data.stream import StreamedBatches
-from data.tokens import TokenRows, prompt_ids, turn_end
+from data.template import turn_end
+from data.token_cache import rows_of, rows_of_files
+from data.token_rows import TokenRows
 
 __all__ = [
     "Batch",

@@ -1,12 +1,12 @@
 """Rows into chats: the messages before an answer, and the answer to train on."""
 
-import difflib
 import json
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-from data.readers import PlacedRow, listed
+from data.errors import listed, nearest
+from data.readers import PlacedRow
 
 THINK, END_THINK = "<think>", "</think>"
 # A row is of the first schema whose field it has; the second field is the answer.
@@ -93,8 +93,7 @@ class Columns:
         """
         for name, column in self.columns.items():
             if self._known and column not in self._known and name not in optional:
-                close = difflib.get_close_matches(column, self._known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"columns are {listed(sorted(self._known))}"
+                hint = nearest(column, sorted(self._known))
                 raise ValueError(f"data.columns={{{name}: {column}}}: no row has a column '{column}'; {hint}")
 
 

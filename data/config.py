@@ -1,9 +1,9 @@
 """Settings for loading, curating and batching data."""
 
-import difflib
 from dataclasses import dataclass, field
 
 from data.chat import NAMES
+from data.errors import nearest
 
 TRUNCATIONS = ("error", "right", "drop")
 CUTOFFS = ("min_pad", "random", "random_with_input_pad")
@@ -71,8 +71,7 @@ class DataConfig:
             if not column:
                 raise ValueError(f"data.columns={{{name}: {column!r}}}: must be the name of a column, not empty")
             if name not in NAMES:
-                close = difflib.get_close_matches(name, NAMES, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}"
+                hint = nearest(name, NAMES)
                 raise ValueError(f"data.columns={{{name}: {column}}}: no schema has a field {name}; {hint}")
         if self.columns and len(set(self.columns.values())) < len(self.columns):
             raise ValueError(f"data.columns={self.columns}: a column has one name, and one of these has several")

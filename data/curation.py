@@ -1,7 +1,6 @@
 """Which rows are trained on: filters, duplicates, overlap with an evaluation set, subsets."""
 
 import ast
-import difflib
 import math
 import re
 import reprlib
@@ -13,8 +12,8 @@ import numpy as np
 from simpleeval import InvalidExpression, NameNotDefined
 
 from data.chat import Chat, Message
+from data.errors import listed, nearest
 from data.evaluator import FUNCTIONS, Evaluator, check_syntax
-from data.readers import listed
 
 SHINGLE = 5  # words of which near duplicates must share most
 PERMUTATIONS = 128  # of MinHash
@@ -88,11 +87,9 @@ class Expression:
         Raises:
             ValueError: of the rows so far none has a field that it names, or it has a value for none.
         """
-        fields = listed(sorted(self._known))
         for name in sorted(self.names - self._known if self._known else ()):
-            close = difflib.get_close_matches(name, self._known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"a text is quoted, {name!r}; fields are {fields}"
-            raise ValueError(f"{self.said}: no row has a field {name}; {hint}")
+            hint = nearest(name, sorted(self._known))
+            raise ValueError(f"{self.said}: no row has a field {name} (a text needs quotes, {name!r}); {hint}")
         if self._failure and not self._worked:
             raise self._failure
 

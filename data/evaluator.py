@@ -6,7 +6,7 @@ from typing import Any
 
 from simpleeval import DEFAULT_OPERATORS, EvalWithCompoundTypes, FeatureNotAvailable, IterableTooLong, NumberTooHigh
 
-from data.readers import listed
+from data.errors import listed
 
 FUNCTIONS = {"len": len}
 METHODS = {

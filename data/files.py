@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import constants, get_session, is_offline_mode
 from pyarrow import ArrowException
 
+from data.errors import BadRows, listed
 from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
-from data.readers import BadRows, PlacedRow, listed, read_json, read_jsonl
+from data.readers import PlacedRow, read_json, read_jsonl
 from data.storage import read_object, refuse_pointer
 
 # By the end of a file's name; each yields the readable rows, the others go to `bad`.

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from data.chat import MAX_TEXT
-from data.readers import MAX_LINE, BadRows, PlacedRow, twice
+from data.errors import BadRows, twice
+from data.readers import MAX_LINE, PlacedRow
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 1000, 2**24  # of a batch
 VALUE = 8  # bytes that each value counts, null or not, beside those of its text

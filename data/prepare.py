@@ -12,10 +12,11 @@ from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
 
+from data.convert import RAW_SETS, convert
+from data.errors import BadRows
 from data.files import iterate
 from data.generated import DIFFICULTY, generate
-from data.raw import RAW_SETS, convert
-from data.readers import BadRows, PlacedRow
+from data.readers import PlacedRow
 from data.report import Report
 from data.storage import whole_file
 from data.terminal import Parser, ending_in_one_line, printable

@@ -1,14 +1,14 @@
-"""The rows of a file, each with the place it came from, and an account of those that cannot be used."""
+"""Read the rows of .jsonl and .json files, each with the place it came from."""
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from data.errors import BadRows, twice
+
 MAX_LINE = 2**24  # bytes of a row; a longer line of a .jsonl file has lost its line ends
-NAMED = 10
 
 
 class PlacedRow(NamedTuple):
@@ -16,42 +16,6 @@ class PlacedRow(NamedTuple):
 
     row: dict[str, Any]
     place: str
-
-
-class BadRows:
-    """Rows that cannot be used: the first NAMED with their place and what is wrong, the others counted.
-
-    Args:
-        advice: what can be done about them.
-    """
-
-    def __init__(self, advice: str = ""):
-        self.advice, self.count, self.named = advice, 0, []
-
-    def add(self, problem: str | ValueError) -> None:
-        """Note a problem, which begins with the row's place."""
-        self.count += 1
-        if self.count <= NAMED:
-            self.named.append(str(problem))
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self.count, self.named = 0, []
-
-    def refuse(self) -> None:
-        """Raises:
-        ValueError: there are any.
-        """
-        if self.count:
-            end = "\n" if self.count > 1 else ". "
-            raise ValueError(f"{self.text()}{self.advice and end + self.advice}")
-
-    def text(self) -> str:
-        """All that are named, each on its line."""
-        if self.count == 1:
-            return self.named[0]
-        more = [f"and {self.count - NAMED} more"] if self.count > NAMED else []
-        return "\n".join([f"{self.count} rows cannot be used:", *self.named, *more])
 
 
 def read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
@@ -93,17 +57,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         raise ValueError(twice(name for name, _ in pairs))
     return row
-
-
-def twice(names: Iterable[str]) -> str:
-    """Name those that come more than once."""
-    return f"{listed([name for name, count in Counter(names).items() if count > 1])} given twice"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
 
 
 def read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:

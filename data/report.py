@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.readers import BadRows, listed
+from data.errors import BadRows, listed
 from data.storage import read_object, whole_file
 from data.terminal import printable
-from data.tokens import TokenRows
+from data.token_rows import TokenRows
 
 FILE = "data_report.json"
 EXAMPLES = 3  # of each reason

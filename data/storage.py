@@ -1,12 +1,13 @@
-"""Files and directories that are whole or not there, their digests, and the errors of a disk."""
+"""Write files and directories whole or not at all; lock them; digest them; name the errors of a disk."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from io import BufferedWriter, FileIO
 from pathlib import Path
@@ -67,7 +68,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         OSError: it cannot be written, as on a full disk; the message names it.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = unfinished_of(path)
     with writing(path):
         remove(unfinished)
         try:
@@ -94,7 +95,7 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     path = Path(path).expanduser().resolve()
     if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists: delete it, or name another directory")
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = unfinished_of(path)
     with writing(path):
         remove(unfinished)
         try:
@@ -113,6 +114,35 @@ def publish(unfinished: Path, path: Path) -> None:
         path.rename(replaced)
     unfinished.rename(path)
     remove(replaced)
+
+
+def unfinished_of(path: Path) -> Path:
+    """The name of a file or directory while it is written."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+@contextmanager
+def lock_file(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file. The operating system frees the lock when the process ends, even by a kill.
+
+    `fcntl.lockf` and not `flock`: a forked loader worker that outlives its rank must not keep the lock.
+
+    Args:
+        wait: wait for a process that holds the lock, also one of another user.
+
+    Raises:
+        ValueError: another process holds the lock, unless `wait`; or `path` is a symbolic link.
+    """
+    refuse_links(path)
+    with path.open("a") as file:
+        if wait:
+            with suppress(PermissionError):  # another user's file, which has this mode already
+                os.fchmod(file.fileno(), 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another run writes to {path.parent}: wait for it, or name another") from error
+        yield
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Rows that are read while they are trained on, for what is too large to be tokenized first.
+"""Batches of rows that are read during training, for data that is too large to be tokenized first.
 
-Every rank reads all of it, in the order of the files, and shuffles within windows. So a batch is the same whatever the
-ranks, and where to go on is known exactly.
+Every rank reads all rows in the order of the files, and shuffles them within windows. So a batch does not depend on the
+number of ranks, and a run resumes at the exact row.
 """
 
 import json
@@ -12,18 +12,18 @@ from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from data.batches import BatchLayout, Noise, Stream, to_torch
+from data.collate import assemble, response_widths
 from data.config import DataConfig
-from data.cutoff import assemble, response_widths
 from data.files import digest, iterate, outline
-from data.loader import CUT, Batch, BatchLayout, Noise, each, follow_rank, to_device_ready, to_numpy, to_torch
+from data.preparation import Preparation
 from data.report import Report
-from data.rows import Preparation, tokenizer_digest
-from data.tokens import TokenRows
-
-_WINDOW = 5  # first word of the keys of a window's order
+from data.token_cache import tokenizer_digest
+from data.token_rows import TokenRows
+from data.workers import Batch, from_workers, to_device_ready, to_numpy
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,20 @@ class Position:
     """The next row of a stream."""
 
     epoch: int = 0
-    first: int = 0  # chats of the epoch before its window, kept or not
-    offset: int = 0  # rows of its window before it
-    seen: int = 0  # rows of all windows before, which numbers it
-
-    def to_dict(self) -> dict[str, int]:
-        """As plain values, for a checkpoint."""
-        return asdict(self)
+    first: int = 0  # chats of the epoch before the row's window, kept or not
+    offset: int = 0  # rows of the window before the row
+    seen: int = 0  # rows of all windows before; sample indices continue from it
 
 
 class StreamedBatches(IterableDataset):
-    """The optimizer steps that follow `position`: of each the micro-batches that this rank forwards.
+    """The micro-batches that this rank forwards in the optimizer steps after the start, or after a resumed position.
 
     Attributes:
-        position: after the last step that `loader` gave; `before`: before that.
-        report: of what was read for it, since the run was started.
+        report: on the rows that were read since this run started.
 
     Raises:
-        ValueError: while it is read, what `rows_of_files` raises, at the window where it is found.
+        ValueError: while the rows are read, as `rows_of_files`, at the window with the error.
     """
-
-    steps_per_epoch = None  # not known before all is read
 
     def __init__(
         self,
@@ -64,49 +57,40 @@ class StreamedBatches(IterableDataset):
     ):
         self.files, self.config, self.tokenizer, self.layout = files, config, tokenizer, layout
         self.noise, self.seed = noise, seed
-        self.start = Position()
-        self._positions: dict[int, Position] = {}
         self.report, self.first_step = Report("training"), 0
+        self._last = Position()  # after the last step that `loader` yielded
+        self._positions: dict[int, Position] = {}  # by the steps done: the last position, and the one before
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
-        """Iterate over steps, made ahead of time in a worker process; in pinned memory if there is a GPU."""
-        self.first_step, trained = steps.start, 0
+        """Yield this rank's micro-batches, step by step; in pinned memory if there is a GPU."""
+        self.first_step = steps.start
         if steps.start:
             self.report.name = f"training after step {steps.start}"
-        workers = min(self.config.num_workers, 1)  # one stream
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            collate_fn=_arrays,
-            worker_init_fn=follow_rank,
-        )
-        with closing(each(loader)) as items:
+        workers = min(self.config.num_workers, 1)  # more would read the rows several times
+        with closing(from_workers(self, workers, pack=_pack)) as items:
             for step, item in zip(steps, items, strict=False):
                 if isinstance(item, Exception):
                     raise item
                 micro_batches, position, report = item
-                self._positions = dict([*self._positions.items()][-1:]) | {step + 1: position}
-                self.start = position
-                trained += self.layout.global_batch_size
+                self._positions, self._last = {step: self._last, step + 1: position}, position
+                trained = (step + 1 - steps.start) * self.layout.global_batch_size
                 self.report = replace(report, trained=trained)
                 yield to_device_ready(micro_batches)
 
     def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | Exception]:
-        """Micro-batches, position and report; at last an error, which a worker would raise with all its traceback."""
+        """Yield (micro-batches, position, report); yield an error, since a worker would raise it with its traceback."""
         try:
             yield from self._steps()
         except (ValueError, OSError) as error:
             yield error
 
     def _steps(self) -> Iterator[tuple[list[Batch], Position, Report]]:
-        rows, step = self._rows(self.start), self.first_step
+        rows, step = self._rows(self._last), self.first_step
         while True:
             picked = [next(rows) for _ in range(self.layout.global_batch_size)]
             tokens = TokenRows(pa.concat_tables([row.table.slice(place, 1) for row, place, *_ in picked]))
             samples = np.array([number for _, _, number, *_ in picked])
-            rng = np.random.default_rng((CUT, self.seed, step))
+            rng = np.random.default_rng((Stream.CUT, self.seed, step))
             widths = response_widths(tokens.prompt_lengths, tokens.response_lengths, self.config, rng)
             batches = []
             for micro_batch in range(self.layout.micro_batches):
@@ -119,17 +103,15 @@ class StreamedBatches(IterableDataset):
             step += 1
 
     def _rows(self, position: Position) -> Iterator[tuple[TokenRows, int, int, Position, Report]]:
-        """Rows from a position on, without end: table and place in it, number, position behind it, report."""
+        """Yield rows without end: table, index in the table, sample index, position after the row, report."""
         preparation = Preparation(self.config, self.tokenizer, self.report.name, curated=True)
         while True:
             sources = {file: iterate(file, preparation.bad, stream=True) for file in self.files}
             before = position
             for rows, taken in preparation.windows(sources, self.config.stream_window, skip=position.first):
                 preparation.check()
-                order = np.random.default_rng((_WINDOW, self.seed, position.epoch, position.first)).permutation(
-                    len(rows)
-                )
-                report = preparation.summary()
+                rng = np.random.default_rng((Stream.WINDOW, self.seed, position.epoch, position.first))
+                order, report = rng.permutation(len(rows)), preparation.summary()
                 for offset in range(position.offset, len(order)):
                     place = int(order[offset])
                     yield rows, place, position.seen + place, replace(position, offset=offset + 1), report
@@ -139,14 +121,8 @@ class StreamedBatches(IterableDataset):
                 raise ValueError(f"no row is left.\n{preparation.summary().text()}")
             position = Position(position.epoch + 1, 0, 0, position.seen)
 
-    def position(self, step: int) -> dict[str, int]:
-        return asdict(self._positions.get(step, self.start))
-
-    def resume(self, position: dict[str, int]) -> None:
-        self.start = Position(**position)
-
     def identity(self) -> tuple[int, str]:
-        """No number of rows, and what tells their source from others without reading all of it.
+        """0 for the number of rows, which is unknown, and a digest of the files' outlines and of the tokenizer.
 
         Raises:
             ValueError: a file is missing.
@@ -159,11 +135,19 @@ class StreamedBatches(IterableDataset):
         return 0, sha256(json.dumps(content).encode()).hexdigest()
 
     def epoch(self, step: int) -> float:
-        """Passes over the rows that are complete."""
-        return float(self.start.epoch)
+        """Complete passes over the rows at the last step that `loader` yielded."""
+        return float(self._last.epoch)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where to resume after `step` steps: those done at the last item of `loader`, or one less."""
+        return asdict(self._positions[step])
+
+    def resume(self, position: dict[str, int]) -> None:
+        """Let `loader` start at a position of an earlier run."""
+        self._last = Position(**position)
 
 
-def _arrays(item: tuple | Exception) -> tuple | Exception:
+def _pack(item: tuple | Exception) -> tuple | Exception:
     if isinstance(item, Exception):
         return item
     micro_batches, position, report = item

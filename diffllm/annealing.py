@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ATTENTION = 4  # first word of the keys; the forward process has 3
+from data.batches import Stream
 
 
 class AttentionAnnealing:
@@ -36,6 +36,6 @@ class AttentionAnnealing:
         ]
 
     def _draw(self, step: int, longest: int) -> Tensor:
-        rng = np.random.default_rng((_ATTENTION, self.seed, step))
+        rng = np.random.default_rng((Stream.ATTENTION, self.seed, step))
         drawn = rng.random((longest, self.size), dtype=np.float32)[:, :longest] < step / self.steps
         return torch.from_numpy(drawn).logical_or_(torch.ones(drawn.shape, dtype=torch.bool).tril_())

@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from data import prompt_ids
 from data.chat import Message
+from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_fits, response_of, special_tokens
@@ -26,7 +27,7 @@ from launch.answers import check_alone
 from sampling import Canvas, RowState, SamplingConfig, fill
 from sampling.config import TEXTS, unescape
 from trainer.build import load_for_sampling
-from trainer.config import Config, nearest
+from trainer.config import Config
 
 HELP = """\
 /set NAME VALUE   change a setting of the sampler, such as /set steps 128

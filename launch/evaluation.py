@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from data import DataConfig, prompt_ids
 from data.chat import Columns, Message, to_chat
 from data.equations import held_out_rows
+from data.errors import BadRows
 from data.files import iterate
-from data.readers import BadRows, PlacedRow
+from data.readers import PlacedRow
 from data.storage import refuse_links, whole_file
 from data.terminal import printable
 from data.verify import check_verifiable, is_correct, reference

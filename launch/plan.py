@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from data import BatchLayout
+from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM, new_model
 from diffllm.diffusion.loss import LOGITS_PER_CHUNK
@@ -28,7 +29,7 @@ from diffllm.tokenizer import builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
-from trainer.config import Config, batch_layout, field_names, nearest, resolve
+from trainer.config import Config, batch_layout, field_names, resolve
 from trainer.distributed import Distributed
 from trainer.memory import GIB, state_memory, whole_gradients
 from trainer.speed import Speed

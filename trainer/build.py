@@ -8,10 +8,10 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
+from data.batches import Noise
 from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
-from data.loader import Noise
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, needs_adapting
 from diffllm.diffusion.loss import liger

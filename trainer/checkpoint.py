@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from data.storage import UNFINISHED, find_full_disk, publish, remove
+from data.storage import UNFINISHED, find_full_disk, publish, remove, unfinished_of
 from data.terminal import printable
 from diffllm import DiffLLM
 from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
@@ -127,7 +127,7 @@ class Checkpoints:
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
         self.state.distributed.on_main(self._discard)
         state = self.state.state_dict()
-        self._writer = DigestingWriter(_unfinished(self._target))
+        self._writer = DigestingWriter(unfinished_of(self._target))
         where = {"storage_writer": self._writer, "process_group": self._group}
         if self.asynchronous:
             if self.state.distributed.device.type == "cuda":
@@ -198,11 +198,11 @@ class Checkpoints:
             self._stager.close()
 
     def _discard(self) -> None:
-        remove(_unfinished(self._target))
+        remove(unfinished_of(self._target))
 
     def _publish(self) -> None:
         """Give what is written its name; nothing is left to do if `poll` has done so."""
-        unfinished = _unfinished(self._target)
+        unfinished = unfinished_of(self._target)
         if not unfinished.exists():
             return
         write_manifest(unfinished, self._manifest, self._writer.digests)
@@ -214,10 +214,6 @@ class Checkpoints:
                 shutil.rmtree(old)
             except OSError as error:
                 print(printable(f"{old} could not be deleted: {error}"), flush=True)
-
-
-def _unfinished(target: Path) -> Path:
-    return target.with_name(target.name + UNFINISHED)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """The whole configuration: groups, strictness and batch arithmetic."""
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from os.path import expanduser
@@ -10,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import BatchLayout, BatchSource, DataConfig
+from data.errors import nearest
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
 from diffllm.diffusion import OBJECTIVES, ObjectiveConfig, settings_of
@@ -164,12 +164,6 @@ def field_names(schema: type = Config, prefix: str = "") -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def nearest(name: str, allowed: list[str]) -> str:
-    """A hint for a misspelt name: the closest allowed ones."""
-    close = difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(allowed)}"
-
-
 def resolve(composed: DictConfig) -> Config:
     """The composed tree as checked dataclasses.
 
@@ -305,9 +299,9 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
     return BatchLayout(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)
 
 
-def total_steps(config: TrainerConfig, source: BatchSource) -> int:
-    """Optimizer steps of the whole run."""
-    return config.max_steps or config.total_epochs * source.steps_per_epoch
+def total_steps(config: TrainerConfig, batches: BatchSource) -> int:
+    """Optimizer steps of the whole run. Streamed batches need `max_steps`: they do not know the length of an epoch."""
+    return config.max_steps or config.total_epochs * batches.steps_per_epoch
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:

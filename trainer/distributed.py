@@ -1,6 +1,5 @@
 """The ranks of a run and the device of this one."""
 
-import fcntl
 import os
 import pickle
 import signal
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.storage import refuse_links
+from data.storage import lock_file, refuse_links
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
 
 LOCK = ".lock"
@@ -95,12 +94,8 @@ def locked(directory: Path, distributed: Distributed, *written: str) -> Iterator
 
         def lock() -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            refuse_links(*(directory / name for name in (LOCK, *written)))
-            file = held.enter_context((directory / LOCK).open("a"))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back when the process ends
-            except (BlockingIOError, PermissionError) as error:
-                raise ValueError(f"another run writes to {directory}: wait for it, or name another") from error
+            refuse_links(*(directory / name for name in written))
+            held.enter_context(lock_file(directory / LOCK))
 
         distributed.on_main(lock)
         yield

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import Batch
+from data.batches import Batch
 from data.storage import whole_file
 from trainer.distributed import Distributed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from data.loader import Batch
+from data.batches import Batch
 from data.terminal import ending_in_one_line
 from diffllm import DiffLLM
 from diffllm.diffusion import Objective, build_objective

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
+from data.batches import Stream
 from diffllm.attention import visibility_of
 from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, LossOutput, TokenLoss
 from diffllm.diffusion.objective import Objective, ObjectiveConfig
@@ -19,7 +20,6 @@ from diffllm.diffusion.weights import TIME_REWEIGHTINGS, time_weights
 T_SAMPLERS = ("importance", "stratified", "uniform")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 T_BUCKETS = 4
-_NOISE = 3  # first word of the keys; orders of rows have 1, cuts 2, attention 4, windows of a stream 5
 
 
 @dataclass
@@ -93,7 +93,7 @@ class MaskedDiffusion(Objective):
         uniforms = torch.ones(maskable.shape, dtype=torch.float64)
         repeats = batch["repeat"].tolist() if "repeat" in batch else [0] * len(t)
         for row, (sample, repeat) in enumerate(zip(batch["sample_index"].tolist(), repeats, strict=True)):
-            rng = np.random.default_rng((_NOISE, self.seed, epoch, sample, *([repeat] if repeat else [])))
+            rng = np.random.default_rng((Stream.NOISE, self.seed, epoch, sample, *([repeat] if repeat else [])))
             t[row] = self.time(rng.random(), int(batch["slot"][row]), int(batch["batch_size"][row]))
             uniforms[row, maskable[row]] = torch.from_numpy(rng.random(int(maskable[row].sum())))
         t = t.expand(maskable.shape)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, rows_of
+from data.batches import Batch
 from data.equations import train_rows
-from data.loader import Batch
 from diffllm import DiffLLM, DiffusionConfig, MaskedDiffusion, ModelConfig, new_model
 from diffllm.diffusion.weights import time_weights
 from diffllm.tokenizer import builtin_tokenizer

@@ -349,7 +349,7 @@ class TestColumns:
         ("columns", "message"),
         [
             ({"prompt": ""}, r"data\.columns={prompt: ''}"),
-            ({"promt": "query"}, r"data\.columns={promt: query}: .*did you mean prompt\?"),
+            ({"promt": "query"}, r"data\.columns={promt: query}: .*did you mean prompt or"),
             ({"prompt": "query", "response": "query"}, r"data\.columns=.*a column has one name"),
             ({"prompt": "qery", "response": "output"}, r"data\.columns={prompt: qery}: no row .*did you mean query\?"),
             ({"prompt": "query", "response": "xyz"}, r"data\.columns={response: xyz}: no row .*level, output, query"),

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from data import DataConfig, PlacedRow, prompt_ids, rows_of
-from data.tokens import encode
+from data.encode import encode
 from diffllm.tokenizer import CHAT_TEMPLATES, builtin_tokenizer
 
 HEADERS = ["<|startoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

@@ -5,10 +5,11 @@ import re
 import pytest
 
 from data.chat import to_chat
+from data.convert import RAW_SETS, convert
 from data.curation import words_of
+from data.errors import BadRows
 from data.files import HUB_ID, SHARD, SPLIT, UNREAD
-from data.raw import RAW_SETS, convert
-from data.readers import BadRows, PlacedRow, read_json, read_jsonl
+from data.readers import PlacedRow, read_json, read_jsonl
 from data.verify import is_correct
 from launch.sweep import ERROR
 from sampling.infill import Template

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from data.chat import MAX_TEXT
+from data.errors import BadRows
 from data.files import iterate, read_rows
-from data.readers import BadRows
 from tests.conftest import no_longer_than
 
 BIG = "a" * 10_000_000

@@ -8,9 +8,9 @@ import pytest
 
 from data import PlacedRow
 from data.chat import to_chat
+from data.convert import RAW_SETS, convert
 from data.generated import DIFFICULTY, generate
 from data.prepare import main
-from data.raw import RAW_SETS, convert
 from data.verify import check_verifiable, is_correct
 
 USER = {"role": "user", "content": "2+2?"}

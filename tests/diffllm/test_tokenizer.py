@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.rows import tokenizer_digest
-from data.tokens import prompt_ids
+from data.encode import prompt_ids
+from data.token_cache import tokenizer_digest
 from diffllm.tokenizer import (
     builtin_tokenizer,
     check_tokenizer,

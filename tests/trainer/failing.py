@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
 
-from data.loader import TrainBatches  # noqa: E402
+from data.batches import TrainBatches  # noqa: E402
 from trainer import dcp, fsdp_sft_trainer, manifest  # noqa: E402
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer  # noqa: E402
 

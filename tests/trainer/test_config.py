@@ -219,7 +219,7 @@ def test_columns_are_named_on_the_command_line():
     config = resolved("data.columns={prompt: query, response: output}")
     assert config.data.columns == {"prompt": "query", "response": "output"}
     assert resolved().data.columns is None
-    with pytest.raises(ValueError, match=r"data\.columns={promt: query}: .*did you mean prompt\?"):
+    with pytest.raises(ValueError, match=r"data\.columns={promt: query}: .*did you mean prompt or"):
         resolved("data.columns={promt: query}")
     changed = differences(to_dict(resolved()), config)
     assert changed == ["data.columns is None there and {'prompt': 'query', 'response': 'output'} here"]

@@ -1,29 +1,29 @@
-"""Per-batch cutoff: how long the response part of every row is in this batch.
+"""Cut the rows of a batch to their widths, and pad them.
 
-A cut is one width a row: that many positions after the prompt. The response fills the first of them, end-of-sequence
-tokens the rest. The latter are attended and trained on: this is how the model learns to stop. A negative width cuts
-into the prompt.
+The width of a row is the number of its positions after the prompt. The response fills the first of them,
+end-of-sequence tokens the rest. The model attends to these tokens and trains on them: so it learns to stop. A negative
+width cuts into the prompt.
 """
 
 import numpy as np
 
 from data.config import DataConfig
-from data.tokens import TokenRows
+from data.token_rows import TokenRows
 
 
 def response_widths(
     prompt_lengths: np.ndarray, response_lengths: np.ndarray, config: DataConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    """The cut of one global batch.
+    """Draw the per-batch cutoff of one global batch.
 
     `min_pad` drops the columns that are padding in every row · `random` ends all rows at the length of one drawn row ·
-    `random_with_input_pad` gives all rows the response length of one drawn row, their prompts padded on the left ·
-    without a cutoff rows end at `max_length`, which no row exceeds in any case. Then, with probability
-    `resp_cutoff_ratio`, all rows lose a random tail that leaves each at least one response position.
+    `random_with_input_pad` gives all rows the response length of one drawn row, with prompts padded on the left ·
+    without a cutoff all rows end at `max_length`. No row exceeds `max_length`. Then, with probability
+    `resp_cutoff_ratio`, all rows lose a random tail, but keep at least one response position each.
 
     Args:
-        prompt_lengths, response_lengths: [B] over the global batch, so that every rank computes the same cut.
-        rng: keyed by the step, so that a resumed run cuts alike.
+        prompt_lengths, response_lengths: [B] over the global batch, so that every rank computes the same widths.
+        rng: keyed by the step, so that a resumed run draws the same widths.
 
     Returns:
         [B] widths.
@@ -54,10 +54,10 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
         widths: [B] from `response_widths`.
 
     Returns:
-        input_ids [B, L]; maskable [B, L], the response part, without the context in it and without padding behind a
-        response that was cut when it was tokenized; attention_mask [B, L], 0 at left padding; position_ids [B, L],
-        counting the attended tokens (1 at padding, as in Dream); sample_index [B]; row_tokens [B], the row's own tokens
-        that are left, padding excluded.
+        input_ids [B, L]; maskable [B, L], the response without its context parts, and without the padding after a
+        response that data.truncation cut; attention_mask [B, L], 0 at left padding; position_ids [B, L], counting the
+        attended tokens (1 at padding, as in Dream); sample_index [B]; row_tokens [B], the number of tokens without
+        padding.
     """
     kept = rows.prompt_lengths[samples] + widths
     L = int(kept.max())
@@ -70,7 +70,7 @@ def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token
     attended = columns >= first
     maskable = columns >= first + rows.prompt_lengths[samples][:, None]
     for row, sample in enumerate(samples):
-        if rows.cut[sample]:  # where it ends is not known, so ending is not taught
+        if rows.cut[sample]:  # its end is unknown: do not teach the model to stop
             maskable[row, first[row, 0] + rows.lengths[sample] :] = False
         for start, end in rows.context(sample) + first[row]:
             maskable[row, start:end] = False

@@ -1,45 +1,39 @@
-"""Rows ready to be trained on: curated, in tokens, and kept on disk for the next time."""
+"""Rows to token rows by the rules of the settings, with a report."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict
-from hashlib import sha256
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
-from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
-from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import Chat, Columns, Message, needs_answer, schema_of, to_chat, to_prompt, unused
 from data.config import DataConfig
+from data.control_tokens import ControlTokens
 from data.curation import Duplicates, Expression, Overlap
-from data.files import digest, iterate
-from data.readers import BadRows, PlacedRow
-from data.report import Noted, Prepared, Report
-from data.storage import digest_file, read_object, whole_directory
-from data.tokens import SCHEMA, ControlTokens, Encoded, TokenRows, check_for_chats, encode
+from data.encode import Encoded, encode
+from data.errors import BadRows
+from data.files import iterate
+from data.readers import PlacedRow
+from data.report import Noted, Report
+from data.template import check_for_chats
+from data.token_rows import SCHEMA, TokenRows
 
-FORMAT = 5  # of the files; others are not read
-ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
-KEYED = ("columns", "on_bad_row", "loss_on", "max_length", "truncation")
-KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # a token takes some 250 bytes as Python objects
 
-_Chat = tuple[int, PlacedRow, Chat]  # with the number of its source
+_Chat = tuple[int, PlacedRow, Chat]  # with the index of its source
 
 
 class Preparation:
-    """Turns rows into tokens, leaves out what the settings say, and keeps account of all of it.
+    """Tokenizes rows, drops rows by the rules of the settings, and counts both in a report.
 
     Args:
         name: of the rows, for the report.
-        curated: whether filters, duplicates and overlaps are looked at; they are of training rows only.
+        curated: whether filters, duplicates and overlaps apply, as they do to training rows only.
 
     Raises:
-        ValueError: a filter that cannot be read, or decontamination files that cannot.
+        ValueError: a formula or a decontamination file cannot be read, or the tokenizer cannot take chats.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
@@ -58,9 +52,9 @@ class Preparation:
             self.report.dropped[self.filtered] = Noted()
         if curated and config.order == "curriculum":
             self.difficulty = Expression(config.difficulty, "data.difficulty", float)
-        formulas = [formula for formula in (self.filter, self.difficulty) if formula]  # that run on these rows
+        formulas = [formula for formula in (self.filter, self.difficulty) if formula]
         self.in_formulas = frozenset().union(*(formula.names for formula in formulas))
-        # Rules by reason, in order: each returns a note for a row that it drops, else None.
+        # Rules in order, by the reason for the report; a rule returns a note for a row that it drops, else None.
         self.rules: dict[str, Callable[[Chat, str, Encoded], str | None]] = {}
         if config.truncation == "drop":
             self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
@@ -77,10 +71,10 @@ class Preparation:
         self.report.dropped |= {reason: Noted() for reason in self.rules}
 
     def batches(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[pa.RecordBatch]:
-        """Tokens of all sources, in order, as SCHEMA says.
+        """Yield the token rows of all sources in order, as batches of SCHEMA.
 
         Raises:
-            ValueError: rows that cannot be used or are too long, unless the settings say what to do, or none is left.
+            ValueError: see `check`; or no row is left.
         """
         yield from map(self._batch, _in_parts(self._chats(sources)))
         self.check()
@@ -90,9 +84,12 @@ class Preparation:
     def windows(
         self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0
     ) -> Iterator[tuple[TokenRows, int]]:
-        """The tokens of `size` chats at a time, after the first `skip`, and how many chats came up to their end.
+        """Yield the token rows of `size` chats at a time, and the number of chats up to their end.
 
-        Does not raise on bad rows. Skipped rows are not counted.
+        Does not raise on bad rows: call `check`.
+
+        Args:
+            skip: chats to pass over first; they are not tokenized, and not in the report.
         """
         chats = self._chats(sources)
         taken = sum(1 for _ in islice(chats, skip))
@@ -105,10 +102,11 @@ class Preparation:
             yield TokenRows(pa.Table.from_batches(batches, SCHEMA)), taken
 
     def check(self) -> None:
-        """Refuse what came so far and cannot be used, unless the settings say what to do.
+        """Check the rows so far.
 
         Raises:
-            ValueError: naming the first rows of that kind, a formula that can be of no row, or a column of none.
+            ValueError: no row had a column of data.columns; a formula fits no row; rows cannot be used, unless
+                data.on_bad_row=skip; or rows are too long, unless data.truncation handles them.
         """
         self.columns.check()
         for formula in filter(None, (self.filter, self.difficulty)):
@@ -118,7 +116,7 @@ class Preparation:
         self.too_long.refuse()
 
     def summary(self) -> Report:
-        """What became of the rows so far."""
+        """Report on the rows so far."""
         report = deepcopy(self.report)
         report.read += self.bad.count
         if self.bad.count or self.config.on_bad_row == "skip":
@@ -153,7 +151,7 @@ class Preparation:
         return batch
 
     def _kept(self, chats: list[_Chat]) -> Iterator[dict]:
-        """Rows in tokens that are not left out, as SCHEMA says."""
+        """Yield the kept rows of SCHEMA."""
         limit = self.config.max_length
         places = [placed.place for _, placed, _ in chats]
         encoded = encode([chat for *_, chat in chats], places, self.tokenizer, self.config.loss_on)
@@ -198,7 +196,7 @@ class Preparation:
 
 
 def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
-    """As many at a time as can be tokenized together in little memory."""
+    """Split chats into parts that are small enough to be tokenized in one call."""
     part, characters = [], 0
     for item in chats:
         part.append(item)
@@ -212,96 +210,13 @@ def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
         yield part
 
 
-def rows_of(
-    sources: Mapping[str, Iterable[PlacedRow]],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str = "training",
-    curated: bool = True,
-) -> Prepared:
-    """Rows in memory, ready to be trained on.
-
-    Args:
-        sources: rows by the name of where they come from.
-
-    Raises:
-        ValueError: see `Preparation`.
-    """
-    preparation = Preparation(config, tokenizer, name, curated)
-    rows = TokenRows(pa.Table.from_batches(preparation.batches(sources), SCHEMA))
-    return Prepared(rows, preparation.summary())
-
-
-def rows_of_files(
-    files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool
-) -> Prepared:
-    """Rows of files, ready to be trained on, mapped from disk; tokenized only if that has not been done before.
-
-    What is kept goes by the content of the files, the tokenizer with its template, and the settings. Of several
-    processes that want the same rows one prepares them and the others wait. Rows appear only when all are there.
-
-    Raises:
-        ValueError: see `Preparation` and `data.files.iterate`.
-    """
-    cache = Path(config.cache_dir or Path(HF_HOME) / "diffllm").expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    key = _key(files, config, tokenizer, curated)
-    directory = cache / key
-    if not directory.exists():
-        with FileLock(f"{directory}.lock", mode=0o666):  # also other users' processes wait
-            if not directory.exists():
-                with whole_directory(directory) as unfinished:
-                    _build(files, config, tokenizer, name, curated, unfinished)
-                    if _key(files, config, tokenizer, curated) != key:
-                        raise ValueError("data.train_files or data.val_files changed while they were read: start again")
-    try:
-        saved = read_object(directory / "report.json")
-        rows, report = _mapped(directory), Report.from_json(saved["report"] | {"name": name})
-        if len(rows) != report.kept:
-            raise ValueError(f"{len(rows)} of {report.kept} rows are there")
-        if digest_file(directory / "rows.arrow") != saved["digest"]:
-            raise ValueError("rows.arrow was changed")
-        return Prepared(rows, report)
-    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory}: these tokenized rows cannot be read ({error}); delete the directory") from error
-
-
-def _build(
-    files: Iterable[str],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    curated: bool,
-    directory: Path,
-) -> None:
-    preparation = Preparation(config, tokenizer, name, curated)
-    sources = {file: iterate(file, preparation.bad) for file in files}
-    with pa.ipc.new_stream(str(directory / "rows.arrow"), SCHEMA) as written:
-        for batch in preparation.batches(sources):
-            written.write(batch)
-    saved = {"digest": digest_file(directory / "rows.arrow"), "report": preparation.summary().to_json()}
-    (directory / "report.json").write_text(json.dumps(saved))
-
-
-def _mapped(directory: Path) -> TokenRows:
-    return TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
-
-
-def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
-    settings = KEYED + KEYED_IF_CURATED if curated else KEYED
-    content = {
-        "format": FORMAT,
-        "files": [(file, digest(file)) for file in files],
-        "decontaminate": [digest(file) for file in config.decontaminate_files if curated],
-        "settings": {name: value for name, value in asdict(config).items() if name in settings},
-        "tokenizer": tokenizer_digest(tokenizer),
-    }
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _questions(files: Iterable[str], columns: Columns) -> Iterator[tuple[list[Message], str]]:
-    """What is asked in an evaluation set, and where."""
-    bad = BadRows("This is of data.decontaminate_files, all questions of which are needed")
+    """Yield (messages, place) of each question of an evaluation set.
+
+    Raises:
+        ValueError: a row cannot be used.
+    """
+    bad = BadRows("All questions of data.decontaminate_files are needed: correct the rows")
     for file in files:
         for placed in iterate(file, bad):
             try:
@@ -311,15 +226,8 @@ def _questions(files: Iterable[str], columns: Columns) -> Iterator[tuple[list[Me
     bad.refuse()
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Tells a tokenizer and its chat template from others."""
-    special = (tokenizer.special_tokens_map, tokenizer.split_special_tokens)
-    content = [tokenizer.backend_tokenizer.to_str(), special, tokenizer.chat_template]
-    return sha256(json.dumps(content, default=str).encode()).hexdigest()
-
-
 def _with_tools(chat: Chat) -> Chat:
-    """A chat whose tools are a message, so that what compares messages sees them."""
+    """Return the chat with its tools as its first message, so that chats with other tools are no duplicates."""
     if "tools" not in chat:
         return chat
     return chat | {"prompt": [Message(role="tools", content=json.dumps(chat["tools"])), *chat["prompt"]]}

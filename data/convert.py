@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.chat import COMPLETION, SYSTEM, THINK, is_given, kind_of, system_of, to_chat, unused, with_thinking
-from data.readers import PlacedRow, listed
+from data.errors import listed
+from data.readers import PlacedRow
 
 Row = dict[str, Any]
 

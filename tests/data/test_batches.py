@@ -1,63 +1,14 @@
-"""Batches are functions of their number, and their cut does not depend on the layout."""
-
-import multiprocessing
-import threading
-import time
-from contextlib import closing
+"""Batches are functions of their step, whatever the layout."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
 
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, ValBatches
-from data.cutoff import assemble, response_widths
-from data.loader import each, follow_rank, mix
-from data.tokens import SCHEMA
+from data.batches import mix
 from diffllm import DiffusionConfig, MaskedDiffusion
-from tests.conftest import no_longer_than
-
-EOS = 0
-
-
-def make_rows(prompts, responses, end=EOS):
-    """Row i holds 100·i + 1, 100·i + 2, … and the end of sequence."""
-    lengths = zip(prompts, responses, strict=True)
-    ids = [np.arange(1, p + r + 1, dtype=np.int32) + 100 * i for i, (p, r) in enumerate(lengths)]
-    for row in ids:
-        row[-1] = end
-    return TokenRows.of(ids, prompts, cut=end != EOS)
-
-
-PLACE = {name: place for place, name in enumerate(SCHEMA.names)}
-ROWS = make_rows([3, 5, 2, 4, 6, 3, 2, 5, 4, 3], [4, 2, 6, 3, 5, 1, 8, 2, 7, 4])
-
-
-def no_noise(batch, epoch):
-    return {**batch, "epoch": torch.tensor(epoch)}
-
-
-def batches(ranks=1, micro=4, accumulation=1, rows=ROWS, **settings):
-    config = DataConfig(num_workers=0, max_length=16, **settings)
-    return [
-        TrainBatches(rows, config, BatchLayout(rank, ranks, micro, accumulation), EOS, no_noise, seed=7)
-        for rank in range(ranks)
-    ]
-
-
-def by_slot(step, layout):
-    """slot → (sample, its attended tokens, its maskable tokens)"""
-    rows = {}
-    for rank_batches in layout:
-        for batch in rank_batches[step]:
-            for i, slot in enumerate(batch["slot"].tolist()):
-                attended = batch["attention_mask"][i].bool()
-                ids, maskable = batch["input_ids"][i], batch["maskable"][i]
-                rows[slot] = (int(batch["sample_index"][i]), ids[attended].tolist(), ids[maskable].tolist())
-    return rows
+from tests.data.batches import EOS, PLACE, ROWS, batches, by_slot, make_rows, no_noise
 
 
 @pytest.mark.parametrize(
@@ -105,69 +56,6 @@ def test_more_rows_in_a_batch_than_there_are():
         batches(micro=11)
 
 
-def widths(prompts, responses, seed=0, **settings):
-    config = DataConfig(max_length=20, **settings)
-    return response_widths(np.array(prompts), np.array(responses), config, np.random.default_rng(seed))
-
-
-def test_min_pad_ends_at_the_longest_row():
-    assert widths([3, 5], [4, 6], perbatch_cutoff_type="min_pad").tolist() == [8, 6]
-
-
-def test_without_cutoff_rows_end_at_max_length():
-    assert widths([3, 5], [4, 6], enable_perbatch_cutoff=False).tolist() == [17, 15]
-
-
-def test_random_ends_all_rows_at_the_length_of_one():
-    seen = {tuple(widths([3, 5], [4, 6], seed, perbatch_cutoff_type="random")) for seed in range(20)}
-    assert seen == {(4, 2), (8, 6)}
-
-
-def test_random_with_input_pad_gives_all_rows_one_response_length():
-    seen = {tuple(widths([3, 5], [4, 6], seed)) for seed in range(20)}
-    assert seen == {(4, 4), (6, 6)}
-
-
-@given(st.integers(0, 10_000), st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_a_random_tail_leaves_every_row_something(seed, responses):
-    prompts = [2] * len(responses)
-    cut = widths(prompts, responses, seed, perbatch_cutoff_type="min_pad", resp_cutoff_ratio=1.0)
-    whole = widths(prompts, responses, seed, perbatch_cutoff_type="min_pad")
-    assert cut.min() >= 1
-    assert (whole - cut == (whole - cut)[0]).all()
-    assert (whole - cut)[0] >= 1 or whole.min() == 1
-
-
-def test_assembled_rows_are_cut_padded_and_marked():
-    rows = make_rows([3, 2], [2, 4])
-    batch = assemble(rows, np.array([0, 1]), np.array([3, 3]), EOS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, EOS, EOS], [EOS, 101, 102, 103, 104, 105]]
-    assert batch["attention_mask"].tolist() == [[1] * 6, [0] + [1] * 5]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [1, 0, 1, 2, 3, 4]]
-    assert batch["maskable"].tolist() == [[False] * 3 + [True] * 3] * 2
-
-
-def test_no_row_exceeds_max_length():
-    prompts = [15, 2]
-    for seed in range(9):
-        totals = widths(prompts, [5, 18], seed) + prompts
-        assert totals.max() <= 20
-
-
-def test_the_end_of_a_response_that_was_cut_is_not_taught():
-    was_cut = make_rows([2], [3], end=7)
-    for tokens, taught in ((was_cut, 3), (make_rows([2], [3]), 5)):
-        batch = assemble(tokens, np.array([0]), np.array([5]), EOS)
-        assert batch["input_ids"].shape == (1, 7)
-        assert batch["maskable"].sum() == taught
-
-
-def test_a_cut_can_fall_into_the_prompt():
-    batch = assemble(make_rows([5], [2]), np.array([0]), np.array([-2]), EOS)
-    assert batch["input_ids"].tolist() == [[1, 2, 3]]
-    assert not batch["maskable"].any()
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_visits_every_row_once_on_equally_many_batches(ranks):
     layouts = [BatchLayout(rank, ranks, 2, 1) for rank in range(ranks)]
@@ -209,24 +97,6 @@ class TestGroupByLength:
             by_slot(5, batches(ranks, micro, rows=self.ROWS, group_by_length=True)) for ranks, micro in ((1, 8), (4, 2))
         ]
         assert layouts[0] == layouts[1]
-
-
-def test_row_tokens_count_neither_padding_nor_what_was_cut():
-    batch = assemble(ROWS, np.array([0, 1]), np.array([2, 6]), EOS)
-    assert batch["row_tokens"].tolist() == [3 + 2, 5 + 2]
-
-
-def test_the_fingerprint_tells_rows_apart():
-    same, longer, moved = (make_rows([3, 4], lengths) for lengths in ([2, 2], [2, 3], [3, 1]))
-    assert same.fingerprint() == make_rows([3, 4], [2, 2]).fingerprint()
-    assert len({rows.fingerprint() for rows in (same, longer, moved)}) == 3
-
-
-def test_the_fingerprint_is_of_the_rows_chosen_and_not_of_where_they_are_kept():
-    whole = TokenRows(pa.concat_tables([make_rows([3, 5], [4, 2]).table, make_rows([2], [6]).table]))
-    assert whole.select(np.arange(3)).fingerprint() == whole.fingerprint()
-    assert whole.select(np.array([0, 1])).fingerprint() == make_rows([3, 5], [4, 2]).fingerprint()
-    assert whole.select(np.array([1, 0, 2])).fingerprint() != whole.fingerprint()
 
 
 class TestMixture:
@@ -283,13 +153,6 @@ def test_the_place_in_a_batch_of_a_curriculum_is_drawn():
     assert places == {0, 1, 2, 3}  # four draws in forty miss one in 25,000 runs
 
 
-def test_context_in_a_response_is_not_trained_on():
-    rows = make_rows([3, 2], [6, 4])
-    table = rows.table.set_column(PLACE["context"], "context", pa.array([[5, 7], None], pa.list_(pa.int32())))
-    batch = assemble(TokenRows(table), np.array([0, 1]), np.array([6, 7]), EOS)
-    assert batch["maskable"].astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
-
-
 @pytest.mark.parametrize("cutoff", ["min_pad", "random", "random_with_input_pad"])
 def test_the_padding_foretold_is_the_padding_that_comes(cutoff):
     layout = batches(ranks=2, micro=2, perbatch_cutoff_type=cutoff)
@@ -306,23 +169,3 @@ def test_padding_is_foretold_of_the_whole_epoch():
     rows = TokenRows(rows.table.set_column(PLACE["difficulty"], "difficulty", pa.array(lengths // 2 * 1.0)))
     train = batches(1, 8, rows=rows, order="curriculum", perbatch_cutoff_type="min_pad")[0]
     assert train.padding_share(50) == pytest.approx(train.padding_share(100), rel=0.05)
-
-
-class Stuck(Dataset):
-    """Its second item takes for ever, in a way that leaves a thread behind."""
-
-    def __getitem__(self, item):
-        if item:
-            threading.Thread(target=time.sleep, args=(1000,)).start()
-            time.sleep(1000)
-        return item
-
-
-def test_workers_end_with_the_iteration_whatever_they_do():
-    loader = DataLoader(Stuck(), batch_size=None, sampler=range(9), num_workers=2, worker_init_fn=follow_rank)
-    before = set(multiprocessing.active_children())
-    with no_longer_than(5), closing(each(loader)) as items:
-        assert next(items) == 0
-        workers = set(multiprocessing.active_children()) - before
-        assert len(workers) == 2
-    assert not any(worker.is_alive() for worker in workers)

@@ -1,11 +1,9 @@
-"""Chats into token rows, and what does not fit."""
-
-import copy
+"""Chats to tokens, cut or refused where they do not fit."""
 
 import numpy as np
 import pytest
 
-from data import DataConfig, PlacedRow, prompt_ids, rows_of
+from data import DataConfig, PlacedRow, rows_of
 from data.equations import held_out_rows, train_rows
 from data.verify import is_correct
 
@@ -95,10 +93,3 @@ def test_equations_are_solved_right_and_split_without_overlap(tokenizer):
             assert eval(expression) == int(value)
         assert is_correct(row, row["answer"])
         assert not is_correct(row, row["answer"] + "0")
-
-
-def test_a_template_that_refuses_a_role(tokenizer):
-    refusing = copy.deepcopy(tokenizer)
-    refusing.chat_template = "{{ raise_exception('system role not supported') }}"
-    with pytest.raises(ValueError, match="the prompt: the chat template refuses messages of system: system role not"):
-        prompt_ids([{"role": "system", "content": "Be brief."}], refusing)
