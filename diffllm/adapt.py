@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.storage import whole_directory
+from data.storage import first_line, whole_directory
 from data.terminal import Parser, ending_in_one_line, printable
 from diffllm.families import FAMILIES, switch_off_causality
 from diffllm.loading import check_ids, load_decoder, read_config
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, local, split_gguf
+from diffllm.sources import local, split_gguf
 from diffllm.tokenizer import MASK_TOKEN, check_tokenizer, load_tokenizer, name_mask
 
 

@@ -12,10 +12,11 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from data.storage import first_line
 from diffllm.config import ModelConfig
 from diffllm.families import FAMILIES, Family, family_of
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, is_gguf, local, on_hub, readable, split_gguf, unexpected_in_gguf
+from diffllm.sources import is_gguf, local, on_hub, readable, split_gguf, unexpected_in_gguf
 
 ROPE = ("rope_scaling", "rope_parameters")
 ROPE_ALIASES = ("default", "su", "mrope")  # which some configurations have, and Transformers takes as another

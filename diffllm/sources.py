@@ -6,18 +6,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session, is_offline_mode
+from huggingface_hub import constants
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from data.storage import refuse_pointer
+from data.storage import ask_hub, first_line, refuse_pointer
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_SECONDS = 10  # in which it has to answer
 TEXTS = ("merges.txt", "chat_template.jinja")
 FILES = {  # of a directory, by what is read from them
     "the tokenizer": ("*token*.json", "vocab.json", "chat_template.json"),
@@ -66,7 +64,7 @@ def readable(source: str, what: str) -> Iterator[None]:
         if 0 < len(files) <= MOST_NAMED:
             reason += f" from {', '.join(file.name for file in files)}"
         if silence:
-            reason = f"{silence}; {reason}"
+            reason = f"there is no answer ({silence}); {reason}"
         raise ValueError(f"model.path={source}: {_advice(source, reason)}") from error
 
 
@@ -109,22 +107,6 @@ def _advice(source: str, reason: str) -> str:
         f"there is no directory {path.resolve()}; from the hub, or what is kept of it in {constants.HF_HUB_CACHE}, "
         f"{reason}. Give the path of a directory: `hf download {source} --local-dir DIR` makes one where there is a hub"
     )
-
-
-@cache
-def ask_hub() -> str | None:
-    """Why the hub cannot be reached, None if it can or is not to be asked; from then on it is not asked again.
-
-    The libraries would try for half a minute, or for ever where a connection is taken and nothing comes.
-    """
-    if is_offline_mode():
-        return None
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
-        constants.HF_HUB_OFFLINE = True
-        return f"there is no answer ({constants.ENDPOINT}: {first_line(error)})"
-    return None
 
 
 def is_gguf(source: str) -> bool:
@@ -210,9 +192,3 @@ def copy_code(source: str | None, directory: Path) -> None:
     if source is not None and Path(source).is_dir() and Path(source).resolve() != directory.resolve():
         for file in Path(source).glob("*.py"):
             shutil.copy(file, directory)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the rest."""
-    said = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
-    return (said or type(error).__name__).splitlines()[0]
