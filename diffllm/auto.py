@@ -1,5 +1,6 @@
 """Published checkpoints in Transformers' Auto classes, which load and save them without remote code."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import (
@@ -12,9 +13,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.families import FAMILIES, DreamConfig, LLaDAConfig, switch_off_causality
-from diffllm.loading import check_ids
 from diffllm.modeling_diffllm import DiffLLM
 
 
@@ -32,10 +33,11 @@ class DiffusionMixin(DiffusionGeneration):
             ValueError: its config has no mask or end-of-sequence token.
         """
         family = next(family for family in FAMILIES.values() if isinstance(self.config, family.config_class))
-        check_ids(published := self.config.to_dict(), self.name_or_path)
+        source = CheckpointSource(self.name_or_path, self.config.to_dict(), family)
+        source.check_ids()
         embeddings = self.get_input_embeddings()
         padding = embeddings.padding_idx
-        model = DiffLLM(self, family, published)
+        model = DiffLLM(self, replace(source, name=None))
         embeddings.padding_idx = padding  # training the model goes on as before
         return model
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -14,7 +15,9 @@ from jinja2.parser import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from diffllm.sources import local, on_hub, readable, split_gguf
+from diffllm.checkpoint_errors import readable
+from diffllm.checkpoint_source import on_hub
+from diffllm.gguf import split_gguf
 
 MASK_TOKEN = "<|mask|>"
 THINKING = ("<think>", "</think>")
@@ -65,7 +68,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it cannot be read, or it is code of the checkpoint's own.
     """
-    source = local(path_or_name)
+    source = os.path.expanduser(path_or_name)
     directory, file = split_gguf(source)
     with readable(source, "the tokenizer"):
         try:
