@@ -4,51 +4,61 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.tokenizer import save_tokenizer
-
-if TYPE_CHECKING:
-    from diffllm.modeling_diffllm import DiffLLM
 
 
 def write_checkpoint(
-    model: "DiffLLM",
     directory: str | Path,
     state_dict: Mapping[str, Tensor],
+    source: CheckpointSource,
+    config: PreTrainedConfig,
+    tokens: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: str,
 ) -> None:
-    """Write a model; see `DiffLLM.save_pretrained`."""
+    """Write a model as its source was published.
+
+    Args:
+        state_dict: full tensors by their names in `DiffLLM`.
+        config: that of the decoder.
+        tokens: of generation_config.json; None leaves one out.
+        max_shard_size: of a file; more of them come with an index.
+    """
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    published = {
-        model.family.published_name(name.removeprefix("lm.")): _alone(tensor)
+    weights = {
+        source.family.published_name(name.removeprefix("lm.")): _alone(tensor)
         for name, tensor in state_dict.items()
-        if not (model.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
+        if not (config.tie_word_embeddings and name == "lm.lm_head.weight")
     }
-    save_torch_state_dict(published, directory, max_shard_size=max_shard_size)
+    save_torch_state_dict(weights, directory, max_shard_size=max_shard_size)
     for file in directory.glob("*.safetensors"):
         file.chmod(0o644)  # the library leaves them readable by their owner alone
-    dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
-    for name, content in (("config.json", config_json(model, dtype)), (GENERATION_CONFIG_NAME, generation_json(model))):
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    for name, content in (
+        ("config.json", config_json(source.published, config, dtype)),
+        (GENERATION_CONFIG_NAME, generation_json(source.generation, tokens)),
+    ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    if "auto_map" in model.published and model.source.name is not None:
-        copy_code(Path(model.source.name), directory)
+    if "auto_map" in source.published and source.name is not None:
+        copy_code(Path(source.name), directory)
     if tokenizer is not None:
         save_tokenizer(tokenizer, directory)
 
 
-def config_json(model: "DiffLLM", dtype: str) -> dict[str, Any]:
+def config_json(published: dict[str, Any], config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     """The published config with the keys of Transformers 4, which ignores newer ones without an error."""
-    old = {"torch_dtype": dtype} if "torch_dtype" in model.published else {}
-    rope = model.lm.config.to_dict().get("rope_parameters") or {}
+    old = {"torch_dtype": dtype} if "torch_dtype" in published else {}
+    rope = config.to_dict().get("rope_parameters") or {}
     if "full_attention" in rope:  # each kind of layer has its own
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
@@ -58,19 +68,13 @@ def config_json(model: "DiffLLM", dtype: str) -> dict[str, Any]:
         old["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":
             old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {**model.published, **old, "dtype": dtype}
+    return {**published, **old, "dtype": dtype}
 
 
-def generation_json(model: "DiffLLM") -> dict[str, Any]:
-    """The source's generation settings with this model's tokens, and no cache: later tokens change earlier states."""
-    settings = {name: value for name, value in model.generation.items() if name != "cache_implementation"}
-    tokens = {
-        "bos_token_id": model.published.get("bos_token_id"),
-        "eos_token_id": model.ends if len(model.ends) > 1 else model.eos_token_id,
-        "pad_token_id": model.pad_token_id,
-    }
-    named = {name: token for name, token in tokens.items() if token is not None}
-    return settings | {"use_cache": False} | named
+def generation_json(generation: dict[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's settings with the model's tokens, and no cache: in a diffusion model later tokens change states."""
+    settings = {name: value for name, value in generation.items() if name != "cache_implementation"}
+    return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
 
 
 def copy_code(source: Path, directory: Path) -> None:

@@ -200,5 +200,10 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             state_dict: full tensors by their names in this module; its own by default.
             max_shard_size: of a file; more of them come with an index.
         """
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        write_checkpoint(self, directory, state_dict, tokenizer, max_shard_size)
+        tokens = {
+            "bos_token_id": self.published.get("bos_token_id"),
+            "eos_token_id": self.ends if len(self.ends) > 1 else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        weights = self.state_dict() if state_dict is None else state_dict
+        write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size)
