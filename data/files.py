@@ -3,24 +3,21 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session, is_offline_mode
 from pyarrow import ArrowException
 
 from data.errors import BadRows, listed
 from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
 from data.readers import PlacedRow, read_json, read_jsonl
-from data.storage import read_object, refuse_pointer
+from data.storage import ask_hub, read_object, refuse_pointer
 
 # By the end of a file's name; each yields the readable rows, the others go to `bad`.
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream; one that is cut between batches would be read as if whole
 ENDS = 2**20  # bytes at both ends of a file
-HUB_SECONDS = 10  # in which it has to answer
 SPLITS = "train|test|validation|valid|val|dev"
 SHARD = re.compile(rf"((?:{SPLITS})\w*)-\d{{5}}-of-\d{{5}}")  # the name of a file by the hub's custom, with its split
 SPLIT = re.compile(rf"(?<![a-z])({SPLITS})(?![a-z])")  # in any other name
@@ -279,7 +276,7 @@ def _hub(name: str, stream: bool = False) -> Any:
     identity, configuration, split = _hub_id(name)
     from datasets import config, load_dataset
 
-    silence = _ask_hub()
+    silence = ask_hub()
     if silence:
         config.HF_HUB_OFFLINE = True
     try:
@@ -289,16 +286,3 @@ def _hub(name: str, stream: bool = False) -> Any:
             f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set "
             f"({silence or error})"
         ) from error
-
-
-@cache
-def _ask_hub() -> str | None:
-    """Why the hub cannot be reached; then it is not asked again, as the libraries would try for minutes."""
-    if is_offline_mode():
-        return None
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
-        constants.HF_HUB_OFFLINE = True
-        return f"{constants.ENDPOINT}: {error}"
-    return None

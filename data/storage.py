@@ -1,4 +1,4 @@
-"""Write files and directories whole or not at all; lock them; digest them; name the errors of a disk."""
+"""Write files and directories whole or not at all; lock and digest them; name the errors of a disk; ask the hub."""
 
 import errno
 import fcntl
@@ -8,12 +8,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import file_digest
 from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import xxhash
+from huggingface_hub import constants, get_session, is_offline_mode
 
 FULL_DISK = {
     errno.ENOSPC: "the disk is full",
@@ -22,6 +24,7 @@ FULL_DISK = {
 }
 POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of a git-lfs pointer
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+HUB_SECONDS = 10  # to wait for the hub's answer
 
 
 class DigestedFile(BufferedWriter):
@@ -308,3 +311,25 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object but {type(content).__name__}")
     return content
+
+
+@cache
+def ask_hub() -> str | None:
+    """Why the hub does not answer; None if it does, or if the user has set the libraries offline.
+
+    The libraries would retry for minutes, so a silent hub switches them offline for the rest of the process.
+    """
+    if is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT}: {first_line(error)}"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or the name of its type."""
+    message = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+    return (message or type(error).__name__).splitlines()[0]

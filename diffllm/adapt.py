@@ -6,35 +6,33 @@ loads all of it.
 
 import sys
 from argparse import RawDescriptionHelpFormatter
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.storage import whole_directory
+from data.storage import first_line, whole_directory
 from data.terminal import Parser, ending_in_one_line, printable
-from diffllm.families import FAMILIES, switch_off_causality
-from diffllm.loading import check_ids, load_decoder, read_config
+from diffllm.checkpoint_source import CheckpointSource
+from diffllm.families import switch_off_causality
+from diffllm.loading import building, load_decoder
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, local, split_gguf
 from diffllm.tokenizer import MASK_TOKEN, check_tokenizer, load_tokenizer, name_mask
 
 
-def needs_adapting(source: str) -> bool:
+def needs_adapting(source: str | Path | CheckpointSource) -> bool:
     """Whether a checkpoint is autoregressive: a decoder of Transformers without a mask token, or a GGUF file.
 
     Raises:
         ValueError: no checkpoint there, or an unknown family.
     """
-    source = local(source)
-    if split_gguf(source)[1]:
-        return True
-    published, family = read_config(source)
-    return published.get("mask_token_id") is None and family not in FAMILIES.values()
+    return CheckpointSource.open(source).is_autoregressive
 
 
 def adapt(
-    source: str,
+    source: str | Path | CheckpointSource,
     mask_token: str = MASK_TOKEN,
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str = "sdpa",
@@ -53,31 +51,45 @@ def adapt(
         ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, a mask token that
             texts or the chat template hold, or a diffusion model already.
     """
-    source = local(source)
-    if not needs_adapting(source):
-        raise ValueError(f"{source}: this is a diffusion model already, it can be model.path as it is")
-    published, family = read_config(source)
-    tokenizer = load_tokenizer(source)
+    source = CheckpointSource.open(source)
+    adapted, tokenizer, added = with_mask(source, mask_token)
+    lm = load_decoder(source, dtype, attn_implementation)
+    mask = tokenizer.mask_token_id
+    if added or mask >= lm.get_input_embeddings().num_embeddings:
+        add_row(lm, mask)
+    check_decoder(lm, source.name)
+    model = DiffLLM(lm, adapted)
+    model.set_tokenizer(tokenizer)
+    return model, tokenizer
+
+
+def with_mask(
+    source: CheckpointSource, mask_token: str = MASK_TOKEN
+) -> tuple[CheckpointSource, PreTrainedTokenizerBase, bool]:
+    """Config of an autoregressive checkpoint after adapting, its tokenizer, and whether the mask was added to it.
+
+    Raises:
+        ValueError: a diffusion model already, or a mask, end or padding token that cannot serve.
+    """
+    if not source.is_autoregressive:
+        raise ValueError(f"{source.name}: this is a diffusion model already, it can be model.path as it is")
+    tokenizer = load_tokenizer(source.name)
     added = name_mask(tokenizer, mask_token)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     mask = tokenizer.mask_token_id
     check_tokenizer(tokenizer, mask)
-    lm = load_decoder(source, published, family, dtype, attn_implementation)
-    rows = lm.get_input_embeddings().num_embeddings
-    if added or mask >= rows:
-        add_row(lm, mask)
-    check_decoder(lm, source)
-    published |= {
+    with building(source.name):
+        rows = source.family.config(source.published).vocab_size
+    changed = {
         "mask_token_id": mask,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "vocab_size": lm.config.vocab_size,
+        "vocab_size": max(rows, mask + 1),
     }
-    check_ids(published, source)
-    model = DiffLLM(lm, family, published, source)
-    model.set_tokenizer(tokenizer)
-    return model, tokenizer
+    adapted = replace(source, published=source.published | changed)
+    adapted.check_ids()
+    return adapted, tokenizer, added
 
 
 @torch.no_grad()

@@ -6,24 +6,17 @@ from functools import lru_cache
 from typing import Any
 
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from diffllm.dream_api import DiffusionGeneration
 
 
 def switch_off_causality(lm: PreTrainedModel) -> None:
@@ -41,43 +34,8 @@ def has_window(config: PreTrainedConfig) -> bool:
     return settings.get("sliding_window") is not None and "sliding_attention" in kinds
 
 
-class DiffusionMixin(DiffusionGeneration):
-    """Give the models that Transformers' Auto classes make of published checkpoints `diffusion_generate`."""
-
-    def denoiser(self) -> Any:
-        """This model, not a copy, as a `DiffLLM`.
-
-        Raises:
-            ValueError: its config has no mask or end-of-sequence token.
-        """
-        from diffllm.loading import check_ids  # both import this module
-        from diffllm.modeling_diffllm import DiffLLM
-
-        family = next(family for family in FAMILIES.values() if isinstance(self, family.model_class))
-        check_ids(published := self.config.to_dict(), self.name_or_path)
-        embeddings = self.get_input_embeddings()
-        padding = embeddings.padding_idx
-        model = DiffLLM(self, family, published)
-        embeddings.padding_idx = padding  # training it goes on as before
-        return model
-
-
 class DreamConfig(Qwen2Config):
     model_type = "Dream"
-
-
-class DreamModel(DiffusionMixin, Qwen2ForCausalLM):
-    """Dream with its head, by the name that its config.json gives."""
-
-    config_class = DreamConfig
-
-    def __init__(self, config: DreamConfig):
-        super().__init__(config)
-        switch_off_causality(self)
-
-
-class DreamTokenizer(Qwen2Tokenizer):
-    """Dream's tokenizer, by the name that its tokenizer_config.json gives."""
 
 
 LLADA_KEYS = {
@@ -120,16 +78,6 @@ class LLaDAConfig(LlamaConfig):
         own = {key: value for key, value in config_dict.items() if key not in LLADA_KEYS}
         known = {LLADA_KEYS[key]: config_dict[key] for key in LLADA_KEYS if config_dict.get(key) is not None}
         return super().from_dict(own | known, **kwargs)
-
-
-class LLaDAModelLM(DiffusionMixin, LlamaForCausalLM):
-    """LLaDA with its head, by the name that its config.json gives."""
-
-    config_class = LLaDAConfig
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        switch_off_causality(self)
 
 
 @dataclass(frozen=True)
@@ -192,9 +140,9 @@ _LLADA_BLOCK = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "dream": Family(DreamModel, DreamConfig, shift=True, architecture="DreamModel"),
+    "dream": Family(Qwen2ForCausalLM, DreamConfig, shift=True, architecture="DreamModel"),
     "llada": Family(
-        LLaDAModelLM,
+        LlamaForCausalLM,
         LLaDAConfig,
         shift=False,
         architecture="LLaDAModelLM",
@@ -212,11 +160,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# So that Transformers' Auto classes load the published checkpoints, and save them, without remote code.
+# Transformers renames the weights of these model types when it reads and writes them.
 for _family in FAMILIES.values():
-    AutoConfig.register(_family.config_class.model_type, _family.config_class)
-    for _auto in (AutoModel, AutoModelForCausalLM):
-        _auto.register(_family.config_class, _family.model_class)
     register_checkpoint_conversion_mapping(
         _family.config_class.model_type,
         [
@@ -224,7 +169,6 @@ for _family in FAMILIES.values():
             for published, ours in _family.weight_names.items()
         ],
     )
-AutoTokenizer.register(DreamConfig, DreamTokenizer)
 
 
 def family_of(published: dict[str, Any], source: str) -> Family:

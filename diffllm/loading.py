@@ -1,6 +1,5 @@
 """Models from checkpoints, or from scratch."""
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,26 +7,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from data.storage import first_line
+from diffllm.checkpoint_errors import readable
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.config import ModelConfig
-from diffllm.families import FAMILIES, Family, family_of
+from diffllm.families import FAMILIES
+from diffllm.gguf import is_gguf, read_header, split_gguf, unknown_tensors
 from diffllm.modeling_diffllm import DiffLLM
-from diffllm.sources import first_line, is_gguf, local, on_hub, readable, split_gguf, unexpected_in_gguf
 
-ROPE = ("rope_scaling", "rope_parameters")
-ROPE_ALIASES = ("default", "su", "mrope")  # which some configurations have, and Transformers takes as another
-ROPE_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-JSON = {str: "text", dict: "an object"}
 HEAD_OF_ITS_OWN = (
     "{}: config.json has tie_word_embeddings=true, but the head in the file is not the embedding; set it to false"
 )
 
 
 def load_model(
-    path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    path_or_name: str | Path | CheckpointSource,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
 ) -> DiffLLM:
     """Load a diffusion checkpoint, published or adapted; no remote code runs.
 
@@ -38,36 +37,34 @@ def load_model(
         ValueError: no checkpoint there, an unknown family, no mask token (an autoregressive checkpoint: see
             `diffllm.adapt`), or weights that are missing, unexpected or of another shape than config.json says.
     """
-    source = local(path_or_name)
-    published, family = read_config(source)
-    check_ids(published, source)
-    return DiffLLM(load_decoder(source, published, family, dtype, attn_implementation), family, published, source)
+    source = CheckpointSource.open(path_or_name)
+    source.check_ids()
+    return DiffLLM(load_decoder(source, dtype, attn_implementation), source)
 
 
 def empty_model(
-    path_or_name: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    path_or_name: str | Path | CheckpointSource,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
 ) -> DiffLLM:
     """The model of a checkpoint without its weights, which are on the meta device; buffers are real.
 
     Raises:
         ValueError: as `load_model`, as far as config.json goes.
     """
-    source = local(path_or_name)
-    published, family = read_config(source)
-    check_ids(published, source)
-    lm = _on_meta(source, published, family, dtype, attn_implementation)
+    source = CheckpointSource.open(path_or_name)
+    source.check_ids()
+    lm = _on_meta(source, dtype, attn_implementation)
     fill_buffers(lm)
-    return DiffLLM(lm, family, published, source)
+    return DiffLLM(lm, source)
 
 
-def _on_meta(
-    source: str, published: dict[str, Any], family: Family, dtype: torch.dtype, attn_implementation: str
-) -> PreTrainedModel:
-    with _building(source, attn_implementation), torch.device("meta"):
-        config = family.config(published)
+def _on_meta(source: CheckpointSource, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    with building(source.name, attn_implementation), torch.device("meta"):
+        config = source.family.config(source.published)
         if unknown := set(getattr(config, "layer_types", None) or ()) - {*ALLOWED_LAYER_TYPES}:
             raise ValueError(f"layer_types has {', '.join(map(repr, sorted(unknown)))}")
-        return family.model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        return source.family.model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
 @torch.no_grad()
@@ -82,22 +79,20 @@ def fill_buffers(lm: PreTrainedModel) -> None:
         lm._init_weights(module)  # as Transformers does when it reads weights; those on meta take no value
 
 
-def load_decoder(
-    source: str, published: dict[str, Any], family: Family, dtype: torch.dtype, attn_implementation: str
-) -> PreTrainedModel:
+def load_decoder(source: CheckpointSource, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
     """The decoder of a checkpoint with its weights.
 
     Raises:
         ValueError: see `load_model`.
     """
-    directory, file = split_gguf(source)
+    directory, file = split_gguf(source.name)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
-    _on_meta(source, published, family, torch.float32, attn_implementation)  # what fails now is not the weights' fault
-    unexpected = unexpected_in_gguf(source) if file else []
-    with readable(source, "the weights"):
-        lm, report = family.model_class.from_pretrained(
+    _on_meta(source, torch.float32, attn_implementation)  # an error from here on is the weights' fault
+    unexpected = _unknown_in_gguf(source.name) if file else []
+    with readable(source.name, "the weights"):
+        lm, report = source.family.model_class.from_pretrained(
             directory,
-            config=family.config(published),
+            config=source.family.config(source.published),
             dtype=dtype,
             attn_implementation=attn_implementation,
             ignore_mismatched_sizes=True,
@@ -105,10 +100,16 @@ def load_decoder(
             **settings,
         )
     unexpected += report["unexpected_keys"]
-    check_weights(source, report["missing_keys"], unexpected, report["mismatched_keys"])
+    check_weights(source.name, report["missing_keys"], unexpected, report["mismatched_keys"])
     if lm.config.tie_word_embeddings and lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
-        raise ValueError(HEAD_OF_ITS_OWN.format(source))
+        raise ValueError(HEAD_OF_ITS_OWN.format(source.name))
     return lm
+
+
+def _unknown_in_gguf(name: str) -> list[str]:
+    with readable(name, "the file"):
+        header = read_header(name)
+    return unknown_tensors(header, name)
 
 
 def check_weights(
@@ -131,69 +132,6 @@ def check_weights(
     if problems:
         settings = "what the file says of itself" if is_gguf(source) else "config.json"
         raise ValueError(f"{source}: the weights do not fit {settings}. {'; '.join(problems)}")
-
-
-def read_config(source: str) -> tuple[dict[str, Any], Family]:
-    """config.json of a checkpoint, or what a GGUF file says in its place, and its family.
-
-    Raises:
-        ValueError: there is none, or its `model_type` is of no family.
-    """
-    directory, file = split_gguf(source)
-    with readable(source, "config.json"):
-        published, _ = PreTrainedConfig.get_config_dict(directory, gguf_file=file)
-        if not published:
-            raise OSError("it is empty, or there is none")
-    if not isinstance(published, dict):
-        raise ValueError(f"{source}: config.json is not a JSON object")
-    check_values(published, source)
-    family = family_of(published, source)
-    if file:
-        published = {key: value for key, value in published.items() if not key.startswith("_")}
-        published = {"architectures": [family.architecture], **published}
-    if "auto_map" in published and not Path(source).is_dir():
-        published["auto_map"] = on_hub(published["auto_map"], source)
-    return published, family
-
-
-def check_values(published: dict[str, Any], source: str) -> None:
-    """Refuse values of a config.json that Transformers would take, or whose error would not name them.
-
-    Raises:
-        ValueError: naming the key and its value.
-    """
-    for key, value in _numbers(published):
-        if not math.isfinite(value):
-            raise ValueError(f"{source}: config.json has {key}={value}: must be a finite number")
-    for key, kind in (("model_type", str), ("auto_map", dict), *((key, dict) for key in ROPE)):
-        if not isinstance(value := published.get(key), kind | None):
-            raise ValueError(f"{source}: config.json has {key}={value!r}: must be {JSON[kind]}")
-    for key in ROPE:
-        rope = published.get(key) or {}
-        layers = [part for part in rope.values() if isinstance(part, dict)]  # each kind of layer may have its own
-        for settings in layers or [rope]:
-            _check_rope(settings, f"{source}: config.json has {key}={rope}")
-
-
-def _check_rope(rope: dict[str, Any], what: str) -> None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in (*ROPE_INIT_FUNCTIONS, *ROPE_ALIASES):
-        raise ValueError(f"{what}: rope_type must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
-    factor = rope.get("factor")
-    wanted = kind in ROPE_WITH_FACTOR or factor is not None
-    if wanted and not (isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0):
-        raise ValueError(f"{what}: factor must be a positive number")
-
-
-def _numbers(published: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the floats of nested objects and lists, each with the key at the top."""
-    parts = list(published.items())
-    while parts:
-        key, value = parts.pop()
-        if isinstance(value, dict | list):
-            parts += [(key, part) for part in (value.values() if isinstance(value, dict) else value)]
-        elif isinstance(value, float):
-            yield key, value
 
 
 def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
@@ -228,51 +166,28 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             "pad_token_id": tokenizer.pad_token_id,
         }
     )
-    with torch.random.fork_rng(devices=[]), _building("model", config.attn_implementation):
+    with torch.random.fork_rng(devices=[]), building("model", config.attn_implementation):
         torch.manual_seed(seed)
         lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
-    model = DiffLLM(lm, family, published)
+    model = DiffLLM(lm, CheckpointSource(None, published, family))
     model.set_tokenizer(tokenizer)
     return model
 
 
-def check_ids(published: dict[str, Any], source: str) -> None:
-    """Refuse a config.json whose special tokens cannot serve.
-
-    Raises:
-        ValueError: no mask or end-of-sequence token, one beyond the vocabulary, or a mask that is the padding too.
-    """
-    if published.get("mask_token_id") is None:
-        raise ValueError(
-            f"{source}: config.json has no mask_token_id, which a diffusion language model needs; "
-            "`python -m diffllm.adapt SOURCE DIR` gives one to an autoregressive checkpoint"
-        )
-    if published.get("eos_token_id") is None:
-        raise ValueError(f"{source}: config.json has no eos_token_id, which a diffusion language model needs")
-    for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
-        token = published.get(key)
-        size = published.get("vocab_size")
-        if token is not None and not (type(token) is type(size) is int and 0 <= token < size):
-            raise ValueError(f"{source}: config.json has {key}={token}, which is no token below vocab_size={size}")
-    mask = published["mask_token_id"]
-    if mask in (published.get("pad_token_id"), published["eos_token_id"]):
-        raise ValueError(f"{source}: config.json uses token {mask} as mask and as padding or end")
-
-
 @contextmanager
-def _building(source: str, attn_implementation: str) -> Iterator[None]:
-    """Say what is at fault where Transformers cannot make a model of its settings."""
+def building(name: str, attn_implementation: str = "sdpa") -> Iterator[None]:
+    """Turn any error of making a model from its config into a ValueError that names the checkpoint and the cause."""
     try:
         yield
     except (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
         if "flash" not in attn_implementation:
-            raise ValueError(f"{source}: {first_line(error)}") from error
+            raise ValueError(f"{name}: {first_line(error)}") from error
         raise ValueError(
             f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', "
             "or use sdpa"
         ) from error
     except Exception as error:  # it takes values as they come: nonsense ends in whatever fails first
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{source}: config.json does not describe a model that can be made ({reason})") from error
+        raise ValueError(f"{name}: config.json does not describe a model that can be made ({reason})") from error

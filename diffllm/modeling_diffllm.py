@@ -1,22 +1,18 @@
 """A diffusion language model: a Transformers decoder with its causality switched off."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from diffllm.attention import mask_of, without_padding
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_loss
 from diffllm.dream_api import DiffusionGeneration
-from diffllm.families import Family, has_window, switch_off_causality
-from diffllm.sources import copy_code, generation_settings, local
-from diffllm.tokenizer import save_tokenizer
+from diffllm.export import write_checkpoint
+from diffllm.families import has_window, switch_off_causality
 from sampling import CanvasCache, Tokens, Visibility, ids_without_token
 
 
@@ -25,9 +21,9 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
     Attributes:
         lm: the Transformers decoder with its head, attending in both directions.
+        source: the checkpoint it was loaded or adapted from; without a name if it was made from scratch.
         family: the published format it belongs to.
-        published: its config.json in that format, which is what `save_pretrained` writes.
-        source: where it was loaded from.
+        published: its config.json in that format, as `save_pretrained` writes it.
         generation: its generation_config.json, empty if there is none.
         mask_token_id, pad_token_id, eos_token_id: from that config.
         unnamed_ids: those of its vocabulary that its tokenizer lacks, where that is known; they are never sampled.
@@ -36,16 +32,16 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
     """
 
-    def __init__(self, lm: PreTrainedModel, family: Family, published: dict[str, Any], source: str | None = None):
+    def __init__(self, lm: PreTrainedModel, source: CheckpointSource):
         super().__init__()
         switch_off_causality(lm)
         # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
         lm.get_input_embeddings().padding_idx = None
-        self.lm, self.family, self.published, self.source = lm, family, published, source
-        self.generation = generation_settings(source)
-        self.mask_token_id: int = published["mask_token_id"]
-        self.eos_token_id: int = published["eos_token_id"]
-        pad = published.get("pad_token_id")
+        self.lm, self.source = lm, source
+        self.family, self.published, self.generation = source.family, source.published, source.generation
+        self.mask_token_id: int = self.published["mask_token_id"]
+        self.eos_token_id: int = self.published["eos_token_id"]
+        pad = self.published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.unnamed_ids: tuple[int, ...] = ()
         self.windowed = has_window(lm.config)
@@ -195,53 +191,10 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             state_dict: full tensors by their names in this module; its own by default.
             max_shard_size: of a file; more of them come with an index.
         """
-        directory = Path(local(directory))
-        directory.mkdir(parents=True, exist_ok=True)
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        published = {
-            self.family.published_name(name.removeprefix("lm.")): _alone(tensor)
-            for name, tensor in state_dict.items()
-            if not (self.lm.config.tie_word_embeddings and name == "lm.lm_head.weight")
-        }
-        save_torch_state_dict(published, directory, max_shard_size=max_shard_size)
-        for file in directory.glob("*.safetensors"):
-            file.chmod(0o644)  # the library leaves them readable by their owner alone
-        dtype = str(next(iter(published.values())).dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(self._config_json(dtype), indent=2) + "\n")
-        if "auto_map" in self.published:
-            copy_code(self.source, directory)
-        (directory / GENERATION_CONFIG_NAME).write_text(json.dumps(self._generation_json(), indent=2) + "\n")
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, directory)
-
-    def _generation_json(self) -> dict[str, Any]:
-        """The source's with the tokens of this model, and no cache: what comes later changes what was before it."""
-        settings = {name: value for name, value in self.generation.items() if name != "cache_implementation"}
         tokens = {
             "bos_token_id": self.published.get("bos_token_id"),
             "eos_token_id": self.ends if len(self.ends) > 1 else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
         }
-        named = {name: token for name, token in tokens.items() if token is not None}
-        return settings | {"use_cache": False} | named
-
-    def _config_json(self, dtype: str) -> dict[str, Any]:
-        """`published`, also as Transformers 4 reads it, which takes another rotary base without an error otherwise."""
-        old = {"torch_dtype": dtype} if "torch_dtype" in self.published else {}
-        rope = self.lm.config.to_dict().get("rope_parameters") or {}
-        if "full_attention" in rope:  # each kind of layer has its own
-            old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-            rope = rope["full_attention"]
-        if "partial_rotary_factor" in rope:
-            old["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if "rope_theta" in rope:
-            old["rope_theta"] = rope["rope_theta"]
-            if rope["rope_type"] != "default":
-                old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return {**self.published, **old, "dtype": dtype}
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and alone in its memory: rows that do not divide by the ranks are gathered with padding behind."""
-    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+        weights = self.state_dict() if state_dict is None else state_dict
+        write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size)

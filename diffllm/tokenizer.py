@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -14,32 +15,17 @@ from jinja2.parser import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from diffllm.sources import local, on_hub, readable, split_gguf
+from diffllm.checkpoint_errors import readable
+from diffllm.checkpoint_source import on_hub
+from diffllm.gguf import split_gguf
 
 MASK_TOKEN = "<|mask|>"
 THINKING = ("<think>", "</think>")
 WORDS = ("system", "user", "assistant", "Solve")
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_HEADERS = (
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "<bos>{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}"  # it has no such role: the system's words begin the first turn
-    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
-    "{{ system if loop.first else '' }}{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
+# By name. Gemma has no system role, so its template puts the system's words in front of the first turn's.
 CHAT_TEMPLATES = {
-    "chatml": CHATML,
-    "llama3": "<|begin_of_text|>" + _HEADERS,
-    "llada": "<|startoftext|>" + _HEADERS,
-    "gemma": GEMMA,
+    file.stem: file.read_text(encoding="utf-8").removesuffix("\n")
+    for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
 # Names in chat templates whose values Transformers gives, beside those of the special tokens.
 OF_TRANSFORMERS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
@@ -70,7 +56,7 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         mask_token=MASK_TOKEN,
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=CHATML,
+        chat_template=CHAT_TEMPLATES["chatml"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -82,7 +68,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it cannot be read, or it is code of the checkpoint's own.
     """
-    source = local(path_or_name)
+    source = os.path.expanduser(path_or_name)
     directory, file = split_gguf(source)
     with readable(source, "the tokenizer"):
         try:

@@ -21,11 +21,14 @@ from omegaconf import OmegaConf, open_dict
 from data import BatchLayout
 from data.errors import nearest
 from data.terminal import printable
-from diffllm import DiffLLM, new_model
+from diffllm import DiffLLM, ModelConfig, new_model
+from diffllm.adapt import with_mask
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import LOGITS_PER_CHUNK
+from diffllm.families import family_of
 from diffllm.loading import empty_model
 from diffllm.lora import add_lora
-from diffllm.tokenizer import builtin_tokenizer
+from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
@@ -37,6 +40,8 @@ from trainer.speed import Speed
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
 CUDA = torch.device("cuda")
+SHAPES = Path(__file__).with_name("shapes.yaml")
+UNREAD_IDS = {"mask_token_id": 0, "eos_token_id": 1}  # a model needs them, a plan does not
 
 
 @dataclass(frozen=True)
@@ -130,29 +135,45 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
 
 
 def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
-    """The model without weights, and the file that says its shape.
+    """The model without weights, and the file that gives its shape.
 
     Raises:
-        ValueError: no file says it, or its context is shorter than data.max_length.
+        ValueError: no file gives it, or its context is shorter than data.max_length.
     """
-    path, file = config.model.path, f"conf/model/{choice}.yaml"
-    attention = "sdpa"  # FlashAttention keeps what PyTorch's own kernels keep, and need not be installed here
-    if path and Path(path).is_dir():
-        model, file = empty_model(path, attn_implementation=attention), f"{path}/config.json"
-    elif path and (config.model.vocab_size is None or path != OmegaConf.load(CONF / "model" / f"{choice}.yaml").path):
-        raise ValueError(
-            f"model.path={path}: no such directory, and {file} does not say its shape; for one on the hub choose "
-            "a file of conf/model, such as model=dream_7b or model=llada_8b"
-        )
-    else:
+    attention = "sdpa"  # FlashAttention keeps the same tensors, and need not be installed where a run is planned
+    if config.model.path is None:
+        file = f"conf/model/{choice}.yaml"
         with torch.device("meta"):
             model = new_model(replace(config.model, attn_implementation=attention), builtin_tokenizer())
+    else:
+        source, file = _source(config.model)
+        model = empty_model(source, attn_implementation=attention)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
     context = model.lm.config.max_position_embeddings
     if config.data.max_length > context:
         raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
     return model, file
+
+
+def _source(config: ModelConfig) -> tuple[CheckpointSource, str]:
+    """The checkpoint of `model.path` as it is trained, by its own config.json or by SHAPES, and that file.
+
+    Raises:
+        ValueError: neither has it.
+    """
+    if Path(config.path).exists():
+        source = CheckpointSource.open(config.path)
+        file = config.path if Path(config.path).is_file() else f"{config.path}/config.json"
+        return with_mask(source, config.mask_token or MASK_TOKEN)[0] if source.is_autoregressive else source, file
+    shapes = OmegaConf.to_object(OmegaConf.load(SHAPES))
+    if config.path not in shapes:
+        raise ValueError(
+            f"model.path={config.path}: no such file or directory, and launch/{SHAPES.name} does not have its shape; "
+            f"for a checkpoint on the hub choose one of {', '.join(shapes)}, or download its config.json"
+        )
+    published = shapes[config.path] | UNREAD_IDS
+    return CheckpointSource(None, published, family_of(published, config.path)), f"launch/{SHAPES.name}"
 
 
 def remedies(config: Config, layout: BatchLayout, largest: int) -> list[str]:

@@ -22,9 +22,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from data import DataConfig, files, report
+from data import DataConfig, report, storage
 from data.equations import held_out_rows, train_rows
-from diffllm import DiffLLM, ModelConfig, load_model, new_model, sources
+from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from trainer.config import Config
 
@@ -74,13 +74,10 @@ def silent_hub(request, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        asked = ((sources, sources.ask_hub), (files, files._ask_hub))
-        for module, ask in asked:
-            monkeypatch.setattr(module, "HUB_SECONDS", 0.5)
-            ask.cache_clear()
+        monkeypatch.setattr(storage, "HUB_SECONDS", 0.5)
+        storage.ask_hub.cache_clear()
         yield endpoint
-        for _, ask in asked:
-            ask.cache_clear()
+        storage.ask_hub.cache_clear()
 
 
 @contextmanager

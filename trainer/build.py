@@ -13,7 +13,8 @@ from data.config import DataConfig
 from data.curation import subset
 from data.equations import held_out_rows, train_rows
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
-from diffllm.adapt import adapt, needs_adapting
+from diffllm.adapt import adapt
+from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
 from diffllm.loading import empty_model
 from diffllm.lora import add_lora
@@ -45,21 +46,28 @@ def build_model(
     if config.path is None:
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
-    elif needs_adapting(config.path):
-        model, tokenizer = adapt(config.path, config.mask_token or MASK_TOKEN, dtype, config.attn_implementation)
     else:
-        load = empty_model if empty else load_model
-        model = load(config.path, dtype, config.attn_implementation)
-        tokenizer = load_tokenizer(config.path)
-        model.set_tokenizer(tokenizer)
-        if tokenizer.mask_token is None:
-            tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
+        model, tokenizer = _from_checkpoint(CheckpointSource.open(config.path), config, dtype, empty)
     if config.mask_token not in (None, tokenizer.mask_token):
         raise ValueError(f"model.mask_token={config.mask_token}: the model has {tokenizer.mask_token}; leave it out")
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     set_template_variables(tokenizer, config.chat_template_kwargs)
     check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
+    return model, tokenizer
+
+
+def _from_checkpoint(
+    source: CheckpointSource, config: ModelConfig, dtype: torch.dtype, empty: bool
+) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    if source.is_autoregressive:
+        return adapt(source, config.mask_token or MASK_TOKEN, dtype, config.attn_implementation)
+    load = empty_model if empty else load_model
+    model = load(source, dtype, config.attn_implementation)
+    tokenizer = load_tokenizer(source.name)
+    model.set_tokenizer(tokenizer)
+    if tokenizer.mask_token is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
     return model, tokenizer
 
 

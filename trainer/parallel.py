@@ -16,9 +16,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from diffllm import DiffLLM, ModelConfig
+from diffllm.checkpoint_errors import readable
 from diffllm.loading import HEAD_OF_ITS_OWN, check_weights
 from diffllm.lora import base_name
-from diffllm.sources import readable
 from trainer.build import compute_dtype
 from trainer.config import Config
 from trainer.distributed import Distributed
@@ -32,7 +32,7 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
 
     With `trainer.replicate` > 1 there are that many copies, each split over its own ranks (HSDP). In bf16 the forward
     and backward see bf16 parameters; gradients are reduced and trained parameters kept in float32. A model whose
-    weights are on the meta device gets them from the checkpoint of `model.path`: each rank reads its own part.
+    weights are on the meta device gets them from its checkpoint: each rank reads its own part.
 
     Raises:
         ValueError: `trainer.replicate` does not divide the ranks; see `read_weights` too.
@@ -70,7 +70,7 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
             setattr(module, name, buffer.to(distributed.device))
     if empty:
         model.lm.tie_weights()
-        read_weights(model, config.model.path)
+        read_weights(model, model.source.name)
     model.train()
 
 

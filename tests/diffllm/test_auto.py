@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from diffllm.families import DreamTokenizer
+from diffllm.auto import DreamTokenizer
 from tests.conftest import GOLDEN
 from tests.diffllm.test_golden import DREAM, LLADA, assert_same_logits
 from tests.diffllm.test_tokenizer import write_dream_tokenizer

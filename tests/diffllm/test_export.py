@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from diffllm import load_model, new_model
-from diffllm.sources import on_hub
+from diffllm.checkpoint_source import on_hub
 from diffllm.tokenizer import load_tokenizer, save_tokenizer
 from tests.conftest import GOLDEN, ROOT, no_longer_than, small_shape
 from tests.diffllm.test_auto import CODE, published_copy

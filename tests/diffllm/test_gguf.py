@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from diffllm import ModelConfig, load_model, sources
+from diffllm import ModelConfig, load_model
+from diffllm import gguf as gguf_files
 from diffllm.adapt import adapt
 from diffllm.tokenizer import builtin_tokenizer
 from tests.diffllm.decoders import write_decoder
@@ -143,7 +144,7 @@ def test_other_mistakes(file, tmp_path, monkeypatch):
         adapt(str(tmp_path / "text.gguf"))
     with pytest.raises(ValueError, match="no mask_token_id"):
         load_model(file)
-    monkeypatch.setattr(sources, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(ValueError, match=r"tiny\.gguf: reading it needs gguf: pip install 'diffllm\[gguf\]'"):
         adapt(str(file))
 
