@@ -25,7 +25,6 @@ from diffllm.modeling_diffllm import LossOutput
 from diffllm.weights import loss_denominator
 from trainer.build import (
     build_batches,
-    build_lr_schedule,
     build_model,
     build_optimizer,
     compute_dtype,
@@ -98,7 +97,6 @@ class FSDPSFTTrainer:
         )
         shard(self.model, distributed, config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
-        self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
         self.skipped_steps = self.nonfinite_steps = 0
 
     def fit(self) -> None:
@@ -173,8 +171,7 @@ class FSDPSFTTrainer:
         Raises:
             FloatingPointError: the loss or the gradient is not finite; the parameters are left as they were.
         """
-        lr = self.lr_at(step - 1)
-        set_lr(self.optimizer, lr)
+        lr = set_lr(self.optimizer, self.config.optim, self.steps, step - 1)
         tally, losses, grad_norm = Tally(self.distributed), [], 0.0
         norm = counts["norm"]
         micro_batches = self.annealing(micro_batches, step)
