@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import fields
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,6 @@ from data.tokens import SCHEMA, ControlTokens, Encoded, TokenRows, check_for_cha
 
 FORMAT = 5  # of the files; others are not read
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # tokens as Python has them take some 250 bytes each
-KEYED = ("columns", "on_bad_row", "loss_on", "max_length", "truncation")
-KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
 
 _Chat = tuple[int, PlacedRow, Chat]  # with the number of its source
 
@@ -288,12 +286,13 @@ def _mapped(directory: Path) -> TokenRows:
 
 
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
-    settings = KEYED + KEYED_IF_CURATED if curated else KEYED
+    changed = ("all", "curated") if curated else ("all",)
+    settings = [item.name for item in fields(config) if item.metadata.get("changes_rows") in changed]
     content = {
         "format": FORMAT,
         "files": [(file, digest(file)) for file in files],
         "decontaminate": [digest(file) for file in config.decontaminate_files if curated],
-        "settings": {name: value for name, value in asdict(config).items() if name in settings},
+        "settings": {name: getattr(config, name) for name in settings},
         "tokenizer": tokenizer_digest(tokenizer),
     }
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

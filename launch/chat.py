@@ -4,7 +4,7 @@ import re
 import readline  # noqa: F401 — lets `input` edit its line and recall those before
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 
 import numpy as np
@@ -19,14 +19,15 @@ from yaml import YAMLError
 
 from data import prompt_ids
 from data.chat import Message
+from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_fits, response_of, special_tokens
 from launch.answers import check_alone
 from sampling import Canvas, RowState, SamplingConfig, fill
-from sampling.config import TEXTS, unescape
 from trainer.build import load_for_sampling
-from trainer.config import Config, nearest
+from trainer.config import Config
+from trainer.schema import resolve
 
 HELP = """\
 /set NAME VALUE   change a setting of the sampler, such as /set steps 128
@@ -191,18 +192,14 @@ class Chat:
         if given is None:
             raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
         name, value = given.groups()
-        names = [item.name for item in fields(SamplingConfig)]
-        if name not in names:
-            raise ValueError(f"{name}: no such setting; {nearest(name, names)}")
+        # Lists of texts stay out: their escapes are replaced already.
+        others = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
-            if name in TEXTS and isinstance(change[name], str):
-                change[name] = [change[name]]  # a list of one may be written without brackets
-            typed = OmegaConf.merge(OmegaConf.structured(SamplingConfig), change)
-            changed = OmegaConf.to_container(typed, resolve=True)[name]
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"sampling.{name}={value}: {str(error).splitlines()[0]}") from error
-        config = replace(self.config, **{name: unescape(name, changed) if name in TEXTS else changed})
+        resolved = resolve(OmegaConf.create({"sampling": others | change}))
+        config = replace(self.config, **{name: getattr(resolved.sampling, name)})
         special_tokens(self.model, self.tokenizer, config)
         self.config = config
         self.say(f"{name} is {getattr(config, name)}")

@@ -25,13 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
+from data.errors import nearest
 from data.storage import find_full_disk
 from data.terminal import printable, running
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
-from trainer.config import Config, field_names, nearest, resolve
+from trainer.config import Config
 from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
+from trainer.schema import field_names, resolve
 
 CONF = ROOT / "conf"
 
