@@ -117,8 +117,8 @@ def test_packages_of_another_checkout_are_refused(tmp_path):
     command = [sys.executable, tmp_path / "train.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    expected = f"error: package 'data' would come from {ROOT / 'data'}, expected {tmp_path / 'data'}"
-    assert done.stderr.strip() == expected
+    expected = f"ImportError: package 'data' would come from {ROOT / 'data'}, expected {tmp_path / 'data'}"
+    assert done.stderr.splitlines()[-1] == expected
 
 
 def test_a_typo_in_a_yaml_file(script, monkeypatch, tmp_path):
