@@ -182,14 +182,14 @@ def test_ctrl_c_ends_a_response_and_not_the_chat(talk, monkeypatch):
 
 def test_ctrl_c_twice(talk, monkeypatch):
     """The second comes while the first is answered."""
-    say, impatient = talk.say, [False, False, True]
+    show, impatient = talk.show, [False, False, True]
 
-    def say_or_not(*arguments):
+    def show_or_not(*arguments):
         if impatient.pop():
             raise KeyboardInterrupt
-        say(*arguments)
+        show(*arguments)
 
-    monkeypatch.setattr(talk, "say", say_or_not)
+    monkeypatch.setattr(talk, "show", show_or_not)
     shown = talk.hear(KeyboardInterrupt(), "Hi")
     assert "/quit or Ctrl-D leaves" in shown
     assert "12 tokens" in shown
