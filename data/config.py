@@ -1,16 +1,12 @@
 """Settings for loading, curating and batching data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data.chat import NAMES
 from data.errors import nearest
+from data.settings import check_fields, setting
 
-TRUNCATIONS = ("error", "right", "drop")
 CUTOFFS = ("min_pad", "random", "random_with_input_pad")
-ON_BAD_ROW = ("error", "skip")
-LOSS_ON = ("last", "all")
-DUPLICATES = ("none", "exact", "near")
-ORDERS = ("shuffled", "curriculum")
 
 
 @dataclass
@@ -25,48 +21,52 @@ class DataConfig:
     """
 
     # .jsonl, .json or .parquet files, folders of them, or hub ids; empty trains on generated equations
-    train_files: list[str] = field(default_factory=list)
-    val_files: list[str] = field(default_factory=list)  # likewise; empty with train_files given: no validation
+    train_files: list[str] = setting([], path=True)
+    # likewise; empty with train_files given: no validation
+    val_files: list[str] = setting([], path=True, free_when_resuming=True)
     # columns of the files by the names of a row's fields, such as {prompt: query, response: output}; null: by their own
-    columns: dict[str, str] | None = None
-    on_bad_row: str = "error"  # of a row that cannot be used: error | skip, with a line in the report
-    loss_on: str = "last"  # answers that are trained on in a chat of several turns: last | all
+    columns: dict[str, str] | None = setting(None, changes_rows="all")
+    # of a row that cannot be used: error | skip, with a line in the report
+    on_bad_row: str = setting("error", choices=("error", "skip"), changes_rows="all")
+    # answers that are trained on in a chat of several turns: last | all
+    loss_on: str = setting("last", choices=("last", "all"), changes_rows="all")
     # of the training rows, a formula over their fields and over prompt_tokens, response_tokens, thinking_tokens and
     # answer_tokens, such as "source == 'math' and thinking_tokens < 1500"; null keeps all
-    filter: str | None = None
-    drop_duplicates: str = "none"  # of training rows: none | exact, but for case and spaces | near (extra `dedup`)
-    near_duplicate: float = 0.8  # near: Jaccard similarity of their five-word sequences, as estimated by MinHash
-    decontaminate_files: list[str] = field(default_factory=list)  # whose questions no training row may overlap with
-    decontaminate_words: int = 8  # in a row that make an overlap
-    subset: float | None = None  # of what is left: a share up to 1 or a number of rows above, drawn by `seed`
-    mixture: list[float] = field(default_factory=list)  # weights of the train_files in an epoch; empty: by their rows
-    order: str = "shuffled"  # of an epoch: shuffled | curriculum, from the least difficult to the most
-    difficulty: str = "difficulty"  # curriculum: a formula as in `filter`, such as response_tokens
+    filter: str | None = setting(None, changes_rows="curated")
+    # of training rows: none | exact, but for case and spaces | near (extra `dedup`)
+    drop_duplicates: str = setting("none", choices=("none", "exact", "near"), changes_rows="curated")
+    # near: Jaccard similarity of their five-word sequences, as estimated by MinHash
+    near_duplicate: float = setting(0.8, above=0, at_most=1, changes_rows="curated")
+    decontaminate_files: list[str] = setting([], path=True)  # whose questions no training row may overlap with
+    decontaminate_words: int = setting(8, at_least=1, changes_rows="curated")  # in a row that make an overlap
+    subset: float | None = None  # of the rows that are left: a share up to 1 or a number above 1, drawn by `seed`
+    mixture: list[float] = setting([])  # weights of the train_files in an epoch; empty: by their rows
+    # of an epoch: shuffled | curriculum, from the least difficult to the most
+    order: str = setting("shuffled", choices=("shuffled", "curriculum"), changes_rows="curated")
+    # curriculum: a formula as in `filter`, such as response_tokens
+    difficulty: str = setting("difficulty", changes_rows="curated")
     streaming: bool = False  # read train_files while training, again and again, instead of tokenizing them first
-    stream_window: int = 10_000  # rows that a stream shuffles together
-    cache_dir: str | None = None  # of tokenized files; null: diffllm/ in the cache of Hugging Face (HF_HOME)
-    max_length: int = 2048  # tokens of prompt and response
-    truncation: str = "error"  # of a longer row: error | right cuts the response | drop
-    train_batch_size: int | None = None  # rows of one optimizer step over all ranks
-    micro_batch_size_per_gpu: int | None = None  # rows of one forward
-    gradient_accumulation_steps: int | None = None  # forwards of one optimizer step
+    stream_window: int = setting(10_000, at_least=1)  # rows that a stream shuffles together
+    # of tokenized files; null: diffllm/ in the cache of Hugging Face (HF_HOME)
+    cache_dir: str | None = setting(None, path=True, free_when_resuming=True)
+    max_length: int = setting(2048, at_least=1, changes_rows="all")  # tokens of prompt and response
+    # of a longer row: error | right cuts the response | drop
+    truncation: str = setting("error", choices=("error", "right", "drop"), changes_rows="all")
+    # rows of one optimizer step over all ranks
+    train_batch_size: int | None = setting(None, at_least=1, free_when_resuming=True)
+    micro_batch_size_per_gpu: int | None = setting(None, at_least=1, free_when_resuming=True)  # rows of one forward
+    # forwards of one optimizer step
+    gradient_accumulation_steps: int | None = setting(None, at_least=1, free_when_resuming=True)
     enable_perbatch_cutoff: bool = True  # shorten each global batch; false pads every row to max_length
-    perbatch_cutoff_type: str = "random_with_input_pad"  # min_pad | random | random_with_input_pad
+    perbatch_cutoff_type: str = setting(
+        "random_with_input_pad", choices=CUTOFFS
+    )  # min_pad | random | random_with_input_pad
     group_by_length: bool = False  # rows of like length share a batch: less padding, a less random order
-    resp_cutoff_ratio: float = 0.0  # share of the batches that lose a random tail
-    num_workers: int = 1  # loader processes of each rank
+    resp_cutoff_ratio: float = setting(0.0, at_least=0, at_most=1)  # share of the batches that lose a random tail
+    num_workers: int = setting(1, at_least=0, free_when_resuming=True)  # loader processes of each rank
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("truncation", TRUNCATIONS),
-            ("perbatch_cutoff_type", CUTOFFS),
-            ("on_bad_row", ON_BAD_ROW),
-            ("loss_on", LOSS_ON),
-            ("drop_duplicates", DUPLICATES),
-            ("order", ORDERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        check_fields(self, "data")
         for name, column in (self.columns or {}).items():
             if not column:
                 raise ValueError(f"data.columns={{{name}: {column!r}}}: must be the name of a column, not empty")
@@ -75,23 +75,6 @@ class DataConfig:
                 raise ValueError(f"data.columns={{{name}: {column}}}: no schema has a field {name}; {hint}")
         if self.columns and len(set(self.columns.values())) < len(self.columns):
             raise ValueError(f"data.columns={self.columns}: a column has one name, and one of these has several")
-        for name in (
-            "max_length",
-            "train_batch_size",
-            "micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "decontaminate_words",
-            "stream_window",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}={value}: must be at least 1")
-        if not 0 <= self.resp_cutoff_ratio <= 1:
-            raise ValueError(f"data.resp_cutoff_ratio={self.resp_cutoff_ratio}: must be in [0, 1]")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers={self.num_workers}: must not be negative")
-        if not 0 < self.near_duplicate <= 1:
-            raise ValueError(f"data.near_duplicate={self.near_duplicate}: must be in (0, 1]")
         if self.subset is not None and not (0 < self.subset <= 1 or self.subset == int(self.subset) > 1):
             raise ValueError(f"data.subset={self.subset}: must be a share in (0, 1] or a whole number of rows above 1")
         if self.mixture and (len(self.mixture) != len(self.train_files) or min(self.mixture) <= 0):
@@ -103,15 +86,9 @@ class DataConfig:
             if twice := {file for file in getattr(self, name) if getattr(self, name).count(file) > 1}:
                 raise ValueError(f"data.{name}: {', '.join(sorted(twice))} given twice; data.mixture weighs files")
         if self.streaming:
-            whole = {
-                "subset": None,
-                "drop_duplicates": "none",
-                "mixture": [],
-                "order": "shuffled",
-                "group_by_length": False,
-            }
-            if asked := [f"data.{name}" for name, default in whole.items() if getattr(self, name) != default]:
-                raise ValueError(f"data.streaming=true: {', '.join(asked)} would need all rows; leave them out")
+            default, of_all_rows = DataConfig(), ("subset", "drop_duplicates", "mixture", "order", "group_by_length")
+            if changed := [f"data.{name}" for name in of_all_rows if getattr(self, name) != getattr(default, name)]:
+                raise ValueError(f"data.streaming=true: {', '.join(changed)} would need all rows; leave them out")
             if not self.train_files:
                 raise ValueError("data.streaming=true: there is nothing to read, give data.train_files")
         if self.order == "curriculum" and self.group_by_length:

@@ -1,8 +1,9 @@
-"""Collect bad rows, and write lists of names into error messages."""
+"""Parts of error messages: bad rows, lists of names, what a misspelt name may mean, what differs."""
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 NAMED = 10
 
@@ -56,3 +57,12 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
     """A hint for a misspelt name: the closest allowed names, or else the first NAMED."""
     close = difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {listed(allowed)}"
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Name each key whose values differ, as `NAME was SAVED and is CURRENT`."""
+    return [
+        f"{name} was {saved.get(name, 'absent')} and is {current.get(name, 'absent')}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]

@@ -6,7 +6,7 @@ response, or messages, and says what became of every row.
 
 import json
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def _line(placed: PlacedRow) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m data.prepare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("data.prepare", __doc__)
     parser.add_argument(
         "name", choices=[*RAW_SETS, *DIFFICULTY], metavar="NAME", help=", ".join([*RAW_SETS, *DIFFICULTY])
     )

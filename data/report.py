@@ -1,6 +1,5 @@
 """What became of the rows: read, kept, dropped and why, how long; as text, JSON and picture."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.errors import BadRows, listed
-from data.storage import read_object, whole_file
-from data.terminal import printable
+from data.storage import read_object, whole_file, write_object
+from data.terminal import printable, table
 from data.token_rows import TokenRows
 
 FILE = "data_report.json"
@@ -122,10 +121,9 @@ class Report:
         if self.unused:
             lines.append(f"  columns that were not used: {listed(list(self.unused))}")
         if tokens := self.tokens():
-            lines.append("  " + " " * 10 + "".join(f"{f'{p} %':>8}" for p in PERCENTILES[:-1]) + f"{'longest':>9}")
-            for part, found in tokens.items():
-                *most, longest = found.values()
-                lines.append(f"  {part:10}" + "".join(f"{value:8,}" for value in most) + f"{longest:9,} tokens")
+            head = ["tokens", *(f"{p} %" for p in PERCENTILES[:-1]), "longest"]
+            rows = ([part, *(f"{value:,}" for value in found.values())] for part, found in tokens.items())
+            lines += [f"  {line}" for line in table([head, *rows]).split("\n")]
         if self.padding_share is not None:
             lines.append(f"  {self.padding_share:.1%} of the positions will be padding")
         return printable("\n".join(lines))
@@ -173,8 +171,7 @@ def save(reports: list[Report], directory: Path, extend: bool = False) -> list[P
     for report in reports:
         contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
         del contents[report.name]["lengths"]  # said by `tokens`, in a line each
-    with whole_file(path) as file:
-        file.write(json.dumps(contents, indent=2) + "\n")
+    write_object(path, contents)
     return [path, *_draw(reports, path.with_suffix(".png"))]
 
 

@@ -298,6 +298,16 @@ def refuse_pointer(path: Path) -> None:
                 raise ValueError(f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
 
 
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

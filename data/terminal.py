@@ -8,8 +8,8 @@ import os
 import select
 import signal
 import sys
-from argparse import ArgumentParser
-from collections.abc import Iterator
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -77,8 +77,23 @@ def _unread(descriptor: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def table(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as lines of aligned cells: the first column to the left, the others to the right. None is an empty cell."""
+
+    def text(cell: object) -> str:
+        return "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else printable(cell)
+
+    texts = [[text(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in texts)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
 class Parser(ArgumentParser):
-    """A parser of arguments whose errors do not command the terminal."""
+    """Parses the arguments of `python -m MODULE`; its errors do not command the terminal."""
+
+    def __init__(self, module: str, description: str | None):
+        super().__init__(f"python -m {module}", description=description, formatter_class=RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))

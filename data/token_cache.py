@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from data.storage import digest_file, lock_file, read_object, whole_directory
 from data.token_rows import SCHEMA, TokenRows
 
 FORMAT = 5  # of an entry; part of its key
-KEYED = ("columns", "on_bad_row", "loss_on", "max_length", "truncation")
-KEYED_IF_CURATED = ("filter", "drop_duplicates", "near_duplicate", "decontaminate_words", "order", "difficulty")
 
 
 def rows_of(
@@ -100,12 +98,13 @@ def _mapped(directory: Path) -> TokenRows:
 
 
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
-    settings = KEYED + KEYED_IF_CURATED if curated else KEYED
+    changed = ("all", "curated") if curated else ("all",)
+    settings = [item.name for item in fields(config) if item.metadata.get("changes_rows") in changed]
     content = {
         "format": FORMAT,
         "files": [(file, digest(file)) for file in files],
         "decontaminate": [digest(file) for file in config.decontaminate_files if curated],
-        "settings": {name: value for name, value in asdict(config).items() if name in settings},
+        "settings": {name: getattr(config, name) for name in settings},
         "tokenizer": tokenizer_digest(tokenizer),
     }
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

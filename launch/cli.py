@@ -31,9 +31,10 @@ from data.terminal import printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
-from trainer.config import Config, field_names, resolve
+from trainer.config import Config
 from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
+from trainer.schema import field_names, resolve
 
 CONF = ROOT / "conf"
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from data import BatchLayout
 from data.errors import nearest
-from data.terminal import printable
+from data.terminal import printable, table
 from diffllm import DiffLLM, ModelConfig, new_model
 from diffllm.adapt import with_mask
 from diffllm.checkpoint_source import CheckpointSource
@@ -32,9 +32,10 @@ from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
-from trainer.config import Config, batch_layout, field_names, resolve
+from trainer.config import Config, batch_layout
 from trainer.distributed import Distributed
 from trainer.memory import GIB, state_memory, whole_gradients
+from trainer.schema import field_names, resolve
 from trainer.speed import Speed
 
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
@@ -78,7 +79,7 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
     # The gradient of the head is counted with the gathered weights.
     logits = passed.loss - (head.numel() * dtype.itemsize if head.requires_grad else 0)
     one_layer = passed.kept // model.lm.config.num_hidden_layers + passed.backward
-    table = {
+    parts = {
         "weights": (state.weights,) * 4,
         "gradients": (summed, summed, state.gradients, state.gradients),
         "optimizer": (state.optimizer, state.optimizer, state.optimizer, updating),
@@ -86,7 +87,7 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
         "activations": (passed.kept, passed.kept + passed.backward, one_layer, 0),
         "logits": (logits, 0, 0, 0),
     }
-    return table | {"total": tuple(map(sum, zip(*table.values(), strict=True)))}
+    return parts | {"total": tuple(map(sum, zip(*parts.values(), strict=True)))}
 
 
 def largest_micro_batch(model: DiffLLM, config: Config, layout: BatchLayout, usable: float) -> int:
@@ -205,14 +206,13 @@ def plan(arguments: list[str]) -> bool:
         f"{layout.micro_batch_size} rows × {length}\n"
     )
 
-    table, usable = memory_table(model, config, layout), (1 - MARGIN) * machine.gpu_memory * GIB
-    print(f"{'GiB on each GPU':<18}" + "".join(f"{phase:>12}" for phase in PHASES))
-    for name, phases in table.items():
-        print(f"{name:<18}" + "".join(f"{size / GIB:12.2f}" for size in phases))
+    bytes_in, usable = memory_table(model, config, layout), (1 - MARGIN) * machine.gpu_memory * GIB
+    rows = ([name, *(f"{size / GIB:.2f}" for size in phases)] for name, phases in bytes_in.items())
+    print(table([["GiB on each GPU", *PHASES], *rows]))
     if config.trainer.cpu_offload:
         state = state_memory(model, config, machine.gpus, CUDA)
         print(f"and in the host's memory {(state.total - state.gathered) / GIB:.2f} for each GPU")
-    needed = max(table["total"])
+    needed = max(bytes_in["total"])
     fits = needed <= usable
     largest = max(largest_micro_batch(model, config, layout, usable), layout.micro_batch_size if fits else 0)
     print(
@@ -225,7 +225,7 @@ def plan(arguments: list[str]) -> bool:
 
     speed = Speed(model, Distributed(0, machine.gpus, torch.device("cpu")), compute_dtype(config, CUDA), machine.tflops)
     counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "masked": tokens / 2}
-    seconds = speed.metrics(counts, seconds=1, waited=0)["perf/mfu"] / machine.mfu
+    seconds = speed.flops(counts) / (machine.tflops * 1e12 * machine.gpus * machine.mfu)
     print(
         f"{seconds:.2f} s a step, {tokens / seconds:,.0f} tokens/s with mfu={machine.mfu:g}, tflops={machine.tflops:g} "
         "and half of the tokens masked"

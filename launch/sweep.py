@@ -6,7 +6,6 @@ the run printed (`output.log`) and how it ended (`job.json`).
 
 import csv
 import ctypes
-import json
 import os
 import re
 import signal
@@ -24,8 +23,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from data.storage import read_object, read_records, whole_file, writing
-from data.terminal import printable
+from data.storage import read_object, read_records, whole_file, write_object, writing
+from data.terminal import printable, table
 from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
@@ -58,11 +57,11 @@ def train_job(debug: bool) -> float | None:
         environment.pop("HYDRA_FULL_ERROR", None)  # which the sweep has set for itself
     job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
     record, log, start = directory / "job.json", directory / "output.log", time.perf_counter()
-    _write(record, job)
+    write_object(record, job)
     exit_code, stopped = run_copied(command, environment, log)
     job |= {"exit_code": exit_code, "seconds": round(time.perf_counter() - start), "error": None}
     if stopped:
-        _write(record, job | {"error": f"stopped by {stopped.name}"})
+        write_object(record, job | {"error": f"stopped by {stopped.name}"})
         if stopped == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + stopped)
@@ -70,7 +69,7 @@ def train_job(debug: bool) -> float | None:
         said = ERROR.search(log.read_text(errors="replace"))  # the first is the cause
         cause = said[0].removeprefix("error: ") if said else f"exit code {exit_code}, see {log}"
         job["error"] = " ".join(cause.split())
-    _write(record, job)
+    write_object(record, job)
     metrics = last_metrics(directory)
     return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))
 
@@ -121,11 +120,6 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _write(record: Path, job: dict[str, Any]) -> None:
-    with whole_file(record) as file:
-        json.dump(job, file)
-
-
 def last_metrics(run: Path) -> dict[str, float | None]:
     """The last values of train/loss and of all that validation measures, as far as the run came."""
     last = {}
@@ -162,16 +156,12 @@ def reported() -> Iterator[None]:
 def report(rows: list[dict[str, Any]], file: Path) -> None:
     """Write results as CSV and print them as a table, then a line for each job that failed."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with whole_file(file) as table:
-        writer = csv.DictWriter(table, names, lineterminator="\n")
+    with whole_file(file) as lines:
+        writer = csv.DictWriter(lines, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     shown = [name for name in names if name != "error" and not name.startswith("val/nll_t")]
-    values = [[row.get(name) for name in shown] for row in rows]
-    text = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in values]
-    widths = [max(map(len, column)) for column in zip(shown, *text, strict=True)]
-    for line in (shown, *text):
-        print(printable("  ".join(map(str.ljust, line, widths)).rstrip()))
+    print(table([shown, *([row.get(name) for name in shown] for row in rows)]))
     print(f"also in {file}", flush=True)
     for row in rows:
         if row["error"]:

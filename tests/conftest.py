@@ -119,7 +119,7 @@ def small_run(tmp_path, equations):
         config.optim.lr = 1e-3
         config.trainer.max_steps = 12
         config.trainer.logger = []
-        config.trainer.peak_tflops = 0.1  # measuring it takes longer than the steps
+        config.trainer.peak_tflops = 0.1  # a CPU has no data sheet
         config.trainer.output_dir = str(tmp_path / name)
         for key, value in changes.items():
             group, field = key.split("__")

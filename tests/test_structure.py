@@ -2,20 +2,24 @@
 
 import ast
 import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from trainer.config import Config, field_names
+from trainer.config import Config
+from trainer.schema import field_names
 
 MAY_IMPORT = {
-    "sampling": set(),
+    "sampling": {"data"},
     "data": set(),
     "diffllm": {"data", "sampling"},
     "trainer": {"diffllm", "data", "sampling"},
     "launch": {"trainer", "diffllm", "data", "sampling"},
 }
+ONLY = {"sampling": {"data.settings"}}  # of the packages above that it may import: it knows neither rows nor texts
 FORBIDDEN_LIBRARIES = {"diffllm": ("hydra", "omegaconf", "torch.distributed"), "sampling": ("hydra", "omegaconf")}
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -37,18 +41,101 @@ def test_imports_point_one_way(path):
     names = imported(path)
     ours = {name.split(".")[0] for name in names} & MAY_IMPORT.keys()
     assert ours <= MAY_IMPORT[package] | {package}
+    others = {name for name in names if name.split(".")[0] in MAY_IMPORT[package]}
+    assert others <= ONLY.get(package, others)
     for library in FORBIDDEN_LIBRARIES.get(package, ()):
         assert not any(name == library or name.startswith(library + ".") for name in names)
 
 
+GROUPS = {item.type.__name__: item.name for item in fields(Config) if is_dataclass(item.type)}
+
+
+class Reads:
+    """Finds `config.group.field` reads: expressions are typed by annotations, constructors and assignments.
+
+    Attributes:
+        found: names of the settings that are read outside the checks of their own dataclass.
+    """
+
+    def __init__(self, sources: Iterable[str]):
+        trees = [ast.parse(source) for source in sources]
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        self.classes = {node.name: {} for node in nodes if isinstance(node, ast.ClassDef)}
+        self.returned = {node.name: self.annotated(node.returns) for node in nodes if isinstance(node, ast.FunctionDef)}
+        self.found: set[str] = set()
+        for _ in range(2):  # the second pass knows the attributes of all classes
+            for tree in trees:
+                self.visit(tree, {}, None)
+
+    def annotated(self, annotation: ast.AST | None) -> str | None:
+        names = re.findall(r"\w+", ast.unparse(annotation)) if annotation else []
+        return next((name for name in names if name in self.classes), None)
+
+    def visit(self, node: ast.AST, scope: dict[str, str | None], owner: str | None) -> None:
+        if isinstance(node, ast.FunctionDef):
+            if node.name == "__post_init__" and owner in (*GROUPS, "Config"):
+                return
+            arguments = (*node.args.args, *node.args.kwonlyargs)
+            scope = scope | {arg.arg: self.annotated(arg.annotation) for arg in arguments}
+            scope |= {"self": owner, "cls": owner}
+        elif isinstance(node, ast.ClassDef):
+            owner = node.name
+        for child in ast.iter_child_nodes(node):
+            self.visit(child, scope, owner)
+        if isinstance(node, ast.Attribute):
+            self.type_of(node, scope)
+        elif isinstance(node, ast.AnnAssign):
+            where = self.classes[owner] if owner and not isinstance(node.target, ast.Attribute) else scope
+            where[ast.unparse(node.target)] = self.annotated(node.annotation)
+        elif isinstance(node, ast.Assign):
+            self.assign(node.targets[0], node.value, scope)
+
+    def assign(self, target: ast.AST, value: ast.AST, scope: dict[str, str | None]) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for each, its in zip(target.elts, value.elts, strict=True):
+                self.assign(each, its, scope)
+        elif isinstance(target, ast.Name):
+            scope[target.id] = self.type_of(value, scope)
+        elif isinstance(target, ast.Attribute) and (owner := self.type_of(target.value, scope)):
+            self.classes[owner].setdefault(target.attr, self.type_of(value, scope))
+
+    def type_of(self, node: ast.AST, scope: dict[str, str | None]) -> str | None:
+        if isinstance(node, ast.Name):
+            return scope.get(node.id)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            first = self.type_of(node.args[0], scope) if node.args else None
+            return name if name in self.classes else first if name == "replace" else self.returned.get(name)
+        if not isinstance(node, ast.Attribute) or (owner := self.type_of(node.value, scope)) is None:
+            return None
+        if owner in (*GROUPS, "Config") and isinstance(node.ctx, ast.Load):
+            self.found.add(f"{GROUPS[owner]}.{node.attr}" if owner in GROUPS else node.attr)
+        return self.classes[owner].get(node.attr)
+
+
+def unread(sources: Iterable[str]) -> set[str]:
+    return {name for name in field_names() if name not in GROUPS.values()} - Reads(sources).found
+
+
 def test_every_setting_is_read():
-    """Some code outside the checks of its own dataclass reads it as an attribute, or by its name in a string."""
-    text = "\n".join(path.read_text() for path in [*SOURCES, *ROOT.glob("*.py")] if path.name != "config.py")
-    text += "\n".join(
-        re.sub(r"@dataclass.*?(?=\n\n\n[^ ])", "", path.read_text(), flags=re.S)
-        for path in SOURCES
-        if path.name == "config.py"
-    )
-    leaves = [name for name in field_names(Config) if "." in name or name in ("seed", "prompt", "input", "output")]
-    unread = [name for name in leaves if not re.search(rf"\.{name.rpartition('.')[2]}\b", text)]
-    assert unread == []
+    texts = [path.read_text() for path in [*SOURCES, *ROOT.glob("*.py")]]
+    assert unread(texts) == set()
+
+
+@pytest.mark.parametrize(
+    ("readers", "setting"),
+    [
+        (("diffllm", "trainer"), "diffusion.eps"),
+        (("sampling",), "sampling.eps"),
+        (("sampling",), "sampling.steps"),
+        (("trainer", "launch"), "optim.name"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_found(readers, setting):
+    """Although other objects, and other groups, have an attribute of the same name."""
+    texts, attribute = [], rf"\.{setting.partition('.')[2]}\b"
+    for path in SOURCES:
+        text = path.read_text()
+        texts.append(re.sub(attribute, ".other", text) if path.relative_to(ROOT).parts[0] in readers else text)
+    assert any(re.search(attribute, text) for text in texts)
+    assert unread(texts) - {"mode"} == {setting}  # the roots read mode

@@ -1,11 +1,16 @@
 """What a run is made of, from its configuration: model, tokenizer, rows, optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import (
+    PreTrainedTokenizerBase,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
 from data.batches import Noise
@@ -26,7 +31,13 @@ from diffllm.tokenizer import (
     set_chat_template,
     set_template_variables,
 )
-from trainer.config import LR_SCHEDULES, Config, OptimConfig, warmup_steps
+from trainer.config import Config, OptimConfig, warmup_steps
+
+LR_SCHEDULES = {
+    "cosine": get_cosine_schedule_with_warmup,
+    "linear": get_linear_schedule_with_warmup,
+    "constant": get_constant_schedule_with_warmup,
+}
 
 
 def build_model(
@@ -177,7 +188,10 @@ def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimi
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas))
+    optimizer = _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr  # the schedule multiplies it; torchao keeps `lr` in a float32 tensor
+    return optimizer
 
 
 def _adamw(name: str) -> type[Optimizer]:
@@ -190,16 +204,11 @@ def _adamw(name: str) -> type[Optimizer]:
     return AdamW8bit
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give all groups a learning rate; torchao keeps it in a tensor."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+def set_lr(optimizer: Optimizer, config: OptimConfig, steps: int, done: int) -> float:
+    """Set and return the learning rate of the step after the first `done` of `steps`.
 
-
-def build_lr_schedule(config: OptimConfig, optimizer: Optimizer, steps: int) -> Callable[[int], float]:
-    """Learning rate by the number of steps done: a function, so that no position has to be kept."""
-    schedule = get_scheduler(LR_SCHEDULES[config.lr_schedule], optimizer, warmup_steps(config, steps), steps)
-    return lambda done: config.lr * schedule.lr_lambdas[0](done)
+    A new schedule for each step, positioned by `last_epoch`: nothing has to be saved, and a skipped step moves it too.
+    """
+    make, length = LR_SCHEDULES[config.lr_schedule], () if config.lr_schedule == "constant" else (steps,)
+    schedule = make(optimizer, warmup_steps(config, steps), *length, last_epoch=done - 1)
+    return float(schedule.get_last_lr()[0])

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from data.errors import differences
 from data.storage import UNFINISHED, find_full_disk, publish, remove, unfinished_of
 from data.terminal import printable
 from diffllm import DiffLLM
@@ -292,13 +293,8 @@ def check_shapes(checkpoint: Path, saved: dict[str, Any], model: dict[str, torch
     """
     theirs = {key.removeprefix("model."): tuple(item.size) for key, item in saved.items() if key.startswith("model.")}
     ours = {key: tuple(tensor.shape) for key, tensor in model.items()}
-    differences = [
-        f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    ]
-    if differences:
+    if changed := differences(theirs, ours):
         raise ValueError(
-            f"{checkpoint} belongs to a model of another shape: {'; '.join(differences[:3])}"
-            f" ({len(differences)} differences). Give the model's own settings, or another trainer.experiment_name"
+            f"{checkpoint} belongs to a model of another shape: {'; '.join(changed[:3])}"
+            f" ({len(changed)} differences). Give the model's own settings, or another trainer.experiment_name"
         )

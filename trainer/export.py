@@ -8,13 +8,14 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from data.storage import whole_directory
-from data.terminal import ending_in_one_line, printable
+from data.terminal import Parser, ending_in_one_line, printable
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
 from trainer import checkpoint
 from trainer.build import build_model
-from trainer.config import Config, resolve
+from trainer.config import Config
 from trainer.manifest import check_whole, read_manifest
+from trainer.schema import resolve
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,13 +34,13 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
     """Write safetensors, config, generation config and tokenizer; adapters are merged.
 
     Args:
-        dtype: what the weights are rounded to, of DTYPES.
+        dtype: a name in DTYPES; the weights are rounded to it.
 
     Raises:
         ValueError: `source` is not a whole checkpoint, `directory` exists, or an unknown `dtype`.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"{dtype}: weights are written as one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={dtype}: weights are written as one of {', '.join(DTYPES)}")
     check_whole(source)
     config = resolve(OmegaConf.create(read_manifest(source)["config"]))
     config.model.attn_implementation = "sdpa"  # nothing is forwarded
@@ -50,13 +51,16 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
         model.save_pretrained(unfinished, weights, tokenizer)
 
 
-def main() -> None:
-    if len(sys.argv) not in (3, 4):
-        sys.exit("usage: python -m trainer.export CHECKPOINT DIR [bf16|f32]")
+def main(arguments: list[str]) -> None:
+    parser = Parser("trainer.export", __doc__)
+    parser.add_argument("checkpoint", type=Path, help="a directory such as outputs/NAME/checkpoints/step_00000200")
+    parser.add_argument("directory", type=Path, help="to write; must not exist")
+    parser.add_argument("dtype", nargs="?", default="f32", help="of the weights: f32 or bf16; default: f32")
     with ending_in_one_line():
-        export(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
-        print(printable(f"model: {sys.argv[2]}"))
+        options = parser.parse_args(arguments)
+        export(options.checkpoint, options.directory, options.dtype)
+        print(printable(f"model: {options.directory}"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -5,11 +5,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data import BatchSource
+from data import BatchSource, errors
 from trainer.checkpoint import find_newest
-from trainer.config import Config, differences, to_dict
+from trainer.config import Config, to_dict
 from trainer.distributed import Distributed
 from trainer.manifest import candidates, check_version, check_whole, read_manifest
+from trainer.schema import differences
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class Identity:
         """
         check_version(path)
         saved = read_manifest(path)
-        found = differences(saved["config"], self.config)
-        for name, here in asdict(self).items():
-            if name != "config" and saved.get(name) != here:
-                found.append(f"{name} is {saved.get(name, 'not recorded')} there and {here} here")
-        if found:
+        counts = {name: value for name, value in asdict(self).items() if name != "config"}
+        recorded = {name: value for name, value in saved.items() if name in counts}
+        changed = differences(saved["config"], self.config) + errors.differences(recorded, counts)
+        if changed:
             raise ValueError(
-                f"{path} belongs to a run with other settings: {'; '.join(found)}. "
+                f"{path} belongs to a run with other settings: {'; '.join(changed)}. "
                 "Give the same ones to go on with it, or another trainer.experiment_name to start anew"
             )
 

@@ -18,7 +18,7 @@ from data import Batch, BatchSource
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.diffusion.loss import LossOutput
-from trainer.build import build_lr_schedule, build_optimizer, compute_dtype, set_lr
+from trainer.build import build_optimizer, compute_dtype, set_lr
 from trainer.checkpoint import Checkpoints, TrainingState, load
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed, locked
@@ -58,7 +58,6 @@ class TrainingLoop(ABC):
         self.dtype = compute_dtype(config, distributed.device)
         self.identity = Identity.of(config, source, model.vocab_size)
         self.optimizer = build_optimizer(model.parameters(), config.optim)
-        self.lr_at = build_lr_schedule(config.optim, self.optimizer, steps)
         self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
         self.progress = Progress()
 
@@ -172,8 +171,7 @@ class TrainingLoop(ABC):
         Raises:
             FloatingPointError: the loss or the gradient is not finite; the parameters are left as they were.
         """
-        lr = self.lr_at(step - 1)
-        set_lr(self.optimizer, lr)
+        lr = set_lr(self.optimizer, self.config.optim, self.steps, step - 1)
         micro_batches = self.prepare(step, micro_batches)
         losses, sums, grad_norm = [], [], 0.0
         if counts["masked"]:

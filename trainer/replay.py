@@ -7,13 +7,13 @@ import torch
 from omegaconf import OmegaConf
 
 from data.batches import Batch
-from data.terminal import ending_in_one_line
+from data.terminal import Parser, ending_in_one_line, table
 from diffllm import DiffLLM
 from diffllm.diffusion import Objective, build_objective
-from trainer.config import resolve
 from trainer.export import load_trained
 from trainer.manifest import check_whole
 from trainer.nonfinite import FailedStep
+from trainer.schema import resolve
 
 
 def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]:
@@ -57,15 +57,15 @@ def _run(model: DiffLLM, objective: Objective, row: Batch, denominator: float) -
     }
 
 
-def main() -> None:
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m trainer.replay FILE [CHECKPOINT]")
+def main(arguments: list[str]) -> None:
+    parser = Parser("trainer.replay", __doc__)
+    parser.add_argument("file", type=Path, help="as named by the error of the failed step")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="default: the run's checkpoint before that step")
     with ending_in_one_line():
-        rows = replay(*map(Path, sys.argv[1:]))
-        print(*(f"{name:>13}" for name in rows[0]))
-        for row in rows:
-            print(*(f"{value:13.6g}" for value in row.values()))
+        options = parser.parse_args(arguments)
+        rows = replay(options.file, options.checkpoint)
+        print(table([rows[0], *(row.values() for row in rows)]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

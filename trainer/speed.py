@@ -1,7 +1,6 @@
-"""How fast a run is, and how much of the machine it uses."""
+"""Speed of a run, and its share of the peak FLOP/s."""
 
 import resource
-import time
 
 import torch
 
@@ -13,12 +12,16 @@ DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 
 
 
 class Speed:
-    """Turns the counts of a step and its duration into the `perf/` metrics."""
+    """Turns the counts of a step and its duration into the `perf/` metrics.
+
+    Args:
+        peak_tflops: peak of one device; None takes the data sheet's, if it has one for this device and dtype.
+    """
 
     def __init__(self, model: DiffLLM, distributed: Distributed, dtype: torch.dtype, peak_tflops: float | None):
         config = model.lm.config
         self.distributed = distributed
-        self.peak = peak_tflops or _data_sheet(distributed.device, dtype) or measured_tflops(distributed.device, dtype)
+        self.peak = peak_tflops or _data_sheet(distributed.device, dtype)
         self.per_token = sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
         self.per_masked = _flops(model.lm.lm_head.weight)
         # Scores and sums of values, two products of 2·L²·D forward and twice that backward, in every layer.
@@ -26,30 +29,36 @@ class Speed:
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
     def metrics(self, counts: dict[str, float], seconds: float, waited: float) -> dict[str, float]:
-        """
+        """Return the `perf/` metrics of a step.
+
         Args:
-            counts: of the step over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and masked.
-            seconds: of the step, the wait included.
-            waited: seconds of it in which this rank waited for data.
+            counts: over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and masked.
+            seconds: the step's duration, waiting included.
+            waited: seconds in which this rank waited for data.
 
         Returns:
-            tokens_per_second: without padding. mfu: model FLOPs utilisation (arXiv 2204.02311, appendix B); recomputed
-            activations do not count. data_wait: share of the step. memory_gib: highest so far, of rank 0.
+            tokens_per_second: without padding. data_wait: share of the step. memory_gib: rank 0's peak so far.
+            mfu: see `flops`; absent without a known peak.
         """
-        flops = (
-            self.per_token * counts["attended"] + self.per_pair * counts["pairs"] + self.per_masked * counts["masked"]
-        )
-        return {
+        metrics = {
             "perf/tokens_per_second": counts["row_tokens"] / seconds,
             "perf/step_seconds": seconds,
-            "perf/mfu": flops / seconds / (self.peak * 1e12 * self.distributed.size),
             "perf/data_wait": waited / seconds,
             "perf/memory_gib": _peak_memory(self.distributed.device) / 2**30,
         }
+        if self.peak is not None:
+            metrics["perf/mfu"] = self.flops(counts) / seconds / (self.peak * 1e12 * self.distributed.size)
+        return metrics
+
+    def flops(self, counts: dict[str, float]) -> float:
+        """FLOPs that the model needs for a step, recomputed activations not counted (arXiv 2204.02311, appendix B)."""
+        return (
+            self.per_token * counts["attended"] + self.per_pair * counts["pairs"] + self.per_masked * counts["masked"]
+        )
 
 
 def _flops(weight: torch.Tensor) -> int:
-    """A weight's FLOPs a token: 2 forward, 2 for the gradient of its input, 2 for its own unless it is frozen."""
+    """FLOPs a token of one weight: 2 forward, 2 for its input's gradient, 2 for its own gradient unless frozen."""
     return (6 if weight.requires_grad else 4) * weight.numel()
 
 
@@ -60,20 +69,8 @@ def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((tflops for part, tflops in DATA_SHEET.items() if part in name), None)
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """What a product of two square matrices reaches, the best of five."""
-    size = 1024 if device.type == "cpu" else 8192
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        (matrix @ matrix).sum().item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds) / 1e12
-
-
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU, or resident where there is none."""
+    """Peak bytes: allocated on the GPU, or resident in a CPU run."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.batches import Stream
+from data.settings import setting
 from diffllm.attention import visibility_of
 from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, LossOutput, TokenLoss
 from diffllm.diffusion.objective import Objective, ObjectiveConfig
@@ -33,31 +34,17 @@ class DiffusionConfig(ObjectiveConfig):
     objective: str = "masked"
     # importance: stratified, and small t more often where time_reweighting=original makes them heavy, each loss term
     # corrected | stratified over the global batch | uniform, independent draws
-    t_sampler: str = "importance"
-    eps: float = 1e-3  # t is in [eps, 1)
-    time_reweighting: str = "original"  # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
-    cart_p: float = 0.1  # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
+    t_sampler: str = setting("importance", choices=T_SAMPLERS)
+    eps: float = setting(1e-3, above=0, below=1)  # t is in [eps, 1)
+    # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
+    time_reweighting: str = setting("original", choices=TIME_REWEIGHTINGS)
+    # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
+    cart_p: float = setting(0.1, above=0, at_most=1)
     token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
-    token_reweighting_alpha: float = 0.25
-    token_reweighting_gamma: float = 2.0
-    loss_norm: str = "maskable"  # what the loss is divided by: masked tokens | maskable tokens | sequences
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, allowed in (
-            ("t_sampler", T_SAMPLERS),
-            ("time_reweighting", TIME_REWEIGHTINGS),
-            ("loss_norm", LOSS_NORMS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"diffusion.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"diffusion.eps={self.eps}: must be in (0, 1)")
-        if not 0 < self.cart_p <= 1:
-            raise ValueError(f"diffusion.cart_p={self.cart_p}: must be in (0, 1]")
-        for name in ("token_reweighting_alpha", "token_reweighting_gamma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"diffusion.{name}={getattr(self, name)}: must not be negative")
+    token_reweighting_alpha: float = setting(0.25, at_least=0)
+    token_reweighting_gamma: float = setting(2.0, at_least=0)
+    # what the loss is divided by: masked tokens | maskable tokens | sequences
+    loss_norm: str = setting("maskable", choices=LOSS_NORMS)
 
     @property
     def token_loss(self) -> TokenLoss:

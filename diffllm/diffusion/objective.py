@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from data import Batch
+from data.errors import nearest
+from data.settings import check_fields, setting
 from diffllm.diffusion.loss import LossOutput
 
 
@@ -22,15 +24,12 @@ class ObjectiveConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    objective: str  # name of the objective
+    objective: str = setting("")  # its name
     # steps in which positions come to see those after them, for a model that was trained causally; 0: from the start
-    attention_annealing_steps: int = 0
+    attention_annealing_steps: int = setting(0, at_least=0)
 
     def __post_init__(self) -> None:
-        if self.attention_annealing_steps < 0:
-            raise ValueError(
-                f"diffusion.attention_annealing_steps={self.attention_annealing_steps}: must not be negative"
-            )
+        check_fields(self, "diffusion")
 
 
 class Objective(ABC):
@@ -93,7 +92,7 @@ def settings_of(objective: str) -> type[ObjectiveConfig]:
         ValueError: no objective has that name.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"diffusion.objective={objective}: choose one of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"diffusion.objective={objective}: no such objective; {nearest(objective, list(OBJECTIVES))}")
     return OBJECTIVES[objective].settings
 
 

@@ -66,8 +66,8 @@ def test_the_table_and_its_file(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[:3] == [
         "job  optim.lr  status  seconds  train/loss",
-        "0    1e-3      failed",
-        "1    2e-3      done    90       2",
+        "0        1e-3  failed",
+        "1        2e-3    done       90           2",
     ]
     assert err == "error: job 0: out of luck\n"
     with (tmp_path / "results.csv").open() as file:

@@ -143,8 +143,8 @@ def test_an_error(capsys, text):
 TOOLS = {
     "prepare": (lambda text: prepare.main(["gsm8k", "out.jsonl", text])),
     "adapt": (lambda text: adapt.main([text, "out"])),
-    "export": (lambda text: export.main()),
-    "replay": (lambda text: replay.main()),
+    "export": (lambda text: export.main([text, "out"])),
+    "replay": (lambda text: replay.main([text, "out"])),
 }
 
 
@@ -152,7 +152,6 @@ TOOLS = {
 @pytest.mark.parametrize("name", ["colour", "C1", "reversed"])
 def test_errors_of_the_other_commands(name, tool, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tool", HOSTILE[name], "out"])
     with pytest.raises(SystemExit) as end:
         tool(HOSTILE[name])
     assert str(end.value).startswith("error: ")

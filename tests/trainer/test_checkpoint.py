@@ -147,9 +147,9 @@ def test_never_does_not_write_over_a_run(small_run):
 
 def test_another_run_is_not_resumed(small_run):
     train(small_run())
-    with pytest.raises(ValueError, match=r"other settings: optim\.lr is 0\.001 there and 0\.5 here"):
+    with pytest.raises(ValueError, match=r"other settings: optim\.lr was 0\.001 and is 0\.5"):
         train(small_run(optim__lr=0.5))
-    with pytest.raises(ValueError, match="global_batch_size is 8 there and 4 here"):
+    with pytest.raises(ValueError, match="global_batch_size was 8 and is 4"):
         train(small_run(data__train_batch_size=4))
 
 
@@ -164,10 +164,10 @@ def test_other_data_of_the_same_name(small_run, tmp_path):
     write([(n, n) for n in range(16)])
     train(small_run(**config))
     write([(n, n + 1) for n in range(16)])
-    with pytest.raises(ValueError, match=r"other settings: training_tokens is \w+ there and \w+ here"):
+    with pytest.raises(ValueError, match=r"other settings: training_tokens was \w+ and is \w+"):
         train(small_run(**config))
     write([(n, n) for n in range(17)])
-    with pytest.raises(ValueError, match=r"training_rows is 16 there and 17 here; training_tokens"):
+    with pytest.raises(ValueError, match=r"training_rows was 16 and is 17; training_tokens"):
         train(small_run(**config))
 
 
@@ -182,7 +182,7 @@ def test_a_setting_that_an_older_version_did_not_have(small_run):
     run = train(small_run())
     change_manifest(run / "checkpoints" / "step_00000012", lambda saved: saved["config"]["data"].pop("group_by_length"))
     train(small_run())
-    with pytest.raises(ValueError, match=r"data\.group_by_length is False there and True here"):
+    with pytest.raises(ValueError, match=r"data\.group_by_length was False and is True"):
         train(small_run(data__group_by_length=True))
 
 
@@ -226,9 +226,7 @@ def test_a_checkpoint_of_another_shape(small_run):
         run / "checkpoints" / "step_00000012", lambda saved: saved["config"]["model"].update(hidden_size=16)
     )
     config.model.hidden_size = 16
-    with pytest.raises(
-        ValueError, match=r"another shape: lm\.lm_head\.weight is \(1256, 32\) there and \(1256, 16\) here"
-    ):
+    with pytest.raises(ValueError, match=r"another shape: lm\.lm_head\.weight was \(1256, 32\) and is \(1256, 16\)"):
         train(config)
 
 

@@ -68,5 +68,5 @@ def test_frozen_weights_beside_adapters_are_kept_in_what_they_are_computed_in(lo
 def test_adapters_go_on_only_with_their_weights(lora_run, pretrained, tmp_path):
     train(lora_run())
     shutil.copytree(pretrained, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other settings: model\.path is .*pretrained there and .*other here"):
+    with pytest.raises(ValueError, match=r"other settings: model\.path was .*pretrained and is .*other"):
         train(lora_run(model__path=str(tmp_path / "other")))

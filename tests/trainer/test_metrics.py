@@ -53,6 +53,8 @@ def test_model_flops_are_those_of_the_products(small_model):
     found = speed.metrics(counts, seconds=2.0, waited=0.5)
     assert found["perf/mfu"] == (6 * weights * 20 + 6 * head * 5 + 12 * 32 * 2 * 200) / 2
     assert (found["perf/tokens_per_second"], found["perf/data_wait"]) == (10, 0.25)
+    speed = Speed(small_model, Distributed(0, 1, torch.device("cpu")), torch.bfloat16, peak_tflops=None)
+    assert "perf/mfu" not in speed.metrics(counts, seconds=2.0, waited=0.5)  # no data sheet knows a CPU
 
 
 def test_state_of_each_rank(small_model):

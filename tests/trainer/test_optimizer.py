@@ -26,10 +26,26 @@ def test_frozen_parameters_are_left_out(small_model):
     assert group["params"] == [small_model.lm.lm_head.weight]
 
 
-def test_a_learning_rate_in_a_tensor_stays_one():
-    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=torch.tensor(0.5))
-    set_lr(optimizer, 0.25)
-    assert optimizer.param_groups[0]["lr"].item() == 0.25
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("cosine", [0.0, 0.25, 0.5, 0.4665063509461097, 0.125]),
+        ("linear", [0.0, 0.25, 0.5, 0.4166666666666667, 0.16666666666666666]),
+        ("constant", [0.0, 0.25, 0.5, 0.5, 0.5]),
+    ],
+)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_learning_rate_is_a_function_of_the_step(name, rates, tensor):
+    """torchao keeps a group's rate in a tensor, which must stay the same one."""
+    config = OptimConfig(lr=0.5, lr_schedule=name, warmup_steps_ratio=0.25)
+    optimizer = build_optimizer([torch.zeros(2, requires_grad=True)], config)
+    [group] = optimizer.param_groups
+    if tensor:
+        group["lr"] = kept = torch.tensor(0.5)
+    for done, rate in reversed(list(zip((0, 1, 2, 3, 6), rates, strict=True))):
+        assert set_lr(optimizer, config, 8, done) == pytest.approx(rate)
+        assert group["lr"] == pytest.approx(rate)
+        assert not tensor or group["lr"] is kept
 
 
 def test_without_torchao(small_model, monkeypatch):

@@ -1,0 +1,94 @@
+"""The tree of settings as a whole: reading it strictly, and comparing two of them."""
+
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from os.path import expanduser
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from data import errors
+from data.errors import nearest
+from diffllm import DiffusionConfig
+from diffllm.diffusion import OBJECTIVES, ObjectiveConfig, settings_of
+from sampling.config import unescape
+from trainer.config import Config, to_dict
+
+
+def tree(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Yield the dotted name and the field of each setting, groups included."""
+    for item in fields(schema):
+        yield prefix + item.name, item
+        parts = [item.type] if is_dataclass(item.type) else []
+        if item.type is ObjectiveConfig:
+            parts = [objective.settings for objective in OBJECTIVES.values()]
+        for part in parts:
+            yield from tree(part, f"{prefix}{item.name}.")
+
+
+def field_names() -> list[str]:
+    """Every dotted name of the tree, groups included."""
+    return list(dict.fromkeys(name for name, _ in tree()))
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The composed tree as checked dataclasses.
+
+    A list of one may be written without brackets. `~` and the escapes of `sampling.config.unescape` are replaced: most
+    shells pass both on as typed.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or outside its range.
+    """
+    try:
+        plain = OmegaConf.to_container(composed)
+        for name, item in tree():
+            group, _, key = name.rpartition(".")
+            owner = plain.get(group) if group else plain
+            if item.type == list[str] and isinstance(owner, dict) and isinstance(owner.get(key), str):
+                owner[key] = [owner[key]]
+        objective = plain.get("diffusion", {}).get("objective", DiffusionConfig.objective)
+        schema = OmegaConf.structured(Config(diffusion=settings_of(objective)()))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+    except ConfigKeyError as error:
+        raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    for name, item in tree():
+        group, _, key = name.rpartition(".")
+        owner = getattr(config, group) if group else config
+        if hasattr(owner, key):  # settings of other objectives are in the tree too
+            setattr(owner, key, _as_meant(name, getattr(owner, key), item))
+    return config
+
+
+def _as_meant(name: str, value: Any, item: Field) -> Any:
+    if value is not None and item.metadata.get("path"):
+        paths = value if isinstance(value, list) else [value]
+        if wrong := [path for path in paths if not isinstance(path, str)]:
+            raise ValueError(f"{name}={value}: {wrong[0]!r} is not the name of a file")
+        return [*map(expanduser, paths)] if paths is value else expanduser(value)
+    return unescape(name, value) if item.metadata.get("escapes") else value
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """Name each setting that makes a run another one than a saved configuration describes."""
+    known = {name: item.metadata for name, item in tree()}
+    freedom = {name: metadata.get("free_when_resuming") for name, metadata in known.items()}
+
+    def fixed(tree: dict[str, Any]) -> dict[str, Any]:
+        values = {}
+        for group, content in tree.items():
+            leaves = {f"{group}.{name}": value for name, value in content.items()} if isinstance(content, dict) else {}
+            values |= leaves or {group: content}
+        return {name: value for name, value in values.items() if not is_free(name)}
+
+    def is_free(name: str) -> bool:
+        if config.model.path is not None and known.get(name, {}).get("from_scratch"):
+            return True
+        own = freedom.get(name)
+        return bool(freedom.get(name.partition(".")[0]) if own is None else own)
+
+    # A setting that an older version did not have has its default.
+    return errors.differences(fixed(to_dict(Config())) | fixed(saved), fixed(to_dict(config)))
