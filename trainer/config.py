@@ -76,6 +76,7 @@ class TrainerConfig:
     total_epochs: int = 3
     max_steps: int | None = None  # optimizer steps; overrides total_epochs
     val_check_interval: int | None = None  # steps between validations; null validates at the end only
+    val_samples: int = 0  # answers to the first validation rows, sampled and printed at each validation
     save_checkpoint_steps: int | None = None  # steps between checkpoints; null saves at the end only
     keep_checkpoints: int = 2  # older ones are deleted
     resume: str = "auto"  # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
@@ -107,8 +108,9 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         if not self.output_dir.strip():
             raise ValueError("trainer.output_dir is empty: name the directory that a run writes to")
-        if self.max_nonfinite_steps < 0:
-            raise ValueError(f"trainer.max_nonfinite_steps={self.max_nonfinite_steps}: must not be negative")
+        for name in ("max_nonfinite_steps", "val_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)}: must not be negative")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"trainer.peak_tflops={self.peak_tflops}: must be positive")
         if unknown := set(self.logger) - set(LOGGERS):

@@ -46,7 +46,7 @@ from trainer.nonfinite import FailedStep, keep
 from trainer.parallel import shard
 from trainer.speed import Speed
 from trainer.tally import Tally
-from trainer.validation import validate
+from trainer.validation import ValSamples, validate
 
 # What a run writes into its directory, beside checkpoints, which may be a link to another disk.
 WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_id", "nonfinite")
@@ -96,6 +96,7 @@ class FSDPSFTTrainer:
         self.speed = Speed(
             self.model, distributed, compute_dtype(config, distributed.device), config.trainer.peak_tflops
         )
+        self.val_samples = ValSamples(self.model, self.tokenizer, self.rows.get("validation"), config, distributed)
         shard(self.model, distributed, config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.lr_at = build_lr_schedule(config.optim, self.optimizer, self.steps)
@@ -147,6 +148,7 @@ class FSDPSFTTrainer:
             metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
             if self._due(step, settings.val_check_interval) and self.val_batches is not None:
                 metrics |= validate(self.model, self.val_batches, self.distributed)
+                log.log_samples(step, self.val_samples())
             log.log(step, metrics)
             asked = step < self.steps and [name for name in NAMES if counts[name]]
             if asked or self._due(step, settings.save_checkpoint_steps):
