@@ -55,7 +55,7 @@ def check_fits(model: DiffLLM, prompt_length: int, config: SamplingConfig, what:
     if prompt_length + config.max_new_tokens > context:
         raise ValueError(
             f"{what} of {prompt_length} tokens and sampling.max_new_tokens={config.max_new_tokens} do not fit the "
-            f"model's context of {context} tokens"
+            f"model's context of {context} tokens; lower sampling.max_new_tokens"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from diffllm.diffusion import OBJECTIVES
 from tests.conftest import ROOT
 from trainer.config import Config
 from trainer.schema import field_names
@@ -48,6 +49,7 @@ def test_imports_point_one_way(path):
 
 
 GROUPS = {item.type.__name__: item.name for item in fields(Config) if is_dataclass(item.type)}
+GROUPS |= {objective.settings.__name__: "diffusion" for objective in OBJECTIVES.values()}
 
 
 class Reads:

@@ -54,6 +54,8 @@ class TrainerConfig:
     max_steps: int | None = setting(None, at_least=1)  # optimizer steps; overrides total_epochs
     # steps between validations; null validates at the end only
     val_check_interval: int | None = setting(None, at_least=1)
+    # answers to the first validation rows, sampled and printed at each validation
+    val_samples: int = setting(0, at_least=0)
     # steps between checkpoints; null saves at the end only
     save_checkpoint_steps: int | None = setting(None, at_least=1)
     keep_checkpoints: int = setting(2, at_least=1)  # older ones are deleted

@@ -17,8 +17,9 @@ from trainer.config import Config, batch_layout, total_steps
 from trainer.distributed import Distributed
 from trainer.loop import TrainingLoop
 from trainer.memory import check_fits
+from trainer.metrics import ValSample
 from trainer.parallel import shard
-from trainer.validation import validate
+from trainer.validation import ValSamples, validate
 
 VAL_SEED = 0
 
@@ -50,6 +51,7 @@ class FSDPSFTTrainer(TrainingLoop):
                 "that none would see what sampling does; set fewer"
             )
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
+        self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)
         shard(model, distributed, config)
         super().__init__(config, distributed, model, source, steps)
         self.print_main(*(report.text() for _, report in self.rows.values()))
@@ -74,6 +76,9 @@ class FSDPSFTTrainer(TrainingLoop):
         if self.val_batches is None:
             return {}
         return validate(self.model, self.val_objective, self.val_batches, self.distributed)
+
+    def sample(self) -> list[ValSample]:
+        return self.val_samples()
 
     def export(self, directory: Path) -> None:
         """Write the model and its tokenizer in the published format. Collective."""

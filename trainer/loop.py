@@ -26,7 +26,7 @@ from trainer.ending import Deadline
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
 from trainer.manifest import path_of
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
 from trainer.speed import Speed
 
@@ -90,6 +90,10 @@ class TrainingLoop(ABC):
         """Metrics of the model as it is. Collective."""
 
     @abstractmethod
+    def sample(self) -> list[ValSample]:
+        """Text sampled from the model as it is, on rank 0. Collective."""
+
+    @abstractmethod
     def export(self, directory: Path) -> None:
         """Write the trained model. Collective."""
 
@@ -145,6 +149,7 @@ class TrainingLoop(ABC):
             metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
             if self._is_due(step, settings.val_check_interval):
                 metrics |= self.validate()
+                log.log_samples(step, self.sample())
             log.log(step, metrics)
             signals = step < self.steps and [name for name in NAMES if counts[name]]
             if signals or self._is_due(step, settings.save_checkpoint_steps):

@@ -79,6 +79,23 @@ def check_fits(model: DiffLLM, config: Config, distributed: Distributed) -> None
         )
 
 
+def check_gathers(model: DiffLLM, config: Config, distributed: Distributed) -> None:
+    """Refuse validation samples if a rank cannot hold the whole model beside its shard of weights and optimizer.
+
+    Raises:
+        ValueError: the message gives the memory needed and available.
+    """
+    state = state_memory(model, config, distributed.size, distributed.device)
+    beside = 0 if config.trainer.cpu_offload else state.weights + state.optimizer
+    dtype = compute_dtype(config, distributed.device)
+    needed = beside + dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    if needed > (available := device_memory(distributed.device)):
+        raise ValueError(
+            f"trainer.val_samples={config.trainer.val_samples}: to sample, each rank holds the whole model and needs "
+            f"{needed / GIB:.1f} GiB of {available / GIB:.1f}; set it to 0"
+        )
+
+
 def device_memory(device: torch.device) -> int:
     """Bytes of a rank's device: of the GPU, or its part of the host's memory."""
     if device.type == "cuda":

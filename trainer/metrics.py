@@ -1,12 +1,13 @@
-"""Where metrics go: metrics.jsonl always, the console's progress bar, wandb."""
+"""Write metrics to metrics.jsonl, the progress bar and wandb, and sampled answers to the last two."""
 
 import json
 import math
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import indent
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -17,6 +18,14 @@ from trainer.distributed import Distributed
 
 WANDB_SECONDS = 20  # that wandb has to answer when a run starts
 FINISH_SECONDS = 4  # that wandb has to finish a run that failed
+
+
+class ValSample(NamedTuple):
+    """A validation row as text."""
+
+    prompt: str
+    response: str  # sampled
+    reference: str  # the first answer of the row
 
 
 def open_metrics(path: Path, done: int) -> AppendedRecords:
@@ -94,6 +103,15 @@ class MetricsLog:
                     f"{metrics['val/perplexity_bound']:.3f}), masked accuracy {metrics['val/masked_accuracy']:.1%}"
                 )
 
+    def log_samples(self, step: int, samples: Sequence[ValSample]) -> None:
+        """Print the sampled answers of a validation, and send them to wandb as the table `val/samples`."""
+        for number, sample in enumerate(samples, 1):
+            parts = (f"{name}:\n{indent(text, '  ')}" for name, text in sample._asdict().items())
+            text = "\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts])
+            tqdm.write(printable(text))
+        if samples:
+            self._tell_wandb(lambda run: run.log({"val/samples": _wandb_table(step, samples)}, step=step))
+
     def _tell_wandb(self, what: Callable[[Any], None]) -> None:
         """A cluster that stops a job ends wandb's own process too: that must not keep a run from saving."""
         if self._wandb is None:
@@ -103,6 +121,12 @@ class MetricsLog:
         except Exception as error:
             self._wandb = None
             print(printable(f"wandb gets no more of this run ({error}); metrics.jsonl does"), flush=True)
+
+
+def _wandb_table(step: int, samples: Sequence[ValSample]) -> Any:
+    import wandb  # slow to import, and only needed here
+
+    return wandb.Table(["step", *ValSample._fields], [[step, *sample] for sample in samples])
 
 
 def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int) -> Any:

@@ -1,5 +1,7 @@
-"""A model over all ranks: FSDP2, activation checkpointing, compilation, and weights read shard by shard."""
+"""A model over all ranks: FSDP2, activation checkpointing, compilation, weights read shard by shard, and sampling."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from diffllm import DiffLLM, ModelConfig
@@ -20,7 +28,7 @@ from diffllm.checkpoint_errors import readable
 from diffllm.loading import HEAD_OF_ITS_OWN, check_weights
 from diffllm.lora import base_name
 from trainer.build import compute_dtype
-from trainer.config import Config
+from trainer.config import Config, TrainerConfig
 from trainer.distributed import Distributed
 
 # What selective recomputation keeps: the results of these cost more time than memory.
@@ -72,6 +80,32 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
         model.lm.tie_weights()
         read_weights(model, model.source.name)
     model.train()
+
+
+@contextmanager
+def gathered(model: DiffLLM, config: TrainerConfig) -> Iterator[None]:
+    """Hold all weights of a sharded model on every rank, so that each samples on its own. Collective to enter.
+
+    In the block a rank may call `hidden` and `head`, but not `forward`, as often as its rows need: no call waits for
+    another rank. The weights are in the dtype of the forward. Afterwards the model is sharded and in training mode.
+    """
+    parts = (*model.lm.get_decoder().layers, model)
+    # Registered in the block only: `forward` calls `hidden`, and FSDP would gather embedding and head once more a step.
+    register_fsdp_forward_method(model, "hidden")
+    try:
+        model.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        model.eval()  # in training mode, layers that recompute activations ignore a cache
+        with torch.compiler.set_stance("force_eager"):  # shapes change all the time: each would be compiled
+            yield
+    finally:
+        del model.hidden
+        model.train()
+        for layer in parts[:-1]:
+            layer.set_reshard_after_forward(config.reshard_after_forward)
+        for part in parts:
+            part.reshard()
 
 
 def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:

@@ -1,13 +1,20 @@
-"""Validation with fixed noise."""
+"""Validation: metrics under fixed noise, and sampled answers."""
 
 from collections.abc import Iterable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from data import Batch
+from data import Batch, Prepared
 from diffllm import DiffLLM
 from diffllm.diffusion import Objective
+from diffllm.generate import check_fits, generate, special_tokens
+from sampling import trim
+from trainer.config import Config
 from trainer.distributed import Distributed
+from trainer.memory import check_gathers
+from trainer.metrics import ValSample
+from trainer.parallel import gathered
 
 
 @torch.no_grad()
@@ -20,3 +27,60 @@ def validate(
     model.reshard()
     model.train()
     return {f"val/{name}": value for name, value in objective.metrics(distributed.sum(*sums)).items()}
+
+
+class ValSamples:
+    """Samples answers to the first `trainer.val_samples` validation rows, with the same draws at each call.
+
+    Args:
+        model: must be sharded before the first call.
+        validation: the rows, if there are any.
+
+    Raises:
+        ValueError: there are no rows, a prompt and `max_new_tokens` do not fit the model's context, or no rank can hold
+            the whole model; see `special_tokens` too.
+    """
+
+    def __init__(
+        self,
+        model: DiffLLM,
+        tokenizer: PreTrainedTokenizerBase,
+        validation: Prepared | None,
+        config: Config,
+        distributed: Distributed,
+    ):
+        self.model, self.tokenizer, self.config, self.distributed = model, tokenizer, config, distributed
+        self.prompts: list[list[int]] = []
+        self.references: list[str] = []
+        if not (wanted := config.trainer.val_samples):
+            return
+        setting = f"trainer.val_samples={wanted}"
+        if validation is None:
+            raise ValueError(f"{setting}: no validation rows; name some in data.val_files, or set it to 0")
+        check_gathers(model, config, distributed)
+        rows = validation.rows
+        ends = special_tokens(model, tokenizer, config.sampling).eos
+        for row in range(min(wanted, len(rows))):
+            ids, length = rows.ids(row).tolist(), int(rows.prompt_lengths[row])
+            check_fits(model, length, config.sampling, f"{setting}: {rows.place(row)}: a prompt")
+            self.prompts.append(ids[:length])
+            self.references.append(tokenizer.decode(trim(ids[length:], ends)))
+
+    def __call__(self) -> list[ValSample]:
+        """Samples in the order of the rows on rank 0, an empty list on the other ranks. Collective."""
+        if not self.prompts:
+            return []
+        mine = range(self.distributed.rank, len(self.prompts), self.distributed.size)
+        prompts = [self.prompts[row] for row in mine]
+        with gathered(self.model, self.config.trainer):
+            sampled = generate(self.model, self.tokenizer, prompts, self.config.sampling, mine)
+            responses = {response.row_id: response.text for response in sampled}
+        self.distributed.wait()  # a rank may sample for longer than a collective waits
+        parts = self.distributed.gather(responses)
+        if not self.distributed.is_main:
+            return []
+        responses = {row: text for part in parts for row, text in part.items()}
+        return [
+            ValSample(self.tokenizer.decode(prompt), responses[row], reference)
+            for row, (prompt, reference) in enumerate(zip(self.prompts, self.references, strict=True))
+        ]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[0] = str(ROOT)
 
 from data.batches import TrainBatches  # noqa: E402
-from trainer import dcp, fsdp_sft_trainer, manifest  # noqa: E402
+from trainer import dcp, fsdp_sft_trainer, manifest, validation  # noqa: E402
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer  # noqa: E402
 
 PLACES = {
@@ -21,6 +21,7 @@ PLACES = {
     "loss": (FSDPSFTTrainer, "compute_loss"),
     "clip": (FSDPSFTTrainer, "_clip"),
     "validation": (fsdp_sft_trainer, "validate"),
+    "samples": (validation, "generate"),
     "background": (dcp.DigestingFileSystem, "create_stream"),
     "publish": (manifest, "digest_bytes"),
     "export": (fsdp_sft_trainer, "merge_lora"),

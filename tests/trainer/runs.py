@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import launch.answers  # noqa: F401 — for the processes of start_ranks
 from diffllm.diffusion import loss
 from trainer.checkpoint import find_newest
 from trainer.config import Config
-from trainer.distributed import init_distributed
+from trainer.distributed import Distributed, init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import MANIFEST, read_manifest, write_manifest
 
@@ -45,12 +46,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
+@contextmanager
+def joined(rank: int, ranks: int, port: int) -> Iterator[Distributed]:
+    """Make this process of `start_ranks` one of the ranks."""
     torch.set_num_threads(1)
     loss.LOGITS_PER_CHUNK = 20_000  # so that the small model's loss comes in several chunks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with init_distributed() as distributed:
+        yield distributed
+
+
+def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
+    with joined(rank, ranks, port) as distributed:
         for config in configs:
             FSDPSFTTrainer(config, distributed).fit()
 

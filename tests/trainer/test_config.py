@@ -132,6 +132,7 @@ def test_the_published_command_line_is_understood():
         ({"optim": {"lr_schedule": "step"}}, r"optim\.lr_schedule=step: choose one of cosine"),
         ({"trainer": {"precision": "fp8"}}, r"trainer\.precision=fp8"),
         ({"trainer": {"keep_checkpoints": 0}}, r"trainer\.keep_checkpoints=0: must be at least 1"),
+        ({"trainer": {"val_samples": -1}}, r"trainer\.val_samples=-1: must not be negative"),
         ({"data": {"max_length": 0}}, r"data\.max_length=0: must be at least 1"),
         ({"data": {"truncation": "left"}}, r"data\.truncation=left: choose one of error"),
         ({"data": {"num_workers": -1}}, r"data\.num_workers=-1"),

@@ -30,6 +30,7 @@ def assert_ended(run: Run, directory, word: str, seconds: float = SECONDS) -> No
 
 
 SLOW = pytest.mark.slow
+SAMPLES = ("trainer.val_samples=2", "sampling.max_new_tokens=16")
 FAILURES = [
     (1, "clip", "error", 0, ()),
     (2, "worker", "value", 1, ()),
@@ -51,6 +52,7 @@ FAILURES = [
             ("clip", "value"), ("validation", "error"), ("background", "disk"),
         )
     ),
+    *(pytest.param(2, "samples", "error", rank, SAMPLES, marks=SLOW) for rank in (0, 1)),
     pytest.param(2, "publish", "disk", 0, (), marks=SLOW),
     pytest.param(2, "export", "disk", 0, (), marks=SLOW),
 ]  # fmt: skip

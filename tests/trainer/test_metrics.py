@@ -6,7 +6,7 @@ import torch
 from tests.trainer.runs import metrics, train
 from trainer.config import Config
 from trainer.distributed import Distributed
-from trainer.memory import check_fits, state_memory
+from trainer.memory import check_fits, check_gathers, state_memory
 from trainer.speed import Speed
 
 EVERY_STEP = {
@@ -74,3 +74,14 @@ def test_a_world_that_shrank_below_what_fits(small_model, monkeypatch):
         ValueError, match=r"ranks=1: weights, gradients and optimizer need .* GiB on each rank, which has"
     ):
         check_fits(small_model, Config(), Distributed(0, 1, torch.device("cpu")))
+
+
+def test_a_model_that_no_rank_can_hold_whole_is_not_sampled(small_model, monkeypatch):
+    config, distributed = Config(), Distributed(0, 64, torch.device("cpu"))
+    config.trainer.val_samples = 2
+    whole = 4 * sum(parameter.numel() for parameter in small_model.parameters())
+    monkeypatch.setattr("trainer.memory.device_memory", lambda device: whole * 67 // 64)
+    check_gathers(small_model, config, distributed)  # beside it a 64th of weights and two moments
+    monkeypatch.setattr("trainer.memory.device_memory", lambda device: whole * 66 // 64)
+    with pytest.raises(ValueError, match=r"trainer\.val_samples=2: .* GiB of "):
+        check_gathers(small_model, config, distributed)

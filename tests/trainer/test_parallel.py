@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from diffllm import load_model, new_model
 from diffllm.loading import empty_model
@@ -12,6 +13,7 @@ from tests.trainer.runs import losses, train, train_on_ranks, weights
 from trainer import parallel
 from trainer.distributed import Distributed, init_distributed
 from trainer.parallel import read_weights, shard
+from trainer.validation import ValSamples
 
 
 @pytest.fixture(params=["dream", "llada", "dream-tied"])
@@ -158,8 +160,21 @@ def test_copies_that_do_not_divide_the_ranks():
         parallel.build_mesh(Distributed(0, 3, torch.device("cpu")), 2)
 
 
-def test_compiled_layers_change_nothing(small_run):
+def test_compiled_layers_change_nothing(small_run, monkeypatch):
+    """Sampling, whose shapes change all the time, compiles nothing."""
+    graphs, sample = [], ValSamples.__call__
+
+    def counted(samples):
+        graphs.append(counters["stats"]["unique_graphs"])
+        answers = sample(samples)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return answers
+
+    monkeypatch.setattr(ValSamples, "__call__", counted)
     shape = {"trainer__max_steps": 4, "model__num_hidden_layers": 1}
     plain = train(small_run("plain", **shape))
-    compiled = train(small_run("compiled", model__compile=True, **shape))
+    graphs.clear()
+    sampled = {"trainer__val_samples": 1, "sampling__max_new_tokens": 5, "sampling__steps": 1}
+    compiled = train(small_run("compiled", model__compile=True, **sampled, **shape))
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-6)
+    assert 0 < graphs[0] == graphs[1]

@@ -12,7 +12,7 @@ from diffllm.attention import visibility_of
 from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig, settings_of
 from launch.cli import CONF, check_arguments
 from tests.trainer.runs import metrics, train
-from trainer.config import field_names, resolve
+from trainer.schema import field_names, resolve
 
 
 @dataclass
