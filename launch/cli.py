@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from data.storage import find_full_disk
-from data.terminal import printable, running
+from data.terminal import STOPPED, printable, running
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
 from trainer.config import Config, field_names, nearest, resolve
@@ -98,11 +98,11 @@ def user_errors(debug: bool) -> Iterator[None]:
     try:
         with running():
             yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # with advice, where something can be done
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("stopped by SIGINT", file=sys.stderr, flush=True)
+            print(": ".join([STOPPED, *error.args]), file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:

@@ -62,15 +62,19 @@ def build_model(
     return model, tokenizer
 
 
-def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The checkpoint of `model.path`, on the GPU if there is one.
+def load_for_sampling(config: Config, device: torch.device | None = None) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    """Load the checkpoint of `model.path`: in bfloat16 on a GPU, else in float32.
+
+    Args:
+        device: by default the GPU if there is one.
 
     Raises:
         ValueError: no `model.path`, or see `build_model`.
     """
     if config.model.path is None:
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = build_model(config.model, dtype=dtype)  # loaded in it: casting would round the rotary buffers
     return model.to(device).eval(), tokenizer
 
