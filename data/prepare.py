@@ -13,11 +13,11 @@ from pathlib import Path
 from huggingface_hub.utils import logging as hub_logging
 
 from data.files import iterate
-from data.generated import DIFFICULTY, generate
 from data.raw import RAW_SETS, convert
 from data.readers import BadRows, PlacedRow
 from data.report import Report
 from data.storage import whole_file
+from data.tasks.reasoning_gym import DIFFICULTY, generate
 from data.terminal import Parser, ending_in_one_line, printable
 
 ROWS = 1000

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from data import BatchLayout, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
 from data.config import DataConfig
 from data.curation import subset
-from data.equations import held_out_rows, train_rows
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, needs_adapting
 from diffllm.loading import empty_model
@@ -106,7 +106,8 @@ def build_batches(
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files:
-        rows["validation"] = rows_of({"equations": held_out_rows()}, data, tokenizer, "validation", curated=False)
+        held_out = {"equations": Equations().rows("test")}
+        rows["validation"] = rows_of(held_out, data, tokenizer, "validation", curated=False)
     val = None
     if "validation" in rows:
         elbo = ForwardProcess(DiffusionConfig(eps=config.diffusion.eps), mask_token_id, VAL_SEED)
@@ -118,7 +119,7 @@ def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     """Those of the files, or the generated equations where none is given."""
     if config.train_files:
         return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
-    return rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
+    return rows_of({"equations": Equations().rows("train")}, config, tokenizer, "training", curated=True)
 
 
 def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import BatchLayout, DataConfig
+from data.config import TaskConfig
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.config import SHAPE_FIELDS
 from sampling import SamplingConfig
@@ -125,6 +126,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     seed: int = 0  # of weights from scratch, row order, cuts and noise; draws of the sampler have sampling.seed
     mode: str = "answer"  # sample.py: answer | chat, on the terminal
     prompt: str | None = None  # sample.py: one question
@@ -235,6 +237,7 @@ FREE_WHEN_RESUMING = (
     "data.val_files",
     *(f"trainer.{item.name}" for item in fields(TrainerConfig) if item.name != "precision"),
     "sampling",
+    "task",
     "mode",
     "prompt",
     "template",

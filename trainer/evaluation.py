@@ -1,4 +1,4 @@
-"""Responses to many prompts over all ranks, whatever interrupts them.
+"""Questions of a task, and responses to many prompts over all ranks, whatever interrupts them.
 
 A response depends on its prompt, its row id, the sampling settings and the weights alone, so any rank may sample it at
 any time. Each rank appends finished responses to its own file in the directory `OUTPUT.partial`. `run.json` in that
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from data import PlacedRow, prompt_ids
 from data.chat import Message, tools_of
 from data.storage import AppendedRecords, read_object, read_records, refuse_links, whole_file
+from data.tasks.base import Task
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_fits, generate
@@ -49,6 +50,26 @@ def ask(row: PlacedRow, messages: list[Message], tokenizer: PreTrainedTokenizerB
     """
     ids = prompt_ids(messages, tokenizer, row.place, tools_of(row))
     return Question(row, messages, np.array(ids, dtype=np.int32))
+
+
+def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """Return the questions of a task's test rows. `task.bad` holds the rows that cannot be used.
+
+    Raises:
+        ValueError: rows cannot be used, unless `data.on_bad_row=skip`, or none is left.
+    """
+    questions = []
+    for row in task.rows("test"):
+        try:
+            task.check(row)
+            questions.append(ask(row, task.messages(row), tokenizer))
+        except ValueError as error:
+            task.bad.add(error)
+    if task.config.on_bad_row == "error" or not questions:
+        task.bad.refuse()
+    if not questions:
+        raise ValueError(f"task.name={task.name}: it has no test rows")
+    return questions
 
 
 def answer_all(

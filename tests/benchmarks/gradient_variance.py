@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, rows_of
-from data.equations import train_rows
 from data.loader import Batch
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, DiffusionConfig, ForwardProcess, ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from diffllm.weights import loss_denominator, time_weights
@@ -91,7 +91,7 @@ def ratio_interval(ours: np.ndarray, reference: np.ndarray) -> tuple[float, floa
 def main() -> None:
     draws = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     tokenizer = builtin_tokenizer()
-    rows = long_rows(rows_of({"equations": train_rows()}, DataConfig(max_length=64), tokenizer)[0])
+    rows = long_rows(rows_of({"equations": Equations().rows("train")}, DataConfig(max_length=64), tokenizer)[0])
     for steps in (0, 100):
         model = new_model(ModelConfig(**SHAPE, num_key_value_heads=2), tokenizer)
         train(model, rows, steps)
