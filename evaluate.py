@@ -1,4 +1,7 @@
-"""Score on held-out equations: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`."""
+"""Score a model on a task: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
+
+`task=NAME` chooses the task. `torchrun --nproc_per_node=8 evaluate.py …` splits its questions over the ranks.
+"""
 
 from launch.cli import entry
 from launch.evaluation import evaluate

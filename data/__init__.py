@@ -1,4 +1,4 @@
-"""Files to padded batches, and the generated tasks with their verifiers."""
+"""Files to padded batches, and tasks: questions and how their answers are scored."""
 
 import data.terminal  # noqa: F401 — first, see there
 from data.batches import Batch, BatchLayout, BatchSource, TrainBatches, ValBatches

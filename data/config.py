@@ -93,3 +93,11 @@ class DataConfig:
                 raise ValueError("data.streaming=true: there is nothing to read, give data.train_files")
         if self.order == "curriculum" and self.group_by_length:
             raise ValueError("data.order=curriculum and data.group_by_length=true: both order the rows, choose one")
+
+
+@dataclass
+class TaskConfig:
+    """The questions of evaluate.py."""
+
+    # a task of data/tasks: equations | rows, those of data.val_files; null: rows if data.val_files are given
+    name: str | None = None

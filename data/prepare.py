@@ -15,10 +15,10 @@ from huggingface_hub.utils import logging as hub_logging
 from data.convert import RAW_SETS, convert
 from data.errors import BadRows
 from data.files import iterate
-from data.generated import DIFFICULTY, generate
 from data.readers import PlacedRow
 from data.report import Report
 from data.storage import whole_file
+from data.tasks.reasoning_gym import DIFFICULTY, generate
 from data.terminal import Parser, ending_in_one_line, printable
 
 ROWS = 1000

@@ -36,7 +36,7 @@ def generate(
     Raises:
         ValueError: a prompt and `max_new_tokens` do not fit the model's context, or see `special_tokens`.
     """
-    check_fits(model, max(map(len, prompts), default=0), config)
+    check_context(model, max(map(len, prompts), default=0), config)
     special = special_tokens(model, tokenizer, config)
     canvases = (
         Canvas.after(prompt, config.max_new_tokens, special.mask, row_id)
@@ -45,7 +45,7 @@ def generate(
     return (response_of(filled, tokenizer, config) for filled in fill(model, canvases, config, special))
 
 
-def check_fits(model: DiffLLM, prompt_length: int, config: SamplingConfig, what: str = "a prompt") -> None:
+def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, what: str = "a prompt") -> None:
     """Refuse a prompt that leaves too little of the model's context; `what` names it.
 
     Raises:

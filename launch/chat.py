@@ -22,7 +22,7 @@ from data.chat import Message
 from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM
-from diffllm.generate import Response, check_fits, response_of, special_tokens
+from diffllm.generate import Response, check_context, response_of, special_tokens
 from launch.answers import check_alone
 from sampling import Canvas, RowState, SamplingConfig, fill
 from trainer.build import load_for_sampling
@@ -146,7 +146,7 @@ class Chat:
         system = [Message(role="system", content=self.system)] if self.system else []
         prompt = prompt_ids([*system, *self.turns, user], self.tokenizer)
         try:
-            check_fits(self.model, len(prompt), self.config, "a chat")
+            check_context(self.model, len(prompt), self.config, "a chat")
         except ValueError as error:
             raise ValueError(f"{error}: not sent. /reset, or /set max_new_tokens to less") from error
         response = self.respond(prompt)

@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from data.errors import nearest
 from data.storage import find_full_disk
-from data.terminal import printable, running
+from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import ROOT
 from launch.sweep import Sweep, reported, train_job
@@ -110,11 +110,11 @@ def user_errors(debug: bool) -> Iterator[None]:
     try:
         with running():
             yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:  # with advice, where something can be done
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("stopped by SIGINT", file=sys.stderr, flush=True)
+            print(": ".join([STOPPED, *error.args]), file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if debug:

@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import constants
 
 from data import DataConfig, report, storage
-from data.equations import held_out_rows, train_rows
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from trainer.config import Config
@@ -98,7 +98,7 @@ def no_longer_than(seconds: int) -> Iterator[None]:
 def equations(tmp_path_factory) -> DataConfig:
     """A few of the equations in files, so that they are tokenized once for all runs."""
     directory = tmp_path_factory.mktemp("equations")
-    for name, rows in (("train", train_rows()[:320]), ("val", held_out_rows()[:40])):
+    for name, rows in (("train", Equations().rows("train")[:320]), ("val", Equations().rows("test")[:40])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(placed.row) + "\n" for placed in rows))
     return DataConfig(
         train_files=[str(directory / "train.jsonl")],

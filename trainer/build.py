@@ -16,7 +16,7 @@ from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatch
 from data.batches import Noise
 from data.config import DataConfig
 from data.curation import subset
-from data.equations import held_out_rows, train_rows
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt
 from diffllm.checkpoint_source import CheckpointSource
@@ -82,15 +82,19 @@ def _from_checkpoint(
     return model, tokenizer
 
 
-def load_for_sampling(config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The checkpoint of `model.path`, on the GPU if there is one.
+def load_for_sampling(config: Config, device: torch.device | None = None) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    """Load the checkpoint of `model.path`: in bfloat16 on a GPU, else in float32.
+
+    Args:
+        device: by default the GPU if there is one.
 
     Raises:
         ValueError: no `model.path`, or see `build_model`.
     """
     if config.model.path is None:
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, tokenizer = build_model(config.model, dtype=dtype)  # loaded in it: casting would round the rotary buffers
     return model.to(device).eval(), tokenizer
 
@@ -146,7 +150,8 @@ def build_batches(
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files:
-        rows["validation"] = rows_of({"equations": held_out_rows()}, data, tokenizer, "validation", curated=False)
+        held_out = {"equations": Equations().rows("test")}
+        rows["validation"] = rows_of(held_out, data, tokenizer, "validation", curated=False)
     val = ValBatches(rows["validation"].rows, layout, eos, val_noise) if "validation" in rows else None
     return train, val, rows
 
@@ -155,7 +160,7 @@ def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     """Those of the files, or the generated equations where none is given."""
     if config.train_files:
         return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
-    return rows_of({"equations": train_rows()}, config, tokenizer, "training", curated=True)
+    return rows_of({"equations": Equations().rows("train")}, config, tokenizer, "training", curated=True)
 
 
 def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:

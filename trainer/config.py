@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data import BatchLayout, BatchSource, DataConfig
+from data.config import TaskConfig
 from data.settings import check_fields, setting
 from diffllm import DiffusionConfig, ModelConfig
 from diffllm.diffusion import ObjectiveConfig
@@ -97,6 +98,7 @@ class Config:
     optim: OptimConfig = setting(OptimConfig)
     trainer: TrainerConfig = setting(TrainerConfig, free_when_resuming=True)
     sampling: SamplingConfig = setting(SamplingConfig, free_when_resuming=True)
+    task: TaskConfig = setting(TaskConfig, free_when_resuming=True)
     # of weights from scratch, row order, cuts and noise; draws of the sampler have sampling.seed
     seed: int = setting(0, at_least=0, below=2**63)
     # sample.py: answer | chat, on the terminal

@@ -16,7 +16,7 @@ from trainer.build import build_batches, build_trainable
 from trainer.config import Config, batch_layout, total_steps
 from trainer.distributed import Distributed
 from trainer.loop import TrainingLoop
-from trainer.memory import check_fits
+from trainer.memory import check_memory
 from trainer.metrics import ValSample
 from trainer.parallel import shard
 from trainer.validation import ValSamples, validate
@@ -33,7 +33,7 @@ class FSDPSFTTrainer(TrainingLoop):
 
     def __init__(self, config: Config, distributed: Distributed):
         model, self.tokenizer = build_trainable(config, distributed.device)
-        check_fits(model, config, distributed)
+        check_memory(model, config, distributed)
         self.objective = build_objective(config.diffusion, model.mask_token_id, config.seed)
         self.val_objective = self.objective.for_validation(VAL_SEED)
         source, self.val_batches, self.rows = build_batches(

@@ -56,7 +56,7 @@ def whole_gradients(model: DiffLLM, config: Config, layout: BatchLayout) -> int:
     return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def check_fits(model: DiffLLM, config: Config, distributed: Distributed) -> None:
+def check_memory(model: DiffLLM, config: Config, distributed: Distributed) -> None:
     """Refuse a run whose state alone is more than a rank's memory.
 
     Raises:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from data import Batch, Prepared
 from diffllm import DiffLLM
 from diffllm.diffusion import Objective
-from diffllm.generate import check_fits, generate, special_tokens
+from diffllm.generate import check_context, generate, special_tokens
 from sampling import trim
 from trainer.config import Config
 from trainer.distributed import Distributed
@@ -62,7 +62,7 @@ class ValSamples:
         ends = special_tokens(model, tokenizer, config.sampling).eos
         for row in range(min(wanted, len(rows))):
             ids, length = rows.ids(row).tolist(), int(rows.prompt_lengths[row])
-            check_fits(model, length, config.sampling, f"{setting}: {rows.place(row)}: a prompt")
+            check_context(model, length, config.sampling, f"{setting}: {rows.place(row)}: a prompt")
             self.prompts.append(ids[:length])
             self.references.append(tokenizer.decode(trim(ids[length:], ends)))
 

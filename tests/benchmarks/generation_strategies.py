@@ -23,9 +23,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data import prompt_ids
-from data.chat import to_chat
-from data.equations import held_out_rows
-from data.verify import is_correct
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, load_model
 from diffllm.generate import generate
 from diffllm.tokenizer import load_tokenizer
@@ -76,8 +74,9 @@ class Questions:
     def __init__(self, path: str):
         self.model: DiffLLM = load_model(path).eval()
         self.tokenizer = load_tokenizer(path)
-        self.rows = [placed.row for placed in held_out_rows()]
-        self.prompts = [prompt_ids(to_chat(placed)["prompt"], self.tokenizer) for placed in held_out_rows()]
+        self.task = Equations()
+        self.rows = self.task.rows("test")
+        self.prompts = [prompt_ids(self.task.messages(row), self.tokenizer) for row in self.rows]
 
     def ours(self, **settings) -> list[tuple[str, int, int]]:
         """Text, tokens and forwards of every answer."""
@@ -101,7 +100,7 @@ class Questions:
         seconds = time.perf_counter() - started
         return Measured(
             strategy,
-            accuracy=mean(is_correct(row, text) for row, text in zip(self.rows, texts, strict=True)),
+            accuracy=mean(self.task.score(row, text) for row, text in zip(self.rows, texts, strict=True)),
             nfe=mean(nfe),
             tokens_per_forward=mean(n / forwards for n, forwards in zip(tokens, nfe, strict=True)),
             tokens_per_second=sum(tokens) / seconds,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data import BatchLayout, DataConfig, TokenRows, TrainBatches, rows_of
 from data.batches import Batch
-from data.equations import train_rows
+from data.tasks.equations import Equations
 from diffllm import DiffLLM, DiffusionConfig, MaskedDiffusion, ModelConfig, new_model
 from diffllm.diffusion.weights import time_weights
 from diffllm.tokenizer import builtin_tokenizer
@@ -91,7 +91,7 @@ def ratio_interval(ours: np.ndarray, reference: np.ndarray) -> tuple[float, floa
 def main() -> None:
     draws = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     tokenizer = builtin_tokenizer()
-    rows = long_rows(rows_of({"equations": train_rows()}, DataConfig(max_length=64), tokenizer)[0])
+    rows = long_rows(rows_of({"equations": Equations().rows("train")}, DataConfig(max_length=64), tokenizer)[0])
     for steps in (0, 100):
         model = new_model(ModelConfig(**SHAPE, num_key_value_heads=2), tokenizer)
         train(model, rows, steps)

@@ -8,7 +8,6 @@ import pytest
 from data import DataConfig, PlacedRow, rows_of
 from data.chat import Columns, to_chat, to_prompt, with_thinking
 from data.report import Report, save
-from data.verify import reference
 from diffllm.tokenizer import CHAT_TEMPLATES, builtin_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -242,7 +241,6 @@ class TestTrainedAnswers:
         row = self.messages({}, {"weight": 1}, mark)
         assert chat_of(row) == {"prompt": [user("0?"), assistant("0"), user("1?")], "response": "1"}
         assert to_prompt(PlacedRow(row, "rows:1")) == chat_of(row)["prompt"]
-        assert reference(row) == "1"
         with pytest.raises(ValueError, match="rows:1: no answer is trained on"):
             chat_of(self.messages(mark, mark))
         with pytest.raises(ValueError, match="rows:1: no answer is trained on"):
@@ -316,7 +314,7 @@ class TestCompletion:
     def test_it_is_the_response(self, prompt, completion):
         row = {"prompt": prompt, "completion": completion}
         assert chat_of(row) == {"prompt": [user()], "response": " 4"}
-        assert chat_of(row | {"response": completion})["response"] == reference(row) == " 4"
+        assert chat_of(row | {"response": completion})["response"] == " 4"
         with pytest.raises(ValueError, match="rows:1: field 'response' and field 'completion' differ"):
             chat_of(row | {"response": "5"})
 

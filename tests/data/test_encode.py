@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 
 from data import DataConfig, PlacedRow, rows_of
-from data.equations import held_out_rows, train_rows
-from data.verify import is_correct
 
 
 def placed(question="Hi", answer="<think>a</think>b"):
@@ -73,23 +71,3 @@ def test_a_tokenizer_without_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):
         tokenize([placed()], tokenizer, 100)
-
-
-def test_equations_are_solved_right_and_split_without_overlap(tokenizer):
-    train, held_out = train_rows(), held_out_rows()
-    questions = [row.row["question"] for row in train + held_out]
-    assert len(set(questions)) == len(questions) > 1000
-    assert len(held_out) >= 200
-    assert train == train_rows()
-    for row, _ in train + held_out:
-        left, c = row["question"].removeprefix("Solve ").split("=")
-        x = int(row["answer"].rpartition("\n")[2])
-        a, rest = left.split("x")
-        assert int(a or 1) * x + int(rest) == int(c)
-        thinking = row["answer"].removeprefix("<think>").partition("</think>")[0]
-        assert len(tokenizer(thinking)["input_ids"]) == row["thinking_tokens"]
-        for line in thinking.split():
-            expression, value = line.split("=")
-            assert eval(expression) == int(value)
-        assert is_correct(row, row["answer"])
-        assert not is_correct(row, row["answer"] + "0")

@@ -10,7 +10,7 @@ from data.curation import words_of
 from data.errors import BadRows
 from data.files import HUB_ID, SHARD, SPLIT, UNREAD
 from data.readers import PlacedRow, read_json, read_jsonl
-from data.verify import is_correct
+from data.tasks.rows import Rows
 from launch.sweep import ERROR
 from sampling.infill import Template
 from tests.conftest import no_longer_than
@@ -58,7 +58,7 @@ PARTS = {
     "files": read,
     "names": match_names,
     "words": lambda text, _: words_of(text),
-    "answer": lambda text, _: is_correct({"question": "a", "answer": text}, text),
+    "answer": lambda text, _: Rows().score(PlacedRow({"question": "a", "answer": text}, "rows:1"), text),
     "chat": lambda text, _: to_chat(PlacedRow({"question": text, "answer": f"<think>{text}</think>4"}, "rows:1")),
     "log": lambda text, _: ERROR.search(text),
     "template": lambda text, _: Template.parse(text),

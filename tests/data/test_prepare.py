@@ -1,4 +1,4 @@
-"""Raw sets into training rows, and answers checked."""
+"""Raw sets into training rows."""
 
 import json
 
@@ -9,9 +9,7 @@ import pytest
 from data import PlacedRow
 from data.chat import to_chat
 from data.convert import RAW_SETS, convert
-from data.generated import DIFFICULTY, generate
 from data.prepare import main
-from data.verify import check_verifiable, is_correct
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -316,79 +314,3 @@ class TestCommand:
         arguments = [argument.replace("OUT", "out.jsonl") for argument in arguments]
         with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
             main(arguments)
-
-
-@pytest.mark.parametrize("task", DIFFICULTY)
-def test_generated_tasks_with_their_verifiers(task):
-    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
-    rows = [placed.row for placed in generate(task, 4, seed=3)]
-    assert rows == [placed.row for placed in generate(task, 4, seed=3)]
-    assert rows != [placed.row for placed in generate(task, 4, seed=4)]
-    for row in json.loads(json.dumps(rows)):  # as they are read from a file
-        chat = to_chat(PlacedRow(row, "made"))
-        assert is_correct(row, chat["response"])
-        assert not is_correct(row, "<think></think>\nno idea")
-        assert row["difficulty"] > 0
-
-
-def test_another_solution_is_right_too():
-    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
-    row = next(generate("countdown", 1, seed=3)).row
-    *_, answer = row["answer"].splitlines()
-    assert is_correct(row, f"<think></think>\n({answer})")
-
-
-@pytest.mark.parametrize("answer", ["9**9**9**9", "print(1)", "1+" * 100 + "1"])
-def test_what_is_no_formula_is_not_computed(answer, monkeypatch):
-    monkeypatch.setattr("data.generated._gym", None)
-    row = {"question": "?", "answer": "<think></think>1+1", "source": "reasoning_gym/countdown", "metadata": {}}
-    assert not is_correct(row, f"<think></think>{answer}")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/other", "metadata": {}}, "other"),
-        (
-            {"question": "?", "answer": "<think></think>1", "source": "reasoning_gym/countdown"},
-            "field 'metadata' is missing, which",
-        ),
-        (
-            {
-                "question": "?",
-                "answer": "<think></think>2",
-                "source": "reasoning_gym/countdown",
-                "metadata": {"numbers": [1, 1], "target": 2},
-            },
-            "own answer is not right by the verifier of reasoning_gym/countdown",
-        ),
-    ],
-)
-def test_a_row_that_nothing_is_right_for_is_named_before_anything_is_asked(row, message):
-    pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
-    with pytest.raises(ValueError, match=rf"test:1: .*{message}"):
-        check_verifiable(PlacedRow(row, "test:1"))
-
-
-@pytest.mark.parametrize(
-    ("expected", "given", "right"),
-    [
-        ("72", "<think>\n71\n</think>\n72", True),
-        ("1,200", "$1200.00", True),
-        ("1200", "1201", False),
-        ("$5", "5", True),
-        ("-3", "3", False),
-        ("Paris", "Paris", True),
-        ("Paris", "paris", False),
-        ("72", "72 apples", False),
-        ("72", "", False),
-        ("3,5", "35", False),
-        ("1,23", "12,3", False),
-        ("9007199254740993", "9007199254740992", False),
-    ],
-)
-def test_answers_are_compared_as_numbers_or_as_text(expected, given, right):
-    row = {"question": "?", "answer": f"<think></think>\n{expected}"}
-    assert is_correct(row, given) is right
-    assert is_correct({"prompt": "?", "response": expected}, given) is right
-    assert is_correct({"messages": [USER, {"role": "assistant", "content": expected}]}, given) is right

@@ -1,13 +1,7 @@
-"""Files of prompts: what is written, interruptions that lose nothing, ranks that share the work, and mistakes."""
+"""A prompt, a template, files of prompts: what is written, and mistakes."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from itertools import islice
@@ -16,8 +10,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-import torch.multiprocessing as mp
 
 from data import prompt_ids
 from diffllm import ModelConfig, new_model
@@ -25,9 +17,10 @@ from diffllm.generate import Response, generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
 from launch import answers
 from launch.answers import answer
+from launch.cli import user_errors
 from sampling import SamplingConfig
 from tests.conftest import small_shape
-from tests.trainer.runs import free_port, start_ranks
+from trainer import evaluation
 from trainer.build import load_for_sampling
 from trainer.config import Config
 
@@ -71,12 +64,8 @@ def sampled(monkeypatch) -> list[int]:
         names.extend(arguments[-1])
         return generate(*arguments)
 
-    monkeypatch.setattr(answers, "generate", watched)
+    monkeypatch.setattr(evaluation, "generate", watched)
     return names
-
-
-class StoppedError(Exception):
-    pass
 
 
 def test_what_ends_an_answer(small_model):
@@ -99,39 +88,6 @@ def test_an_end_that_stands_for_unknown_text_too_can_be_named(small_model):
     assert special.forbidden == special.stop[0] == (tokenizer.eos_token_id,)
 
 
-def interrupt(config: Config, rows: int) -> Path:
-    """Run until so many rows are done; returns the directory that is left."""
-
-    def cut(*arguments):
-        yield from islice(generate(*arguments), rows)
-        raise StoppedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "generate", cut)
-        with pytest.raises(StoppedError):
-            answer(config)
-    assert not Path(config.output).exists()
-    return Path(config.output + ".partial")
-
-
-def on_two_ranks(config: Config, kill_after: int | None = None) -> None:
-    start_ranks(_rank, (config, free_port(), kill_after), 2)
-
-
-def _rank(rank: int, config: Config, port: int, kill_after: int | None) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-
-    def killed(*arguments):
-        yield from islice(generate(*arguments), kill_after)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if kill_after is not None and rank == 1:
-        answers.generate = killed
-    answer(config)
-
-
 def test_a_row_for_each_row(config, whole):
     """Its fields and its response, as it is when it is sampled alone."""
     lines = [json.loads(line) for line in whole.splitlines()]
@@ -150,12 +106,12 @@ def test_fields_that_mean_something_reach_the_prompt(config, monkeypatch):
     Path(config.input).write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.data.columns = {"prompt": "query", "response": "reply"}
     prompts = []
-    monkeypatch.setattr(answers, "generate", lambda *given: prompts.extend(given[2]) or generate(*given))
+    monkeypatch.setattr(evaluation, "generate", lambda *given: prompts.extend(given[2]) or generate(*given))
     with pytest.raises(ValueError, match=r"in\.jsonl:1: .*'tools'.*model\.chat_template"):
         answer(config)
     model, tokenizer = load_for_sampling(config)
     tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
-    monkeypatch.setattr(answers, "load_for_sampling", lambda _: (model, tokenizer))
+    monkeypatch.setattr(answers, "load_for_sampling", lambda *_: (model, tokenizer))
     answer(config)
     assert {len(prompt) for prompt in prompts} == {len(prompts[0])}
     assert sorted(map(tokenizer.decode, prompts))[0] == (
@@ -169,108 +125,27 @@ def test_fields_that_mean_something_reach_the_prompt(config, monkeypatch):
         answer(config)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 20], ids=["newline", "brace", "middle"])
-def test_an_interrupted_run_goes_on(config, whole, sampled, capsys, cut):
-    """The last line has lost its end."""
-    directory = interrupt(config, 5)
-    file = directory / "rank0-of-1.jsonl"
-    lines = file.read_bytes()
-    file.write_bytes(lines[:-cut])
-    done = 4
-    config.sampling.batch_size = 2
-    capsys.readouterr()
-    answer(config)
-    assert f"out.jsonl.partial: {done} of 10 rows are done" in capsys.readouterr().err
-    assert len(sampled) == len(set(sampled)) == 10 - done
-    assert Path(config.output).read_bytes() == whole
-    assert not directory.exists()
+def interrupted(*arguments):
+    yield from islice(generate(*arguments), 4)
+    raise KeyboardInterrupt
 
 
-def test_interrupted_again_and_again(config, whole, sampled):
-    """One row a run; the end of each is cut away, but for what the next one needs to get on."""
-    for done in range(1, 10):
-        file = interrupt(config, 1) / "rank0-of-1.jsonl"
-        with file.open("ab") as lines:
-            lines.write(b'{"name": 0, "text": "\xc3')
-        assert len(answers._read(file.parent)) == done
-    answer(config)
-    assert len(sampled) == 1
-    assert Path(config.output).read_bytes() == whole
-
-
-def test_killed_between_the_last_row_and_the_output(config, whole, sampled):
-    interrupt(config, 10)
-    answer(config)
-    assert sampled == []
-    assert Path(config.output).read_bytes() == whole
-
-
-def test_a_killed_rank_and_other_numbers_of_ranks(config, whole):
-    """SIGKILL of one of two ranks, then a while on one rank, the rest on two."""
-    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):  # its death, or that the other lost it
-        on_two_ranks(config, kill_after=2)
-    directory = Path(config.output + ".partial")
-    assert len((directory / "rank1-of-2.jsonl").read_text().split()) > 1
-    done = answers._read(directory)
-    assert 2 <= len(done) < 10 - 1
-    interrupt(config, 1)
-    assert len(answers._read(directory)) == len(done) + 1
-    on_two_ranks(config)
-    assert Path(config.output).read_bytes() == whole
-    assert not directory.exists()
-
-
-def new_weights(config: Config, checkpoint: Path, tokenizer) -> None:
-    path = checkpoint.parent / "other"
-    new_model(small_shape(), tokenizer, seed=1).save_pretrained(path, tokenizer=tokenizer)
-    config.model.path = str(path)
-
-
-def new_template(config: Config, checkpoint: Path, tokenizer) -> None:
-    path = checkpoint.parent / "template"
-    model, tokenizer = load_for_sampling(config)
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    model.save_pretrained(path, tokenizer=tokenizer)
-    config.model.path = str(path)
-
-
-def new_rows(config: Config, *_: object) -> None:
-    Path(config.input).write_text("".join(json.dumps(row | {"id": 0}) + "\n" for row in ROWS[:-1]))
-
-
-def new_settings(config: Config, *_: object) -> None:
-    config.sampling.steps = 3
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (new_settings, ["sampling.steps is 6 there and 3 here"]),
-        (new_rows, ["input is 10 rows", "there and 9 rows"]),
-        (new_weights, ["the model's weights"]),
-        (new_template, ["the chat template's tokens"]),
-    ],
-)
-def test_another_run_does_not_go_on_with_it(
-    config, checkpoint, tokenizer, sampled, change: Callable[..., None], words: list[str]
-):
-    directory = interrupt(config, 4)
-    change(config, checkpoint, tokenizer)
-    with pytest.raises(ValueError, match="rows of an interrupted run with other settings") as refusal:
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(config, whole, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "generate", interrupted)
+    with pytest.raises(SystemExit) as end, user_errors(debug=False):
         answer(config)
-    for word in (str(directory), *words, "delete the directory", "another output"):
-        assert word in str(refusal.value)
-    assert sampled == []
-    assert len(answers._read(directory)) == 4
-
-
-def test_a_directory_without_rows_is_taken_over(config, whole):
-    settings = config.sampling
-    config.sampling = replace(settings, steps=3)
-    interrupt(config, 0)
-    config.sampling = settings
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGINT: the same command goes on where this one was"
+    assert not Path(config.output).exists()
+    monkeypatch.undo()
+    rows = Path(config.input).read_text()
+    Path(config.input).write_text(rows.replace('"id": 9', '"id": 10'))
+    with pytest.raises(ValueError, match="4 rows of an interrupted run with other settings: input was 10 rows"):
+        answer(config)
+    Path(config.input).write_text(rows)
     answer(config)
     assert Path(config.output).read_bytes() == whole
+    assert not Path(config.output + ".partial").exists()
 
 
 def test_an_output_that_exists_is_left_alone(config, whole, sampled):
@@ -279,41 +154,6 @@ def test_an_output_that_exists_is_left_alone(config, whole, sampled):
         answer(config)
     assert Path(config.output).read_text() == "precious"
     assert sampled == []
-
-
-def test_a_directory_that_is_deleted_in_mid_run_is_an_error(config, monkeypatch):
-    def deleting(*arguments):
-        for count, response in enumerate(generate(*arguments)):
-            if count == 2:
-                shutil.rmtree(config.output + ".partial")
-            yield response
-
-    monkeypatch.setattr(answers, "generate", deleting)
-    with pytest.raises(OSError, match=r"rank0-of-1\.jsonl was deleted"):
-        answer(config)
-
-
-NO_RESPONSES = [
-    *("null", "[1, 2]", "{}", '{"name": 3}', '{"name": 1, "other": 2}'),
-    '{"name": "1", "text": "a", "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
-    '{"name": 1, "text": null, "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
-]
-
-
-@pytest.mark.parametrize("line", NO_RESPONSES)
-def test_a_broken_line_of_an_interrupted_run_is_named(config, line):
-    directory = interrupt(config, 3)
-    file = directory / "rank0-of-1.jsonl"
-    file.write_text(line + "\n" + file.read_text())
-    with pytest.raises(ValueError, match=r"rank0-of-1\.jsonl.*delete that line"):
-        answer(config)
-
-
-@pytest.mark.parametrize("content", ["", "null", "[1, 2]", "{"])
-def test_a_broken_run_json_is_named(config, content):
-    (interrupt(config, 3) / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run\.json (cannot be read as JSON|is not a JSON object)"):
-        answer(config)
 
 
 def test_fields_of_a_row_are_kept_when_it_is_answered_again(config, tmp_path):
@@ -338,29 +178,6 @@ def test_own_fields_keep_their_order():
     added = {"response": "5", "nfe": 6, "tokens_per_forward": 7.0}
     names = ["a", "input_nfe", "input_tokens_per_forward", "reference", *added]
     assert list(answers.with_fields(row, added)) == names
-
-
-HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-
-
-def test_two_runs_do_not_write_to_one_output(config):
-    directory = Path(config.output + ".partial")
-    directory.mkdir()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, directory / ".lock"], **pipes) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match=f"another run writes to {directory}"):
-            answer(config)
-        other.communicate(b"\n")
-
-
-def test_ctrl_c_says_how_to_go_on(config, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(answers, "generate", stopped)
-    with pytest.raises(SystemExit, match="the same command goes on"):
-        answer(config)
 
 
 def test_mistakes_are_named_before_anything_is_sampled(config, sampled, tmp_path, monkeypatch):
@@ -411,7 +228,7 @@ def test_a_template_is_filled_in(config, capsys):
     ],
 )
 def test_a_response_in_which_nothing_is_seen(config, tokenizer, monkeypatch, capsys, text, message):
-    monkeypatch.setattr(answers, "load_for_sampling", lambda config: (None, tokenizer))
+    monkeypatch.setattr(answers, "load_for_sampling", lambda *_: (None, tokenizer))
     monkeypatch.setattr(answers, "generate", lambda *_: [Response(0, text, 1, 1, 1.0)])
     answer(replace(config, input=None, output=None, prompt="Hi"))
     assert capsys.readouterr() == (text + "\n", message)

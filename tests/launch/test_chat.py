@@ -150,7 +150,10 @@ def test_a_chat_that_has_become_too_long(talk):
     said = list(talk.turns)
     [shown] = talk.hear("Hi" * 1024).splitlines()
     assert "error: a chat of 2" in shown
-    assert "context of 2048 tokens: not sent. /reset, or /set max_new_tokens to less" in shown
+    assert (
+        "context of 2048 tokens; lower sampling.max_new_tokens: not sent. /reset, or /set max_new_tokens to less"
+        in shown
+    )
     assert talk.turns == said
     assert "12 tokens" in talk.hear("Hi")
 

@@ -13,6 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import evaluate
 import sample
 from launch import cli
 from tests.conftest import GOLDEN, ROOT
@@ -169,6 +170,16 @@ def test_any_prompt_gets_through_the_whole_command_line(script, monkeypatch, tex
     monkeypatch.setitem(sample.MODES, "answer", seen.append)
     assert script("sample.py", f"prompt={text}")[0] == 0
     assert [config.prompt for config in seen] == [text]
+
+
+def test_a_task_is_chosen(script, monkeypatch):
+    assert_one_error(script("evaluate.py", "task=equatons"), "task=equatons", "did you mean equations")
+    assert_one_error(script("evaluate.py", "task.name=equatons"), "task.name=equatons", "did you mean equations")
+    chosen = []
+    monkeypatch.setattr(evaluate, "evaluate", chosen.append)
+    for arguments in ([], ["task=rows"]):
+        assert script("evaluate.py", *arguments)[0] == 0
+    assert [config.task.name for config in chosen] == [None, "rows"]
 
 
 def test_a_mask_token_needs_no_quotes():

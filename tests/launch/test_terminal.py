@@ -21,6 +21,7 @@ from diffllm.generate import Response
 from launch import answers, cli, evaluation
 from launch.chat import Chat
 from sampling import SamplingConfig
+from trainer import evaluation as engine
 from trainer import export, replay
 from trainer.config import Config
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
@@ -68,7 +69,7 @@ def test_text_stays_as_it_is():
 def config(small_model, tokenizer, monkeypatch, tmp_path) -> Config:
     """Of a model that answers what the test says."""
     for module in (answers, evaluation):
-        monkeypatch.setattr(module, "load_for_sampling", lambda config: (small_model, tokenizer))
+        monkeypatch.setattr(module, "load_for_sampling", lambda *_: (small_model, tokenizer))
     config = Config(sampling=SamplingConfig(max_new_tokens=4, steps=2))
     config.trainer.output_dir = str(tmp_path)
     return config
@@ -124,7 +125,7 @@ def test_the_table_of_an_evaluation(config, monkeypatch, capsys, tmp_path, text)
     rows = [{"question": text, "answer": "<think></think>2"}, {text: 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.data.val_files, config.data.on_bad_row = [str(tmp_path / "rows.jsonl")], "skip"
-    monkeypatch.setattr(evaluation, "generate", lambda *_: iter([Response(0, text, 1, 1, 1.0)]))
+    monkeypatch.setattr(engine, "generate", lambda *_: iter([Response(0, text, 1, 1, 1.0)]))
     monkeypatch.setenv("COLUMNS", "300")
     evaluation.evaluate(config)
     shown, progress = capsys.readouterr()

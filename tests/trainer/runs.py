@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-import launch.answers  # noqa: F401 — for the processes of start_ranks
+import trainer.evaluation  # noqa: F401 — for the processes of start_ranks
 from diffllm.diffusion import loss
 from trainer.checkpoint import find_newest
 from trainer.config import Config

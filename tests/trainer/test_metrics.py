@@ -6,7 +6,7 @@ import torch
 from tests.trainer.runs import metrics, train
 from trainer.config import Config
 from trainer.distributed import Distributed
-from trainer.memory import check_fits, check_gathers, state_memory
+from trainer.memory import check_gathers, check_memory, state_memory
 from trainer.speed import Speed
 
 EVERY_STEP = {
@@ -69,11 +69,11 @@ def test_state_of_each_rank(small_model):
 
 def test_a_world_that_shrank_below_what_fits(small_model, monkeypatch):
     monkeypatch.setattr("trainer.memory.device_memory", lambda device: 2**20)
-    check_fits(small_model, Config(), Distributed(0, 64, torch.device("cpu")))
+    check_memory(small_model, Config(), Distributed(0, 64, torch.device("cpu")))
     with pytest.raises(
         ValueError, match=r"ranks=1: weights, gradients and optimizer need .* GiB on each rank, which has"
     ):
-        check_fits(small_model, Config(), Distributed(0, 1, torch.device("cpu")))
+        check_memory(small_model, Config(), Distributed(0, 1, torch.device("cpu")))
 
 
 def test_a_model_that_no_rank_can_hold_whole_is_not_sampled(small_model, monkeypatch):

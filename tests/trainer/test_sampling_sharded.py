@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from trainer.forward import forward
 
 from diffllm.generate import generate
 from diffllm.lora import add_lora
@@ -78,7 +77,7 @@ def sample_while_training(trainer, configs):
         assert torch.equal(random, torch.get_rng_state())
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         with torch.no_grad():
-            forward(model, next(iter(trainer.val_batches)), distributed)
+            trainer.val_objective.loss(model, next(iter(trainer.val_batches)))
         for layer in layers:
             sharded = all(isinstance(parameter, DTensor) for parameter in layer.parameters())
             assert sharded == settings.trainer.reshard_after_forward

@@ -7,7 +7,7 @@ import torch
 from wandb import Table
 
 from data import prompt_ids
-from data.equations import held_out_rows
+from data.tasks.equations import Equations
 from data.terminal import printable
 from diffllm import load_model
 from diffllm.generate import generate
@@ -78,7 +78,7 @@ def test_sampled_answers_are_shown_and_change_no_step(small_run, tables, tokeniz
     assert [(step, name) for step, name, _ in tables] == [(2, "val/samples"), (3, "val/samples")]
     columns, rows = tables[-1][2].columns, tables[-1][2].data
     assert columns == ["step", "prompt", "response", "reference"]
-    questions = [placed.row for placed in held_out_rows()[:2]]
+    questions = [placed.row for placed in Equations().rows("test")[:2]]
     prompts = [prompt_ids([{"role": "user", "content": row["question"]}], tokenizer) for row in questions]
     sampled = generate(load_model(run / "hf").eval(), tokenizer, prompts, config.sampling)
     texts = {response.row_id: response.text for response in sampled}

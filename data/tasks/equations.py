@@ -6,40 +6,33 @@ no problem of the evaluation occurs in training.
 """
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data.chat import END_THINK, THINK
 from data.readers import PlacedRow
+from data.tasks.base import Task
 
 HELD_OUT_SHARE = 6  # one problem in six
 _ORDER_SEED = 0
 
 
-def train_rows() -> list[PlacedRow]:
-    """The problems to train on."""
-    return _rows()[_held_out() :]
+class Equations(Task):
+    name = "equations"
 
-
-def held_out_rows() -> list[PlacedRow]:
-    """The problems to validate and evaluate on."""
-    return _rows()[: _held_out()]
+    def rows(self, split: Literal["train", "test"]) -> list[PlacedRow]:
+        """Return all problems but the held-out ones, or the held-out ones."""
+        problems = _problems()
+        order = np.random.default_rng(_ORDER_SEED).permutation(len(problems))
+        held_out = len(problems) // HELD_OUT_SHARE
+        chosen = {"train": order[held_out:], "test": order[:held_out]}[split]
+        return [PlacedRow(_row(*problems[i]), f"equation {i}") for i in chosen]
 
 
 def _problems() -> list[tuple[int, int, int, str]]:
     every = itertools.product(range(1, 13), range(1, 13), range(1, 13), "+-")
     return [(a, x, b, sign) for a, x, b, sign in every if sign == "+" or a * x >= b]
-
-
-def _held_out() -> int:
-    return len(_problems()) // HELD_OUT_SHARE
-
-
-def _rows() -> list[PlacedRow]:
-    problems = _problems()
-    order = np.random.default_rng(_ORDER_SEED).permutation(len(problems))
-    return [PlacedRow(_row(*problems[i]), f"equation {i}") for i in order]
 
 
 def _row(a: int, x: int, b: int, sign: str) -> dict[str, Any]:

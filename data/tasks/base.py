@@ -1,0 +1,84 @@
+"""What a task is: rows, the prompt of a row, and the score of a response."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import ClassVar, Literal
+
+from data.chat import Message, final_answer, to_chat
+from data.config import DataConfig
+from data.errors import BadRows
+from data.readers import PlacedRow
+
+NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
+
+
+class Task(ABC):
+    """Questions and how their answers are scored. A subclass gives `name` and `rows`, and overrides what differs.
+
+    Attributes:
+        name: chooses the task on the command line, `task.name=NAME`.
+        kind: how a model answers. It generates a response, chooses one of the row's options by their likelihood, or is
+            scored by the likelihood of the row's own response.
+        bad: rows that cannot be used. `rows` adds those that it cannot read.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["generate", "choose", "likelihood"]] = "generate"
+
+    def __init__(self, config: DataConfig | None = None):
+        self.config = config or DataConfig()
+        self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
+
+    @abstractmethod
+    def rows(self, split: Literal["train", "test"]) -> Iterable[PlacedRow]:
+        """Return the rows of a split, in a fixed order. No row of `test` is one of `train`.
+
+        Raises:
+            ValueError: the rows cannot be found.
+        """
+
+    def messages(self, row: PlacedRow) -> list[Message]:
+        """Return the prompt of a row as chat messages.
+
+        Raises:
+            ValueError: the row cannot be used; the message names its place.
+        """
+        return to_chat(row)["prompt"]
+
+    def reference(self, row: PlacedRow) -> str:
+        """Return the row's own response, thinking included.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        return to_chat(row)["response"]
+
+    def score(self, row: PlacedRow, response: str) -> float:
+        """Return a score in [0, 1]; 1 is right. By default the final answer must equal the reference's: see `is_same`.
+
+        Raises:
+            ValueError: the row lacks what is needed to judge a response; the message names its place.
+        """
+        return float(is_same(final_answer(response), final_answer(self.reference(row))))
+
+    def check(self, row: PlacedRow) -> None:
+        """Refuse a row to which no response would be right.
+
+        Raises:
+            ValueError: the row's own response does not score 1, or cannot be judged; the message names its place.
+        """
+        if (score := self.score(row, self.reference(row))) != 1:
+            raise ValueError(f"{row.place}: by task.name={self.name} the row's own answer scores {score:g}, expected 1")
+
+
+def is_same(answer: str, expected: str) -> bool:
+    """Whether two final answers are the same number, whatever their separators, or the same text."""
+    return _normal(answer) == _normal(expected)
+
+
+def _normal(answer: str) -> str | Decimal:
+    """Return a number without separators, currency sign and final stop; other text as it is."""
+    text = answer.strip().removesuffix(".")
+    return Decimal(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text

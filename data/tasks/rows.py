@@ -1,0 +1,40 @@
+"""The user's own rows: `data.val_files`, judged by the verifier that their `source` names, or by their answers."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from data.chat import Columns, final_answer
+from data.files import iterate
+from data.readers import PlacedRow
+from data.tasks import reasoning_gym
+from data.tasks.base import Task
+
+
+class Rows(Task):
+    name = "rows"
+
+    def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:
+        """Yield the rows of `data.train_files` or `data.val_files` under the names of `data.columns`.
+
+        Raises:
+            ValueError: no files are given, see `data.files.iterate`, or `data.columns` names a column that no row has.
+        """
+        setting = {"train": "train_files", "test": "val_files"}[split]
+        if not (files := getattr(self.config, setting)):
+            raise ValueError(f"task.name=rows with data.{setting}=[]: name the files of rows")
+        columns = Columns(self.config.columns)
+        for file in files:
+            for row in iterate(file, self.bad):
+                try:
+                    named = columns(row)
+                except ValueError as error:
+                    self.bad.add(error)
+                else:
+                    yield named
+        columns.check()
+
+    def score(self, row: PlacedRow, response: str) -> float:
+        """Return the score of the row's verifier, else 1 if the final answers are the same number or text."""
+        if str(row.row.get("source")).startswith(reasoning_gym.PREFIX):
+            return reasoning_gym.score(row, final_answer(response))
+        return super().score(row, response)

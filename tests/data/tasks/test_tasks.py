@@ -1,0 +1,96 @@
+"""Tasks: found by name, rows without overlap, answers scored."""
+
+import json
+
+import pytest
+
+import data.tasks
+from data import DataConfig, PlacedRow
+from data.tasks import find_task
+from data.tasks.base import is_same
+from data.tasks.equations import Equations
+from data.tasks.rows import Rows
+
+USER = {"role": "user", "content": "2+2?"}
+
+
+def test_tasks_are_found_by_their_names():
+    assert (find_task("equations"), find_task("rows")) == (Equations, Rows)
+    with pytest.raises(ValueError, match=r"task\.name=equatons: .*did you mean equations\? .* equations, rows$"):
+        find_task("equatons")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("import nowhere", ImportError), ("from data.tasks.base import Task\nclass A(Task): ...", None)]
+)
+def test_other_modules_of_the_package(tmp_path, monkeypatch, text, error):
+    """A broken one is not skipped in silence; one without a name is no task."""
+    (tmp_path / "other_module.py").write_text(text)
+    monkeypatch.setattr(data.tasks, "__path__", [*data.tasks.__path__, str(tmp_path)])
+    with pytest.raises(error or ValueError, match="nowhere" if error else "task.name=A: no such task"):
+        find_task("A")
+
+
+def test_equations_are_solved_right_and_split_without_overlap(tokenizer):
+    task = Equations()
+    train, held_out = task.rows("train"), task.rows("test")
+    questions = [row.row["question"] for row in train + held_out]
+    assert len(set(questions)) == len(questions) > 1000
+    assert len(held_out) >= 200
+    assert train == task.rows("train")
+    for placed in train + held_out:
+        row = placed.row
+        left, c = row["question"].removeprefix("Solve ").split("=")
+        x = int(row["answer"].rpartition("\n")[2])
+        a, rest = left.split("x")
+        assert int(a or 1) * x + int(rest) == int(c)
+        thinking = row["answer"].removeprefix("<think>").partition("</think>")[0]
+        assert len(tokenizer(thinking)["input_ids"]) == row["thinking_tokens"]
+        for line in thinking.split():
+            expression, value = line.split("=")
+            assert eval(expression) == int(value)
+        assert task.score(placed, row["answer"]) == 1
+        assert task.score(placed, row["answer"] + "0") == 0
+
+
+def test_rows_are_those_of_the_split(tmp_path):
+    for name in ("train", "val"):
+        rows = [{"query": f"{name}?", "response": "4"}, {"query": "b", "prompt": "c"}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig([str(tmp_path / "train.jsonl")], [str(tmp_path / "val.jsonl")], columns={"prompt": "query"})
+    for split, name in (("train", "train"), ("test", "val")):
+        task = Rows(config)
+        assert list(task.rows(split)) == [({"prompt": f"{name}?", "response": "4"}, f"{tmp_path / name}.jsonl:1")]
+        assert task.bad.count == 1
+    config.columns = {"prompt": "qery"}
+    with pytest.raises(ValueError, match="no row has a column 'qery'; did you mean query"):
+        list(Rows(config).rows("test"))
+    with pytest.raises(ValueError, match=r"task\.name=rows with data\.val_files=\[\]"):
+        list(Rows().rows("test"))
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "right"),
+    [
+        ("72", "<think>\n71\n</think>\n72", True),
+        ("1,200", "$1200.00", True),
+        ("1200", "1201", False),
+        ("$5", "5", True),
+        ("-3", "3", False),
+        ("Paris", "Paris", True),
+        ("Paris", "paris", False),
+        ("72", "72 apples", False),
+        ("72", "", False),
+        ("3,5", "35", False),
+        ("1,23", "12,3", False),
+        ("9007199254740993", "9007199254740992", False),
+    ],
+)
+def test_answers_are_compared_as_numbers_or_as_text(expected, given, right):
+    assert is_same(given.rpartition("</think>")[2], expected) is right
+    for row in (
+        {"question": "?", "answer": f"<think></think>\n{expected}"},
+        {"prompt": "?", "response": expected},
+        {"messages": [USER, {"role": "assistant", "content": expected}]},
+    ):
+        assert Rows().score(PlacedRow(row, "rows:1"), given) == right

@@ -1,0 +1,288 @@
+"""One engine for all questions: order, interruptions that lose nothing, ranks that share the work, and refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from data import PlacedRow
+from diffllm import DiffLLM, new_model
+from diffllm.generate import Response, generate
+from diffllm.tokenizer import builtin_tokenizer
+from sampling import SamplingConfig
+from tests.conftest import small_shape
+from tests.trainer.runs import free_port, start_ranks
+from trainer import evaluation
+from trainer.distributed import Distributed, init_distributed
+from trainer.evaluation import Question, answer_all, ask, finished
+
+COUNT = 10
+Answers = tuple[list[Response], float | None]
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Job:
+    """Ten questions, three at once; draws, so that a wrong key would show."""
+
+    def __init__(self, output: Path):
+        self.output, self.directory = output, output.with_name(f"{output.name}.partial")
+        self.tokenizer = builtin_tokenizer()
+        self.config = SamplingConfig(max_new_tokens=12, steps=6, temperature=1.0, batch_size=3)
+        self.origin, self.seed = {"task.name": "test"}, 0
+        self.questions = [self.ask(f"Solve {i}x{'+1' * i} = {i}", i) for i in range(COUNT)]
+
+    def ask(self, text: str, number: int) -> Question:
+        row = PlacedRow({"question": text}, f"rows:{number}")
+        return ask(row, [{"role": "user", "content": text}], self.tokenizer)
+
+    def model(self) -> DiffLLM:
+        return new_model(small_shape(), self.tokenizer, self.seed).eval()
+
+    def run_on(self, distributed: Distributed, write: Callable[..., None]) -> None:
+        given = (self.questions, self.model(), self.tokenizer, self.config, self.output, self.origin, distributed)
+        answer_all(*given, write)
+
+    def run(self) -> Answers:
+        written = []
+        with init_distributed() as distributed:
+            self.run_on(distributed, lambda *answers: written.append(answers))
+        assert not self.directory.exists()
+        return written[0]
+
+    def interrupt(self, rows: int) -> None:
+        """Run until so many rows are done."""
+
+        def cut(*arguments):
+            yield from islice(generate(*arguments), rows)
+            raise StoppedError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "generate", cut)
+            with pytest.raises(StoppedError):
+                self.run()
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[Response]:
+    """Responses of a run without interruption."""
+    responses, speed = Job(tmp_path_factory.mktemp("whole") / "out").run()
+    assert speed > 0
+    return responses
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[int]:
+    """Rows that have been given to the sampler."""
+    row_ids = []
+
+    def watched(*arguments):
+        row_ids.extend(arguments[-1])
+        return generate(*arguments)
+
+    monkeypatch.setattr(evaluation, "generate", watched)
+    return row_ids
+
+
+def test_responses_are_in_order_and_as_if_sampled_alone(job, whole):
+    assert [response.row_id for response in whole] == list(range(COUNT))
+    for question, response in zip(job.questions, whole, strict=True):
+        [alone] = generate(job.model(), job.tokenizer, [question.ids], job.config, [response.row_id])
+        assert response == alone
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20], ids=["newline", "brace", "middle"])
+def test_an_interrupted_run_resumes(job, whole, sampled, capsys, cut):
+    """The last line has lost its end."""
+    job.interrupt(5)
+    file = job.directory / "rank0-of-1.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    done = finished(job.directory)
+    assert len(done) == 4
+    job.config.batch_size = 2
+    capsys.readouterr()
+    responses, speed = job.run()
+    assert f"{job.directory}: 4 of 10 rows are done" in capsys.readouterr().err
+    assert sorted(sampled) == sorted(set(range(COUNT)) - done.keys())
+    assert responses == whole
+    assert speed > 0
+
+
+def test_interrupted_again_and_again(job, whole, sampled):
+    """One row a run; the end of each is cut away, but for what the next one needs to get on."""
+    for done in range(1, COUNT):
+        job.interrupt(1)
+        with (job.directory / "rank0-of-1.jsonl").open("ab") as lines:
+            lines.write(b'{"name": 0, "text": "\xc3')
+        assert len(finished(job.directory)) == done
+    assert job.run()[0] == whole
+    assert len(sampled) == 1
+
+
+def test_killed_between_the_last_row_and_the_output(job, whole, sampled):
+    """No speed is measured if an earlier run sampled all rows."""
+    job.interrupt(COUNT)
+    assert job.run() == (whole, None)
+    assert sampled == []
+
+
+def test_two_ranks_share_the_rows_and_one_resumes_what_two_began(job, whole, tmp_path):
+    """First both ranks answer all; then rank 1 is killed after 2 rows."""
+    killed = tmp_path / "killed"
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):  # its death, or that the other lost it
+        start_ranks(_rank, (job.output, killed, free_port()), 2)
+    assert [Response(**record) for record in json.loads(job.output.read_text())] == whole
+    assert not job.directory.exists()
+    job = Job(killed)
+    assert len((job.directory / "rank1-of-2.jsonl").read_text().splitlines()) == 2
+    done = finished(job.directory)
+    assert 2 <= len(done) < COUNT - 1
+    job.interrupt(1)
+    assert len(finished(job.directory)) == len(done) + 1
+    assert job.run()[0] == whole
+
+
+def _rank(rank: int, output: Path, killed: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def kill(*arguments):
+        yield from islice(generate(*arguments), 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(responses: list[Response], speed: float) -> None:
+        assert speed > 0
+        output.write_text(json.dumps([vars(response) for response in responses]))
+
+    with init_distributed() as distributed:
+        Job(output).run_on(distributed, write)
+        if rank == 1:
+            evaluation.generate = kill
+        Job(killed).run_on(distributed, write)
+
+
+def other_settings(job: Job) -> None:
+    job.config.steps = 3
+
+
+def other_prompt(job: Job) -> None:
+    job.questions[3] = job.ask("Solve x", 3)
+
+
+def fewer_rows(job: Job) -> None:
+    job.questions.pop()
+
+
+def other_weights(job: Job) -> None:
+    job.seed = 1
+
+
+def other_origin(job: Job) -> None:
+    job.origin = {"task.name": "other"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_settings, "sampling.steps was 6 and is 3"),
+        (other_prompt, "prompts in tokens was 10 rows"),
+        (fewer_rows, "and is 9 rows"),
+        (other_weights, "the model's weights"),
+        (other_origin, "task.name was test and is other"),
+    ],
+)
+def test_another_run_does_not_resume_it(job, sampled, change: Callable[[Job], None], words: str):
+    job.interrupt(4)
+    change(job)
+    with pytest.raises(ValueError, match="4 rows of an interrupted run with other settings") as refusal:
+        job.run()
+    assert str(job.directory) in str(refusal.value)
+    assert words in str(refusal.value)
+    assert sampled == []
+    assert len(finished(job.directory)) == 4
+
+
+def test_a_directory_without_rows_is_taken_over(job, whole):
+    settings, job.config = job.config, replace(job.config, steps=3)
+    job.interrupt(0)
+    job.config = settings
+    assert job.run()[0] == whole
+
+
+def test_a_directory_that_is_deleted_in_mid_run_is_an_error(job, monkeypatch):
+    def deleting(*arguments):
+        for count, response in enumerate(generate(*arguments)):
+            if count == 2:
+                shutil.rmtree(job.directory)
+            yield response
+
+    monkeypatch.setattr(evaluation, "generate", deleting)
+    with pytest.raises(OSError, match=r"rank0-of-1\.jsonl was deleted"):
+        job.run()
+
+
+NO_RESPONSES = [
+    *("null", "[1, 2]", "{}", '{"name": 3}', '{"name": 1, "other": 2}'),
+    '{"row_id": "1", "text": "a", "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
+    '{"row_id": 1, "text": null, "tokens": 1, "nfe": 1, "tokens_per_forward": 1.0}',
+]
+
+
+def test_broken_files_of_an_interrupted_run_are_named(job):
+    job.interrupt(3)
+    file, record = job.directory / "rank0-of-1.jsonl", job.directory / "run.json"
+    lines = file.read_text()
+    for line in NO_RESPONSES:
+        file.write_text(line + "\n" + lines)
+        with pytest.raises(ValueError, match=r"rank0-of-1\.jsonl.*delete that line"):
+            job.run()
+    file.write_text(lines)
+    for content in ("", "null", "[1, 2]", "{"):
+        record.write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json (cannot be read as JSON|is not a JSON object)"):
+            job.run()
+
+
+HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_two_runs_do_not_write_to_one_output(job):
+    job.directory.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, job.directory / ".lock"], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"another run writes to {job.directory}"):
+            job.run()
+        other.communicate(b"\n")
+
+
+def test_a_question_that_does_not_fit_is_named_before_anything_is_sampled(job, sampled):
+    job.questions[7] = job.ask("Hi" * 1024, 7)
+    with pytest.raises(ValueError, match=r"^rows:7: a prompt of 2\d+ tokens and .*=12 do not fit .* context of 2048"):
+        job.run()
+    assert sampled == []
+    assert not job.directory.exists()
+
+
+def test_an_output_is_no_link(job, tmp_path):
+    job.output.symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=f"{job.output} is a symbolic link"):
+        job.run()
