@@ -1,9 +1,10 @@
-"""The house: imports point one way, and every setting is read."""
+"""The house: imports point one way and close no circle, and every setting is read."""
 
 import ast
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_imports_point_one_way(path):
     assert others <= ONLY.get(package, others)
     for library in FORBIDDEN_LIBRARIES.get(package, ()):
         assert not any(name == library or name.startswith(library + ".") for name in names)
+
+
+def test_no_circle_of_files():
+    """A file that imports its own package's `__init__` would close one."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
+    }
+    graph = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imported_names(path)} & modules.keys()
+        for module, path in modules.items()
+    }
+    TopologicalSorter({module: others - {module} for module, others in graph.items()}).prepare()
+
+
+def imported_names(path: Path) -> set[str]:
+    """Names that a file imports, each with its module."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return imported(path) | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
 
 
 GROUPS = {item.type.__name__: item.name for item in fields(Config) if is_dataclass(item.type)}
