@@ -79,6 +79,9 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         weights: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        focal: TokenLoss | None = None,
+        visible: Tensor | None = None,
+        *,
         token_loss: TokenLoss = CROSS_ENTROPY,
         visibility: Visibility | None = None,
     ) -> LossOutput:
@@ -91,12 +94,16 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             weights: [B, L] float32 weight of each masked token in the loss.
             attention_mask: [B, L], 0 at left padding; None where no row is padded.
             position_ids: [B, L]; None counts from the first column.
+            focal: `token_loss` by its former name.
+            visible: [B, L, L] bool, `pairs` of a visibility.
             token_loss: function of a token's nll.
-            visibility: which positions a position sees, in place of `attention_mask`.
+            visibility: which positions a position sees, in place of `attention_mask` and `visible`.
         """
+        visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
         where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
-        hidden = self.hidden(x_t, *self._defaults(x_t, attention_mask, position_ids, visibility), *where)
-        return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, x_0[where], weights[where], token_loss))
+        hidden = self.hidden(x_t, _positions(x_t, position_ids), visibility, *where)
+        targets, weights = x_0[where], weights[where]
+        return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, targets, weights, focal or token_loss))
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -107,19 +114,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     def denoise(self, x_t: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Logits [B, L, V] of the clean token at each position of x_t [B, L], shifted if the family is."""
         every = torch.ones_like(x_t, dtype=torch.bool).nonzero(as_tuple=True)
-        hidden = self.hidden(x_t, *self._defaults(x_t, attention_mask, position_ids), *every)
+        hidden = self.hidden(x_t, _positions(x_t, position_ids), Visibility(attended=attention_mask), *every)
         return self.head(hidden).unflatten(0, x_t.shape)
-
-    def _defaults(
-        self,
-        x_t: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        visibility: Visibility | None = None,
-    ) -> tuple[Tensor, Visibility]:
-        if position_ids is None:
-            position_ids = torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t)
-        return position_ids, visibility or Visibility(attended=attention_mask)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[N, V] logits of `hidden` states [N, D]."""
@@ -198,3 +194,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         }
         weights = self.state_dict() if state_dict is None else state_dict
         write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size)
+
+
+def _positions(x_t: Tensor, position_ids: Tensor | None) -> Tensor:
+    """[B, L] given positions, or else a count from the first column."""
+    return torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t) if position_ids is None else position_ids

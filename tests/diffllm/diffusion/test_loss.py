@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from diffllm.diffusion import loss
 from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, TokenLoss, masked_loss, weighted_sum
+from sampling import Visibility
 
 V, D, N = 50, 8, 23
 
@@ -170,3 +171,15 @@ def test_unpadded_rows_have_the_gradient_of_padded_ones(small_model):
         gradients.append([parameter.grad for parameter in small_model.parameters()])
     for padded, unpadded in zip(*gradients, strict=True):
         torch.testing.assert_close(padded, unpadded, rtol=1e-4, atol=1e-6)
+
+
+def test_the_former_arguments_of_forward(small_model):
+    """A token loss as `focal`, and visible pairs as `visible`, give what their new names give."""
+    batch, pairs = left_padded_rows(small_model), torch.ones(3, 10, 10).tril().bool()
+    with torch.no_grad():
+        former = small_model(*batch, Focal(0.25, 2.0), pairs)
+        seen = Visibility(attended=batch[4], pairs=pairs)
+        new = small_model(*batch[:4], position_ids=batch[5], token_loss=Focal(0.25, 2.0), visibility=seen)
+        plain = small_model(*batch)
+    assert torch.equal(former.loss, new.loss)
+    assert not torch.equal(former.nll, plain.nll)
