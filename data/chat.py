@@ -1,4 +1,4 @@
-"""Rows into chats: the messages before an answer, and the answer to train on."""
+"""Convert rows to chats: the messages before an answer, and the answer to train on."""
 
 import json
 import reprlib
@@ -9,36 +9,41 @@ from data.errors import listed, nearest
 from data.readers import PlacedRow
 
 THINK, END_THINK = "<think>", "</think>"
-# A row is of the first schema whose field it has; the second field is the answer.
+# Prompt field and answer field of each schema. A row has the first schema whose prompt field it holds.
 SCHEMAS = {"messages": "messages", "prompt": "response", "question": "answer"}
-COMPLETION = "completion"  # another name of `response`
+COMPLETION = "completion"  # alias of `response`
 ANSWERS = ("response", COMPLETION, "answer")
-SYSTEM = ("system", "system_prompt", "system_message")  # of a row: its first message
-REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer: the thinking before it
-TRAINED = ("weight", "loss", "train")  # of an assistant's message: whether it is trained on
-METADATA = ("source", "difficulty", "metadata", "thinking_tokens", "answer_tokens")  # for curation and verifiers
-NAMES = (*SCHEMAS, *ANSWERS, *SYSTEM, "tools", *REASONING)  # that data.columns gives
-CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # by data.prepare, rows with such a field
-MAX_TEXT = 2**20  # characters of one text: it is tokenized at once
+SYSTEM = ("system", "system_prompt", "system_message")  # row fields with the system message
+REASONING = ("reasoning_content", "reasoning", "thinking")  # fields with the thinking before an answer
+TRAINED = ("weight", "loss", "train")  # marks of an assistant's message: 0 means context only
+METADATA = ("source", "difficulty", "metadata", "thinking_tokens", "answer_tokens")  # read by curation and verifiers
+NAMES = (*SCHEMAS, *ANSWERS, *SYSTEM, "tools", *REASONING)  # allowed keys of data.columns
+CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # data.prepare converts rows with this field
+MAX_TEXT = 2**20  # characters of one text, tokenized in one call
 
-# Fields that each schema uses, and those that its messages use.
+# Fields that each schema reads in a row, and in a message.
 USED = {
     schema: frozenset([schema, answer, *SYSTEM, "tools", *METADATA, *more])
     for (schema, answer), more in zip(SCHEMAS.items(), [(), (COMPLETION, *REASONING), REASONING], strict=True)
 }
 IN_MESSAGES = frozenset(["role", "content", *REASONING, *TRAINED])
 
-# Fields that the formats of chats, tools, preferences and grounded generation give a meaning that is not used here.
+# Fields of common formats whose meaning this project ignores: a row that holds one is refused.
 MEDIA = tuple(f"{kind}{form}" for kind in ("image", "video", "audio") for form in ("", "s", "_url", "_path"))
 MASKS = ("assistant_masks", "completion_mask", "loss_mask", "sample_weight")
 NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
 NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id", "reasoning_details")
-NO_MARKS = {"train_on_turn": True, "training": True, "masked": False, "prefix": False}  # of answers, by harmless value
-IN_PARTS = ("type", "text", "cache_control")  # of content
+NO_MARKS = {
+    "train_on_turn": True,
+    "training": True,
+    "masked": False,
+    "prefix": False,
+}  # marks of answers: harmless value
+IN_PARTS = ("type", "text", "cache_control")  # fields of a content part
 NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "suffix", "chat_template_kwargs")
 PREFERENCES = ("chosen", "rejected", "rejected_response", "label", "labels", "completions")
 NOT_IN_ROWS = (*NOT_IN_PROMPTS, *PREFERENCES, *MASKS, *REASONING, "reasoning_details")
-# Common names of the two columns of a set, for the advice about data.columns.
+# Common column names of prompts and answers, for the advice about data.columns.
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
 ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
 
@@ -46,7 +51,7 @@ ANSWERED = ("response", "answer", "output", "completion", "solution", "target", 
 class Message(TypedDict):
     role: str
     content: str
-    trained: NotRequired[bool]  # false of an answer that is context only
+    trained: NotRequired[bool]  # False: the answer is context only
 
 
 class Chat(TypedDict):
@@ -56,20 +61,20 @@ class Chat(TypedDict):
 
 
 class Columns:
-    """Gives the columns of rows the names that schemas have for them, as data.columns says.
+    """Renames the columns of rows by data.columns.
 
     Args:
-        columns: of the files, by the names of the schemas.
+        columns: schema field → column of the files.
     """
 
     def __init__(self, columns: Mapping[str, str] | None):
         self.columns, self._known = columns or {}, set()
 
     def __call__(self, placed: PlacedRow) -> PlacedRow:
-        """Return the row under the names of the schemas.
+        """Return the row with schema field names.
 
         Raises:
-            ValueError: it has a field of such a name beside the column.
+            ValueError: the row holds both the column and a field of the new name.
         """
         if not self.columns:
             return placed
@@ -83,14 +88,7 @@ class Columns:
         return PlacedRow(others | {name: row[column] for name, column in taken.items()}, place)
 
     def check(self, optional: Collection[str] = ()) -> None:
-        """Refuse columns that no row had so far.
-
-        Args:
-            optional: names whose columns may be missing.
-
-        Raises:
-            ValueError: naming such a column.
-        """
+        """Raise ValueError if no row so far had a column of data.columns, except those of the `optional` names."""
         for name, column in self.columns.items():
             if self._known and column not in self._known and name not in optional:
                 hint = nearest(column, sorted(self._known))
@@ -100,16 +98,15 @@ class Columns:
 def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
     """Return a row of any schema as a chat.
 
-    S1K: `question`, `answer` with its `<think>…</think>` (METADATA is for curation). Prompt and response: `prompt`, a
-    text or the messages before the answer, and `response` or `completion`, a text or one message. Messages:
-    `messages`, up to the assistant's; the response is the last answer that is trained on.
+    S1K: `question`, and `answer` with its `<think>…</think>`. Prompt and response: `prompt` as text or messages, and
+    `response` or `completion` as text or one message. Messages: `messages`; the response is the last trained answer.
 
     Args:
-        used: names of fields that a formula reads.
+        used: fields that a formula reads.
 
     Raises:
         ValueError: a field is missing, empty or of the wrong type, roles are out of order, or a field with a meaning
-            would be ignored; the message names place and field.
+            would be ignored. The message names place and field.
     """
     row, place = placed
     schema = schema_of(row)
@@ -127,10 +124,10 @@ def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
 
 
 def to_prompt(placed: PlacedRow) -> list[Message]:
-    """Return the messages before the answer of a row of any schema, whether or not it has an answer.
+    """Return the messages before the answer of a row of any schema; the row needs no answer.
 
     Raises:
-        ValueError: as `to_chat`.
+        ValueError: see `to_chat`.
     """
     row, place = placed
     schema = schema_of(row)
@@ -146,10 +143,10 @@ def to_prompt(placed: PlacedRow) -> list[Message]:
 
 
 def tools_of(placed: PlacedRow) -> list[dict[str, Any]] | None:
-    """The tools of a row, for the chat template.
+    """Tools of a row, for the chat template.
 
     Raises:
-        ValueError: they are no list of objects.
+        ValueError: `tools` is not a list of objects.
     """
     row, place = placed
     tools = row.get("tools")
@@ -166,7 +163,7 @@ def tools_of(placed: PlacedRow) -> list[dict[str, Any]] | None:
 
 
 def schema_of(row: dict[str, Any]) -> str:
-    """The field that says how a row is to be read; where there is none, that of the answer it has, or `question`."""
+    """Prompt field of the row's schema; without a prompt, the schema of its answer, or else `question`."""
     for field in SCHEMAS:
         if row.get(field) is not None:
             return field
@@ -175,7 +172,7 @@ def schema_of(row: dict[str, Any]) -> str:
 
 
 def needs_answer(row: dict[str, Any]) -> bool:
-    """Whether the response of a row must have an answer behind its thinking: of S1K, or with reasoning in a field."""
+    """Whether an answer must follow the thinking: in S1K rows, and in rows with a reasoning field."""
     schema = schema_of(row)
     answers = row.get(_answer_field(row, schema))
     holder = answers[-1] if isinstance(answers, list) else row
@@ -183,10 +180,7 @@ def needs_answer(row: dict[str, Any]) -> bool:
 
 
 def unused(row: dict[str, Any]) -> list[str]:
-    """Columns that hold something and are neither of the row's schema nor known metadata.
-
-    A further field `name` of messages is written `messages[].name`.
-    """
+    """Non-empty columns that are neither in the row's schema nor metadata; fields of messages as `messages[].name`."""
     schema = schema_of(row)
     used = USED[schema]
     names = [name for name, value in row.items() if name not in used and is_given(value)]
@@ -199,26 +193,26 @@ def unused(row: dict[str, Any]) -> list[str]:
 
 
 def final_answer(response: str) -> str:
-    """What follows the thinking."""
+    """Text after the thinking."""
     return response.rpartition(END_THINK)[2].strip()
 
 
 def with_thinking(thinking: str, answer: str) -> str:
-    """An answer behind the thinking that led to it, as S1K writes them.
+    """Join thinking and answer as S1K does.
 
     Raises:
-        ValueError: there is no answer, or the thinking holds tags that are not around it.
+        ValueError: the answer is empty, or the thinking holds inner tags.
     """
     if not answer.strip():
-        raise ValueError("there is no answer behind the thinking")
+        raise ValueError("the answer behind the thinking is empty")
     return "\n".join(filter(None, [THINK, _without_tags(thinking), END_THINK, answer.lstrip("\r\n")]))
 
 
 def system_of(row: dict[str, Any]) -> str | None:
-    """The system message that a row has beside its messages.
+    """System message in a field of the row.
 
     Raises:
-        ValueError: it is no text, or there are two that differ.
+        ValueError: it is not text, or two fields differ.
     """
     texts = {name: row[name] for name in SYSTEM if name in row and is_given(row[name])}
     if not texts:
@@ -232,12 +226,12 @@ def system_of(row: dict[str, Any]) -> str | None:
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field holds something: not null, nor an empty text, list or object."""
+    """Whether a value is neither null nor an empty text, list or object."""
     return isinstance(value, int | float) or bool(value.strip() if isinstance(value, str) else value)
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value, for an error."""
+    """Type name of a value, for errors."""
     return "null" if value is None else type(value).__name__
 
 
@@ -247,7 +241,7 @@ def _answer_field(row: dict[str, Any], schema: str) -> str:
 
 
 def _prompt(row: dict[str, Any], schema: str, place: str) -> list[Message]:
-    """The messages before the answer of a row that has it in a field of its own."""
+    """Messages before the answer, in a row whose answer is a separate field."""
     if schema == "prompt" and not isinstance(row.get("prompt"), str | None):
         prompt = _messages(row["prompt"], "prompt", "user", place)
     else:
@@ -272,11 +266,11 @@ def _response(row: dict[str, Any], schema: str, place: str) -> str:
 
 
 def _split(messages: list[Message], place: str) -> tuple[list[Message], str]:
-    """The last answer that is trained on, and what comes before it."""
+    """Messages before the last trained answer, and that answer."""
     answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     last = max((i for i in answers if messages[i].get("trained", True)), default=None)
     if last is None:
-        raise ValueError(f"{place}: no answer is trained on: each has 0 or false as its {', '.join(TRAINED)}")
+        raise ValueError(f"{place}: no answer is trained on: each has 0 or false in {', '.join(TRAINED)}")
     return messages[:last], messages[last]["content"]
 
 
@@ -297,7 +291,7 @@ def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> li
 
 
 def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
-    """An answer behind the thinking that its row or message has in a field of its own."""
+    """Prepend the thinking in a reasoning field of the row or message to its answer."""
     texts = {name: holder[name] for name in REASONING if name in holder and is_given(holder[name])}
     if not texts:
         return answer
@@ -317,25 +311,24 @@ def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
     before = answer.rpartition(END_THINK)[0]
     own = before.partition(THINK)[2] if THINK in before else before
     if own.strip() != thinking:
-        raise ValueError(f"{what} has a {THINK} of its own that differs from field '{next(iter(texts))}'")
+        raise ValueError(f"{what} has a {THINK} that differs from field '{next(iter(texts))}'")
     return answer
 
 
 def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str], used: Collection[str] = ()) -> None:
-    """Refuse columns with a meaning that is not used."""
+    """Refuse columns whose meaning would be ignored."""
     row, place = placed
-    names = [name for name in unused(row) if name in meaningful and name not in used]
-    if names:
+    if names := [name for name in unused(row) if name in meaningful and name not in used]:
         raise ValueError(f"{place}: {_no_effect(names)}")
 
 
 def _no_effect(names: Sequence[str]) -> str:
     subject = f"fields {', '.join(map(repr, names))} have" if names[1:] else f"field {names[0]!r} has"
-    return f"{subject} no effect here: drop the column, or use it in data.filter (training rows only)"
+    return f"{subject} no effect: drop the column, or use it in data.filter (training rows only)"
 
 
 def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
-    """Refuse marks beside the messages that say that a row is not trained on; `loss` may also be a measured number."""
+    """Refuse row marks that are 0; a `loss` other than 0 or 1 is a measurement."""
     row, place = placed
     measured = isinstance(row.get("loss"), int | float) and row["loss"] not in (0, 1)
     marks = _marks(row, f"{place}: the row", {*used, "loss"} if measured else used)
@@ -344,16 +337,12 @@ def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
 
 
 def _without_tags(thinking: str) -> str:
-    """Thinking without the tags around it.
-
-    Raises:
-        ValueError: it holds others.
-    """
+    """Thinking without the tags around it; raises ValueError on inner tags."""
     text = thinking.strip()
     if text.startswith(THINK) and text.endswith(END_THINK):
         text = text.removeprefix(THINK).removesuffix(END_THINK).strip()
     if THINK in text or END_THINK in text:
-        raise ValueError(f"{THINK} and {END_THINK} may stand around all of the thinking only")
+        raise ValueError(f"{THINK} and {END_THINK} may only enclose all of the thinking")
     return text
 
 
@@ -370,7 +359,7 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
 
 
 def _mapping(row: dict[str, Any]) -> str:
-    """A setting of data.columns, with the row's own columns where their names tell which they are."""
+    """Suggest a data.columns setting, with the row's columns where their names are common ones."""
     asked = next((name for name in ASKED if row.get(name) is not None), "QUESTION")
     answer = next((name for name in ANSWERED if row.get(name) is not None), "ANSWER")
     renamed = [f"{name}: {column}" for name, column in (("prompt", asked), ("response", answer)) if name != column]
@@ -383,13 +372,13 @@ def _converter(row: dict[str, Any]) -> str:
 
 
 def _check_thinking(answer: str, what: str, needed: bool = False) -> None:
-    """Refuse thinking that is begun and never ended; if it is `needed`, also an answer without it, or nothing else."""
+    """Refuse thinking without an end; if `needed`, also a missing thinking or final answer."""
     begun, ended = answer.lstrip().startswith(THINK), END_THINK in answer
     if needed and not (begun and ended):
         advice = (
             "`python -m data.prepare gsm8k` converts rows of GSM8K"
             if "####" in answer
-            else "where there is no thinking, call the fields `prompt` and `response`"
+            else "rows without thinking need the fields `prompt` and `response`"
         )
         raise ValueError(f"{what} does not begin with {THINK}…{END_THINK}; {advice}")
     if begun and not ended:
@@ -404,7 +393,7 @@ def _well_formed(text: str, what: str) -> str:
     if len(text) > MAX_TEXT:
         raise ValueError(f"{what} has {len(text):,} characters, more than {MAX_TEXT:,}")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{what} is not valid Unicode, it has a lone surrogate")
+        raise ValueError(f"{what} is not valid Unicode: it has a lone surrogate")
     return text
 
 
@@ -413,7 +402,7 @@ def _role(message: Any) -> Any:
 
 
 def _messages(messages: Any, field: str, last: str, place: str, first: str = "user") -> list[Message]:
-    """Messages in which a system message may come first, then user and assistant in turn, up to one of `last`."""
+    """Check messages: an optional system message, then user and assistant in turn, ending with role `last`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         found = "an empty one" if messages == [] else kind_of(messages)
         or_text = " or text" if field == "prompt" else ""
@@ -423,7 +412,7 @@ def _messages(messages: Any, field: str, last: str, place: str, first: str = "us
         role, what = _role(message), f"{place}: message {number} of '{field}'"
         if role == "system" and not is_given(_joined(message.get("content"), what)):
             _check_fields(message, what)
-            continue  # as if it was not there
+            continue
         if role == expected:
             expected = "assistant" if role == "user" else "user"
         elif role != "system" or made:
@@ -457,7 +446,7 @@ def _message(message: dict[str, Any], what: str) -> Message:
 
 
 def _check_fields(message: dict[str, Any], what: str) -> None:
-    """Refuse fields of a message that have a meaning that is not used."""
+    """Refuse fields of a message whose meaning would be ignored."""
     answer = message["role"] == "assistant"
     if more := [name for name in NOT_IN_MESSAGES if is_given(message.get(name))]:
         raise ValueError(f"{what} has {listed(more)}: only text is trained on")
@@ -470,14 +459,14 @@ def _check_fields(message: dict[str, Any], what: str) -> None:
 
 
 def _is_unused(message: dict[str, Any], name: str) -> bool:
-    """Whether a field of a message holds something that nothing used; marks are of an assistant's only."""
+    """Whether nothing reads this field of a message; only an assistant's marks are read."""
     if name in TRAINED and message.get("role") != "assistant":
         return message[name] not in (None, 0)
     return name not in IN_MESSAGES and is_given(message[name])
 
 
 def _joined(content: Any, what: str) -> Any:
-    """The text of content that is a list of parts; other content as it is."""
+    """Join content that is a list of text parts; return other content unchanged."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -498,10 +487,10 @@ def _is_trained(message: dict[str, Any], what: str) -> bool:
 
 
 def _marks(holder: dict[str, Any], what: str, unchecked: Collection[str] = ()) -> dict[str, bool]:
-    """Marks of a message or row that say whether it is trained on, by their names.
+    """Values of the TRAINED fields of a message or row.
 
     Raises:
-        ValueError: one is something other than 0, 1, true or false.
+        ValueError: a value is not 0, 1, true or false.
     """
     marks = {name: holder[name] for name in TRAINED if holder.get(name) is not None and name not in unchecked}
     for name, value in marks.items():

@@ -1,4 +1,4 @@
-"""How rows of published sets become training rows."""
+"""Convert rows of published sets to training rows."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Which rows are trained on: filters, duplicates, overlap with an evaluation set, subsets."""
+"""Select training rows: filters, duplicates, overlap with an evaluation set, subsets."""
 
 import ast
 import math
@@ -15,91 +15,86 @@ from data.chat import Chat, Message
 from data.errors import listed, nearest
 from data.evaluator import FUNCTIONS, Evaluator, check_syntax
 
-SHINGLE = 5  # words of which near duplicates must share most
+SHINGLE = 5  # words of the sequences that near duplicates share
 PERMUTATIONS = 128  # of MinHash
 NOT_COMPUTED = (
     *(InvalidExpression, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
     *(RecursionError, MemoryError),
 )
 VALUES = {bool: "true or false", float: "a finite number"}
-CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: a character is a word
+CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: each character is a word
 WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[-+*/=<>^%]")
 
 
 class Expression:
     """A formula over the fields of a row, such as `source == 'math' and thinking_tokens < 1500`.
 
-    data/README.md lists what it may hold. It cannot reach beyond the row, change it, or take long.
+    data/README.md lists the allowed syntax. A formula reads only the row, changes nothing, and its work is bounded.
 
     Args:
-        setting: what it was given as.
-        kind: of its value, bool or float.
+        setting: name of the setting, for errors.
+        kind: type of the value, bool or float.
 
     Attributes:
-        names: the fields that it reads.
+        names: fields that the formula reads.
 
     Raises:
-        ValueError: it cannot be read, or holds something else.
+        ValueError: the formula has a syntax error or a part that is not allowed.
     """
 
     def __init__(self, text: str, setting: str, kind: type):
-        self.kind, self.said = kind, f"{setting}={text!r}"
+        self.kind, self.shown = kind, f"{setting}={text!r}"
         try:
             self._parsed = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ValueError(f"{self.said} cannot be read: {getattr(error, 'msg', error)}") from error
+            raise ValueError(f"{self.shown} cannot be read: {getattr(error, 'msg', error)}") from error
         try:
             check_syntax(self._parsed)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.said}: {error}") from error
+            raise ValueError(f"{self.shown}: {error}") from error
         names = [node for node in ast.walk(self._parsed) if isinstance(node, ast.Name)]
-        own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # of comprehensions
+        own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # variables of comprehensions
         self.names = {node.id for node in names} - own - FUNCTIONS.keys()
         self._known, self._failure, self._worked = set(), None, False
         self._evaluator = Evaluator()
 
     def __call__(self, row: dict[str, Any], place: str) -> bool | float:
-        """Its value for a row.
+        """Compute the value for a row.
 
         Raises:
-            ValueError: it names a field that the row does not have, or cannot be computed there.
+            ValueError: the row lacks a field, or the computation fails.
         """
         self._evaluator.names = row
         self._known.update(row)
         try:
             value = self._evaluator.eval("", previously_parsed=self._parsed)
-            wanted = isinstance(value, bool) if self.kind is bool else _is_number(value)
-            if not wanted:
+            if not (isinstance(value, bool) if self.kind is bool else _is_number(value)):
                 raise TypeError(f"must be {VALUES[self.kind]}, it is {reprlib.repr(value)}")
         except NOT_COMPUTED as error:
-            said = str(error).rstrip(".") or type(error).__name__
-            reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else said
+            message = str(error).rstrip(".") or type(error).__name__
+            reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else message
             fields = listed([name for name in row if name.isidentifier()])
-            failure = ValueError(f"{place}: {self.said}: {reason}. Fields of the row: {fields}")
+            failure = ValueError(f"{place}: {self.shown}: {reason}. Fields of the row: {fields}")
             self._failure = self._failure or failure
             raise failure from error
         self._worked = True
         return self.kind(value)
 
     def check(self) -> None:
-        """Refuse what is wrong with the formula, and not with the rows.
-
-        Raises:
-            ValueError: of the rows so far none has a field that it names, or it has a value for none.
-        """
+        """Raise ValueError if no row so far has a field of the formula, or if the formula failed on every row."""
         for name in sorted(self.names - self._known if self._known else ()):
             hint = nearest(name, sorted(self._known))
-            raise ValueError(f"{self.said}: no row has a field {name} (a text needs quotes, {name!r}); {hint}")
+            raise ValueError(f"{self.shown}: no row has a field {name} (a text needs quotes, {name!r}); {hint}")
         if self._failure and not self._worked:
             raise self._failure
 
 
 class Duplicates:
-    """Finds texts that came before.
+    """Finds chats that equal or resemble an earlier one.
 
     Args:
-        kind: `exact`, but for case and spaces · `near`, with an estimated Jaccard similarity of their SHINGLE-word
-            sequences of at least `similarity` (MinHash, Broder 1997; the estimate's deviation is 0.04 or less).
+        kind: `exact` ignores case and spaces · `near` needs an estimated Jaccard similarity of SHINGLE-word sequences
+            of at least `similarity` (MinHash, Broder 1997; standard deviation at most 0.04).
 
     Raises:
         ValueError: `near` without datasketch.
@@ -112,12 +107,12 @@ class Duplicates:
                 from datasketch import MinHash, MinHashLSH
             except ImportError as error:
                 raise ValueError("data.drop_duplicates=near needs datasketch: pip install 'diffllm[dedup]'") from error
-            # Buckets find what is about as similar as they are made for: made for less, they miss next to nothing.
+            # LSH misses some pairs near its threshold: a lower threshold misses almost none of those we want.
             self._min_hash, self._candidates = MinHash, MinHashLSH(max(0.1, similarity - 0.3), PERMUTATIONS)
             self._sketches = {}
 
     def find(self, chat: Chat, place: str) -> str | None:
-        """`as` and the place of an earlier text like this one; if there is none, this one is remembered."""
+        """Return `as PLACE` of an earlier chat like this one; otherwise remember this one and return None."""
         text = "\n".join(f"{message['role']} {message['content']}" for message in chat["prompt"])
         text = f"{text}\nassistant {chat['response']}"
         digest = sha256(" ".join(text.lower().split()).encode()).digest()
@@ -136,9 +131,9 @@ class Duplicates:
 
 
 class Overlap:
-    """Finds chats that share a sequence of n words with a question of an evaluation set, or all of a shorter message.
+    """Finds chats that share n successive words with an evaluation question, or all words of a shorter message.
 
-    What system messages say is not looked at: it may be everyone's.
+    Ignores system messages, which many rows share.
     """
 
     def __init__(self, questions: Iterable[tuple[list[Message], str]], n: int):
@@ -150,14 +145,14 @@ class Overlap:
                         self.places.setdefault(hash(gram), place)
 
     def find(self, chat: Chat) -> str | None:
-        """The place of an evaluation question that a chat overlaps with."""
-        said = [message["content"] for message in chat["prompt"] if message["role"] != "system"]
-        grams = (gram for text in [*said, chat["response"]] for gram in n_grams(words_of(text), self.n))
+        """Place of an evaluation question that overlaps with the chat."""
+        texts = [message["content"] for message in chat["prompt"] if message["role"] != "system"]
+        grams = (gram for text in [*texts, chat["response"]] for gram in n_grams(words_of(text), self.n))
         return next((self.places[key] for gram in grams if (key := hash(gram)) in self.places), None)
 
 
 def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    """All sequences of n words; of fewer words the whole, and of none nothing."""
+    """Sequences of n successive words; all words if they are fewer than n."""
     return (tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)) if words)
 
 
@@ -171,15 +166,17 @@ def _is_number(value: Any) -> bool:
 
 
 def subset(rows: int, size: float, seed: int) -> np.ndarray:
-    """Which of the rows a random subset has, in their order; a smaller subset of the same seed is part of a larger one.
+    """Sorted indices of a random subset of the rows. A larger subset of the same seed contains every smaller one.
 
     Args:
-        size: a share up to 1, or a number of rows above.
+        size: a share up to 1, or a number of rows above 1.
 
     Raises:
-        ValueError: there are fewer rows.
+        ValueError: the subset is empty or larger than the rows.
     """
     count = round(size * rows) if size <= 1 else int(size)
     if not 0 < count <= rows:
-        raise ValueError(f"data.subset={size:g}: that is {count} of {rows} rows; give a share, or 2 to {rows}")
+        raise ValueError(
+            f"data.subset={size:g}: selects {count} of {rows} rows; give a share in (0, 1], or 2 to {rows}"
+        )
     return np.sort(np.random.default_rng(seed).permutation(rows)[:count])

@@ -1,4 +1,4 @@
-"""Formulas over a row, computed in bounded time and memory, and without a way to change the row."""
+"""Evaluate formulas over a row in bounded time and memory, without changing the row."""
 
 import ast
 from collections.abc import Callable, Iterable

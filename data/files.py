@@ -1,4 +1,4 @@
-"""Files, folders and hub data sets into rows, each with the place it came from."""
+"""Read rows of files, folders and hub data sets, each with its place."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Raw sets into training rows: `python -m data.prepare gsm8k train.jsonl raw/train.jsonl`.
+"""Convert raw sets to training rows: `python -m data.prepare gsm8k train.jsonl raw/train.jsonl`.
 
 Reads files, folders or hub ids, or generates a task. Writes a .jsonl file of rows with question and answer, prompt and
 response, or messages, and says what became of every row.

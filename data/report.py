@@ -1,4 +1,4 @@
-"""What became of the rows: read, kept, dropped and why, how long; as text, JSON and picture."""
+"""Report on rows read, kept and dropped, and on their lengths; as text, JSON and picture."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from data.terminal import printable, table
 from data.token_rows import TokenRows
 
 FILE = "data_report.json"
-EXAMPLES = 3  # of each reason
+EXAMPLES = 3  # per reason
 MAX_UNUSED = 1000  # columns
 PERCENTILES = (5, 50, 95, 99, 100)
 PARTS = ("prompt", "response", "thinking", "answer")
@@ -23,7 +23,7 @@ PARTS = ("prompt", "response", "thinking", "answer")
 
 @dataclass
 class Noted:
-    """How many rows something happened to, and the first of them."""
+    """A number of rows, and the first EXAMPLES of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -42,34 +42,34 @@ class Report:
     name: str
     read: int = 0
     kept: int = 0
-    trained: int | None = None  # of a stream, which reads ahead
-    dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order in which they are looked at
-    cut: Noted | None = None  # rows whose response lost its end, where that may be
-    answerless: int = 0  # of them, rows with nothing left of the last answer
-    control_tokens: Noted = field(default_factory=Noted)  # rows read whose texts hold control tokens
-    unused: dict[str, int] = field(default_factory=dict)  # rows read with something in a column that nothing used
-    sources: dict[str, int] = field(default_factory=dict)  # rows kept of each
-    epoch: dict[str, int] = field(default_factory=dict)  # rows of each in the first epoch
-    # rows by their number of tokens in each part; thinking and answer are those of the last answer
+    trained: int | None = None  # rows trained on; streams only, since they read ahead
+    dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order of the rules
+    cut: Noted | None = None  # rows with a cut response; None unless data.truncation=right
+    answerless: int = 0  # cut rows without any token of the last answer
+    control_tokens: Noted = field(default_factory=Noted)  # rows read with control tokens in their texts
+    unused: dict[str, int] = field(default_factory=dict)  # by column that nothing reads: rows that fill it
+    sources: dict[str, int] = field(default_factory=dict)  # rows kept, by source
+    epoch: dict[str, int] = field(default_factory=dict)  # rows of the first epoch, by source
+    # rows by token count, for each part; thinking and answer belong to the last answer
     lengths: dict[str, Counter[int]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
-    padding_share: float | None = None  # of the positions that will be forwarded
+    padding_share: float | None = None  # share of forwarded positions
 
     def drop(self, reason: str, example: str) -> None:
-        """Note that a row is left out."""
+        """Count a dropped row."""
         self.dropped.setdefault(reason, Noted()).add(example)
 
     def add_bad(self, bad: BadRows) -> None:
-        """Note the rows that cannot be used."""
+        """Count unusable rows as dropped."""
         self.dropped = {"cannot be used": Noted(bad.count, bad.named), **self.dropped}
 
     def add_unused(self, columns: Iterable[str]) -> None:
-        """Note the columns of a row that nothing used."""
+        """Count a row for each of its unused columns."""
         for name in columns:
             if name in self.unused or len(self.unused) < MAX_UNUSED:
                 self.unused[name] = self.unused.get(name, 0) + 1
 
     def keep(self, rows: TokenRows) -> None:
-        """Count rows that are kept."""
+        """Count kept rows."""
         answers = rows.column("answer_tokens")
         self.kept += len(rows)
         if self.cut:
@@ -84,7 +84,7 @@ class Report:
             self.lengths[part].update(values.tolist())
 
     def keep_only(self, rows: TokenRows, chosen: np.ndarray, reason: str) -> TokenRows:
-        """Those of the rows that were kept which are `chosen`; the others are left out for a reason."""
+        """Return the `chosen` rows of those kept so far; count the others as dropped for the reason."""
         others = np.setdiff1d(np.arange(len(rows)), chosen)
         self.dropped[reason] = Noted(len(others), [rows.place(row) for row in others[:EXAMPLES]])
         self.kept = self.answerless = 0
@@ -96,7 +96,7 @@ class Report:
         return kept
 
     def tokens(self) -> dict[str, dict[str, int]]:
-        """Percentiles of the length of each part; of thinking and answer where there is thinking."""
+        """Length percentiles of each part; of thinking and answer only if some row has thinking."""
         return {
             part: {f"p{p}": value for p, value in zip(PERCENTILES, percentiles(self.lengths[part]), strict=True)}
             for part in (PARTS if any(self.lengths["thinking"]) else PARTS[:2])
@@ -104,7 +104,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """For the terminal."""
+        """Report as lines for the terminal."""
         trained = "" if self.trained is None else f" read, {self.trained:,} trained on"
         lines = [f"{self.name}: {self.kept:,} of {self.read:,} rows{trained}"]
         for name, count in self.sources.items():
@@ -145,14 +145,14 @@ class Report:
 
 
 class Prepared(NamedTuple):
-    """Rows that are ready, and what became of the others."""
+    """Prepared rows and their report."""
 
     rows: TokenRows
     report: Report
 
 
 def percentiles(lengths: Counter[int]) -> list[int]:
-    """The PERCENTILES of what is counted, each a length that occurs: of two neighbours the larger."""
+    """PERCENTILES of counted lengths; between two neighbours, the larger."""
     values = sorted(lengths)
     through = np.cumsum([lengths[value] for value in values])
     ranks = np.ceil(np.array(PERCENTILES) / 100 * (through[-1] - 1))
@@ -160,17 +160,17 @@ def percentiles(lengths: Counter[int]) -> list[int]:
 
 
 def save(reports: list[Report], directory: Path, extend: bool = False) -> list[Path]:
-    """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; returns the files.
+    """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; return the files.
 
     Args:
-        extend: the JSON file by these reports, instead of writing a new one.
+        extend: keep the other reports of an existing JSON file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
     contents = read_object(path) if extend and path.exists() else {}
     for report in reports:
         contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
-        del contents[report.name]["lengths"]  # said by `tokens`, in a line each
+        del contents[report.name]["lengths"]  # `tokens` summarises them
     write_object(path, contents)
     return [path, *_draw(reports, path.with_suffix(".png"))]
 
@@ -191,7 +191,7 @@ def _draw(reports: list[Report], path: Path) -> list[Path]:
 
 
 def _draw_rows(axes: Any, report: Report) -> None:
-    """Lengths on the left, what became of the rows on the right."""
+    """Draw lengths on the left, row counts by outcome on the right."""
     tokens = report.tokens()
     bins = np.linspace(0, max((found["p100"] for found in tokens.values()), default=1), 50)
     for part in tokens:
@@ -200,7 +200,7 @@ def _draw_rows(axes: Any, report: Report) -> None:
     axes[0].set(title=report.name, xlabel="tokens", ylabel="rows", yscale="log")
     axes[0].legend()
     counts = {"kept": report.kept} | ({"of them cut": report.cut.count} if report.cut else {})
-    # a dollar sign would begin a formula
+    # matplotlib reads $ as the start of a formula
     counts |= {fill(reason, 40).replace("$", r"\$"): noted.count for reason, noted in report.dropped.items()}
     bars = axes[1].barh(list(counts), list(counts.values()))
     axes[1].bar_label(bars, fmt="{:,.0f}", padding=3)

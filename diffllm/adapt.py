@@ -1,4 +1,4 @@
-"""Autoregressive checkpoints made into diffusion ones: `python -m diffllm.adapt Qwen/Qwen2.5-7B qwen_adapted`.
+"""Adapt an autoregressive checkpoint to diffusion: `python -m diffllm.adapt Qwen/Qwen2.5-7B qwen_adapted`.
 
 Training and sampling adapt a checkpoint when they load it; for a large one it is better done once, since every rank
 loads all of it.

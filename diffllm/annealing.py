@@ -1,4 +1,4 @@
-"""From causal to bidirectional attention, a little more with every step (DiffuLLaMA, arXiv 2410.17891)."""
+"""Anneal attention from causal to bidirectional over some steps (DiffuLLaMA, arXiv 2410.17891)."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""How checkpoints map onto Transformers decoders: configuration keys, weight names, shift."""
+"""Map checkpoints onto Transformers decoders: config keys, weight names, shift."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""GGUF files: their names, what reading them needs, and what Transformers would lose of them."""
+"""GGUF files: recognise and check them, and find weights that Transformers would drop."""
 
 import re
 from importlib.util import find_spec

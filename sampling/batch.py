@@ -1,4 +1,4 @@
-"""Rows that are forwarded together: where logits are needed, and what they propose."""
+"""Forward rows together, and propose tokens for their masked positions."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -73,7 +73,7 @@ class Batch:
         self.at_once = positions_at_once(model)
         self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
-        # A mask that an adaptive transfer committed would be no progress; the published schedules may commit one.
+        # Adaptive transfer must never commit the mask token, or it would loop; the published schedules may commit it.
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
 

@@ -1,4 +1,4 @@
-"""Keys and values of canvas positions that are not computed again at every step.
+"""Cache keys and values of canvas positions, so that a step computes only some of them.
 
 Attention in both directions makes every position depend on every other, so a cache is an approximation until it is
 refreshed. The kinds differ only in which positions a step computes:

@@ -1,4 +1,4 @@
-"""The canvas: the tokens of a row, those to fill masked."""
+"""The canvas: tokens of a row, with masks at the positions to fill."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What token a masked position would become, and how sure the model is of it.
+"""Propose a token for each masked position, with the confidence of the model.
 
 Confidence is a property of the model's distribution, temperature of the draw. Computing the first after the second
 makes every confidence tie at 1 as the temperature goes to 0, and the positions are then filled from left to right.

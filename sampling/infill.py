@@ -1,4 +1,4 @@
-"""Infilling: slots in a text are filled, what stands around them is given.
+"""Infilling: fill slots inside a text.
 
 A slot is text in the middle of a text, so nothing ends it: end-of-sequence, mask and the tokenizer's other special
 tokens are forbidden in it, and stop sequences do not count. What precedes the first slot is the canvas's prompt: blocks

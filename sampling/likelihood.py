@@ -1,4 +1,4 @@
-"""How likely tokens are under the model: a lower bound on their log-likelihood, by Monte Carlo.
+"""Lower bound on the log-likelihood of tokens, by Monte Carlo.
 
 A masked diffusion model gives n tokens of a row, S, with the rest of the row known, at least the log-likelihood
 

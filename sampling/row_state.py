@@ -1,4 +1,4 @@
-"""A canvas that is being filled: what to do next, and what has become of it."""
+"""State of one canvas between two steps: its tokens, its next step, its history."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

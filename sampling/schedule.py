@@ -1,4 +1,4 @@
-"""How many tokens a step commits: by a schedule, or as many as the model is sure of."""
+"""Number of tokens that a step commits: by a noise schedule, or by the confidence of the model."""
 
 from functools import lru_cache
 

@@ -1,4 +1,4 @@
-"""What a run is made of, from its configuration: model, tokenizer, rows, optimizer."""
+"""Build the parts of a run from its settings: model, tokenizer, batches, optimizer."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint writes and reads here: with digests, and without running code from a file.
+"""Write with torch.distributed.checkpoint and digests; read without running code from a file.
 
 DCP pickles its `.metadata` and every entry that is not a tensor; a stranger's checkpoint could hold any code there. So
 only tensors are saved, an unpickler that knows DCP's own classes reads `.metadata`, and nothing else is unpickled.

@@ -1,4 +1,4 @@
-"""How a run that fails ends: every process of it, soon, and with the error that caused it.
+"""End a failed run: every process, within seconds, with the error that caused the failure.
 
 A rank that fails leaves others behind in collectives that never end, and may hang itself: in a communicator, a thread,
 or on a disk that does not answer. torchrun would kill what is left 30 s later; without torchrun it would stay for ever.

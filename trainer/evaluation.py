@@ -1,4 +1,4 @@
-"""Questions of a task, and responses to many prompts over all ranks, whatever interrupts them.
+"""Sample responses to many prompts over all ranks, resumable after any interruption.
 
 A response depends on its prompt, its row id, the sampling settings and the weights alone, so any rank may sample it at
 any time. Each rank appends finished responses to its own file in the directory `OUTPUT.partial`. `run.json` in that

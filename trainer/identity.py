@@ -1,4 +1,4 @@
-"""What makes a run the one it is, and not another that happens to have the same directory."""
+"""Identity of a run: a checkpoint of another run in the same directory is refused."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from trainer.schema import differences
 
 @dataclass(frozen=True)
 class Identity:
-    """Kept with every checkpoint; a run goes on only from one with the same."""
+    """Saved with every checkpoint. A run resumes only from a checkpoint with an equal identity."""
 
     config: Config
     global_batch_size: int

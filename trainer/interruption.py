@@ -1,4 +1,4 @@
-"""Requests to stop, which clusters send as signals."""
+"""Stop on the signals of a cluster, at the end of a step."""
 
 import signal
 from types import FrameType

@@ -1,4 +1,4 @@
-"""checkpoint.json: what a checkpoint is of, and the digest of every file in it."""
+"""checkpoint.json: the run and step of a checkpoint, and the digest of each file."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds all the time, from the shapes of a model."""
+"""Bytes of weights, gradients and optimizer state on a rank, from the shapes of a model."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what it takes to run them again is kept."""
+"""Save the micro-batches of a step whose loss or gradient is not finite, for replay."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

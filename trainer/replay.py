@@ -1,4 +1,4 @@
-"""A step that was not finite, row by row: `python -m trainer.replay FILE [CHECKPOINT]`."""
+"""Run a non-finite step again, row by row: `python -m trainer.replay FILE [CHECKPOINT]`."""
 
 import sys
 from pathlib import Path

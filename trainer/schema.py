@@ -1,4 +1,4 @@
-"""The tree of settings as a whole: reading it strictly, and comparing two of them."""
+"""Read the tree of settings strictly, and compare two trees."""
 
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass

@@ -260,7 +260,7 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a\ud800", "answer": "<think>b</think>4"}, "lone surrogate"),
         (
             {"question": "a", "answer": "4"},
-            "does not begin with <think>…</think>; where there is no thinking, call the fields `prompt`",
+            "does not begin with <think>…</think>; rows without thinking need the fields `prompt`",
         ),
         ({"question": "a", "answer": "</think><think>4"}, "does not begin with <think>…</think>"),
         ({"question": "a", "answer": "so\n#### 4"}, "does not begin with .*data.prepare gsm8k` converts"),

@@ -246,7 +246,11 @@ def test_gsm8k_keeps_what_a_row_has(field, value):
         ("alpaca", {"instruction": "Add.", "output": " "}, "raw:1: field 'output' is empty"),
         ("alpaca", {"instruction": "", "output": "4"}, "raw:1: field 'instruction' is empty"),
         ("sharegpt", {"conversations": "Hi"}, "raw:1: field 'conversations' must be a non-empty list"),
-        ("s1k", {"question": "?", "thinking_trajectories": ["a"], "attempt": ""}, "raw:1: there is no answer behind"),
+        (
+            "s1k",
+            {"question": "?", "thinking_trajectories": ["a"], "attempt": ""},
+            "raw:1: the answer behind the thinking is empty",
+        ),
         ("messages", {"text": "4"}, "raw:1: field 'messages' is missing"),
         (
             "alpaca",
