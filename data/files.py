@@ -61,7 +61,7 @@ def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[Pl
 
 
 def digest(name: str | Path) -> str:
-    """Tells the content that `iterate` reads from any other, in a folder with the names of its files.
+    """Digest of the content that `iterate` reads; for a folder, also of its file names.
 
     Raises:
         ValueError: as `iterate`.
@@ -77,9 +77,9 @@ def digest(name: str | Path) -> str:
 
 
 def outline(name: str | Path) -> list[tuple[str, int, str]]:
-    """Of each file its name, bytes, and a digest of how it begins and ends: read at once, however large it is.
+    """Name, size, and digest of the first and last bytes of each file, in a time that does not grow with the file.
 
-    Nothing for a hub id, behind which the rows may change.
+    Empty for a hub id, whose rows may change.
 
     Raises:
         ValueError: there is no such file, and it is no hub id either.
@@ -100,7 +100,7 @@ def outline(name: str | Path) -> list[tuple[str, int, str]]:
 
 
 def _place(name: str | Path) -> tuple[Path, str | None]:
-    """Path of a name, the user's home for its `~`, and the split that it asks for of a folder."""
+    """Path of a name, with `~` expanded, and the split of a folder that it names."""
     name = os.path.expanduser(name)
     path = Path(name)
     folder, colon, split = name.rpartition(":")
