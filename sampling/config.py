@@ -1,9 +1,7 @@
 """Settings of the reverse process."""
 
 import re
-from dataclasses import dataclass
-
-from data.settings import check_fields, setting
+from dataclasses import dataclass, field
 
 ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy", "left_to_right")
 LLADA_ALGS = {"random": "origin", "low_confidence": "maskgit_plus"}
@@ -21,43 +19,64 @@ class SamplingConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    max_new_tokens: int = setting(256, at_least=1)  # masked positions appended to the prompt
-    min_new_tokens: int = setting(0, at_least=0)  # no end-of-sequence token among the first so many
-    steps: int = setting(256, at_least=1)  # steps of the scheduled transfers, shared out over the blocks
-    # positions filled before the next block starts; null is one block
-    block_length: int | None = setting(None, at_least=1)
+    max_new_tokens: int = 256  # masked positions appended to the prompt
+    min_new_tokens: int = 0  # no end-of-sequence token among the first so many
+    steps: int = 256  # steps of the scheduled transfers, shared out over the blocks
+    block_length: int | None = None  # positions filled before the next block starts; null is one block
     # the score: origin (or random) | maskgit_plus (or low_confidence) | topk_margin | entropy | left_to_right
-    alg: str = setting("entropy", choices=(*ALGS, *LLADA_ALGS))
-    alg_temp: float = setting(0.0, at_least=0)  # 0 takes the most confident positions, above 0 samples them
-    # rate by the model's own distribution, or `scaled`: after temperature, top-p, top-k
-    confidence: str = setting("unscaled", choices=("unscaled", "scaled"))
-    temperature: float = setting(0.0, at_least=0)  # 0 takes the most likely token, above 0 samples it
-    # nucleus: smallest set of tokens with at least this probability
-    top_p: float | None = setting(None, above=0, at_most=1)
-    top_k: int | None = setting(None, at_least=1)  # the k most likely tokens
+    alg: str = "entropy"
+    alg_temp: float = 0.0  # 0 takes the most confident positions, above 0 samples them
+    confidence: str = "unscaled"  # rate by the model's own distribution, or `scaled`: after temperature, top-p, top-k
+    temperature: float = 0.0  # 0 takes the most likely token, above 0 samples it
+    top_p: float | None = None  # nucleus: smallest set of tokens with at least this probability
+    top_k: int | None = None  # the k most likely tokens
     # how many tokens a step commits: linear (Dream) | cosine | even (LLaDA), as scheduled | threshold | factor |
     # entropy_bound, as many as the model is sure of, whatever `steps` is
-    transfer: str = setting("linear", choices=SCHEDULED + ADAPTIVE)
-    eps: float = setting(1e-3, above=0, below=1)  # time at which linear and cosine end
-    threshold: float = setting(0.9, above=0, at_most=1)  # of transfer=threshold: the least probability
-    factor: float = setting(1.0, above=0)  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
-    entropy_bound: float = setting(0.1, above=0)  # of transfer=entropy_bound: nats
-    # largest share of the committed tokens that a step masks again (ReMDM)
-    remask: float = setting(0.0, at_least=0, below=1)
-    cfg_scale: float = setting(0.0, at_least=0)  # classifier-free guidance; above 0 every step forwards twice
+    transfer: str = "linear"
+    eps: float = 1e-3  # time at which linear and cosine end
+    threshold: float = 0.9  # of transfer=threshold: the least probability
+    factor: float = 1.0  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
+    entropy_bound: float = 0.1  # of transfer=entropy_bound: nats
+    remask: float = 0.0  # largest share of the committed tokens that a step masks again (ReMDM)
+    cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
-    stop: list[str] = setting([], escapes=True)  # a row ends at the first of these strings likewise
-    forbidden: list[str] = setting([], escapes=True)  # tokens that are never committed
-    cache: str = setting("none", choices=CACHES)  # keys and values kept: none | prefix | dual | delayed
-    # forwards until all keys and values are made anew; null does so where a block starts
-    cache_refresh: int | None = setting(None, at_least=1)
-    batch_size: int = setting(32, at_least=1)  # prompts sampled together
-    seed: int = setting(0, at_least=0)  # a row's draws depend on (seed, row, step) alone
+    # In these two \n, \t, \r, \\ and \uXXXX stand for characters, on the command line and in YAML.
+    stop: list[str] = field(default_factory=list, metadata={"escapes": True})  # the first of them ends a row likewise
+    forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})  # tokens that are never committed
+    cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
+    cache_refresh: int | None = None  # forwards until all keys and values are made anew; null: where a block starts
+    batch_size: int = 32  # prompts sampled together
+    seed: int = 0  # a row's draws depend on (seed, row, step) alone
 
     def __post_init__(self) -> None:
-        check_fields(self, "sampling")
         self.alg = LLADA_ALGS.get(self.alg, self.alg)
+        for name, allowed in (
+            ("alg", (*ALGS, *LLADA_ALGS)),
+            ("transfer", SCHEDULED + ADAPTIVE),
+            ("confidence", ("unscaled", "scaled")),
+            ("cache", CACHES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name in ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"sampling.{name}={value}: must be at least 1")
+        for name in ("temperature", "alg_temp", "cfg_scale", "min_new_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: must not be negative")
+        for name in ("top_p", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"sampling.{name}={value}: must be in (0, 1]")
+        for name in ("factor", "entropy_bound"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be positive")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"sampling.eps={self.eps}: must be in (0, 1)")
+        if not 0 <= self.remask < 1:
+            raise ValueError(f"sampling.remask={self.remask}: must be in [0, 1)")
         if self.remask and self.adaptive:
             raise ValueError(
                 f"sampling.remask={self.remask}: goes with a scheduled transfer ({', '.join(SCHEDULED)}), "
