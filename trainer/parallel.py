@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -47,7 +47,6 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
     """
     settings = config.trainer
     recompute_activations(model, config.model)
-    layers = model.lm.get_decoder().layers
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config, distributed.device),
         reduce_dtype=torch.float32,
@@ -61,18 +60,18 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
         if settings.cpu_offload
         else OffloadPolicy(),
     )
-    for layer in layers:
+    for layer in model.lm.get_decoder().layers:
         if config.model.compile:
             layer.compile()
         split(layer, reshard_after_forward=settings.reshard_after_forward)
     split(model)
-    for part in (*layers, model):
+    for part in sharded_parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
 
-    home = torch.device("cpu") if settings.cpu_offload else distributed.device
+    device = torch.device("cpu") if settings.cpu_offload else distributed.device
     empty = any(parameter.is_meta for parameter in model.parameters())
-    model._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(home))
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(distributed.device))
@@ -89,7 +88,7 @@ def gathered(model: DiffLLM, config: TrainerConfig) -> Iterator[None]:
     In the block a rank may call `hidden` and `head`, but not `forward`, as often as its rows need: no call waits for
     another rank. The weights are in the dtype of the forward. Afterwards the model is sharded and in training mode.
     """
-    parts = (*model.lm.get_decoder().layers, model)
+    parts = sharded_parts(model)
     # Registered in the block only: `forward` calls `hidden`, and FSDP would gather embedding and head once more a step.
     register_fsdp_forward_method(model, "hidden")
     try:
@@ -104,8 +103,18 @@ def gathered(model: DiffLLM, config: TrainerConfig) -> Iterator[None]:
         model.train()
         for layer in parts[:-1]:
             layer.set_reshard_after_forward(config.reshard_after_forward)
-        for part in parts:
-            part.reshard()
+        reshard(model)
+
+
+def sharded_parts(model: DiffLLM) -> tuple[nn.Module, ...]:
+    """Layers, then the model: each is one FSDP unit."""
+    return (*model.lm.get_decoder().layers, model)
+
+
+def reshard(model: DiffLLM) -> None:
+    """Free gathered weights of all layers and of the root; the method of FSDP frees those of one unit."""
+    for part in sharded_parts(model):
+        part.reshard()
 
 
 def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:

@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.distributed import Distributed
 from trainer.memory import check_gathers
 from trainer.metrics import ValSample
-from trainer.parallel import gathered
+from trainer.parallel import gathered, reshard
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def validate(
     """Metrics of an objective over the validation rows of all ranks. Collective."""
     model.eval()
     sums = sum(objective.measure(batch, objective.loss(model, batch)) for batch in batches)
-    model.reshard()
+    reshard(model)
     model.train()
     return {f"val/{name}": value for name, value in objective.metrics(distributed.sum(*sums)).items()}
 

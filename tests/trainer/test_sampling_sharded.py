@@ -15,7 +15,7 @@ from sampling.config import ALGS, CACHES
 from tests.trainer.runs import free_port, joined, losses, start_ranks, weights
 from trainer.build import build_model, compute_dtype
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
-from trainer.parallel import gathered
+from trainer.parallel import gathered, reshard
 
 SAMPLING = SamplingConfig(max_new_tokens=16, steps=6, block_length=8, temperature=0.7, batch_size=2)
 EVERY = [
@@ -81,8 +81,7 @@ def sample_while_training(trainer, configs):
         for layer in layers:
             sharded = all(isinstance(parameter, DTensor) for parameter in layer.parameters())
             assert sharded == settings.trainer.reshard_after_forward
-            layer.reshard()
-        model.reshard()
+        reshard(model)
         trainer.val_samples = as_it_is  # once is enough
         return answers
 
