@@ -1,6 +1,5 @@
 """`diffusion_generate` with the arguments of Dream's published code, for every model that fills in masks."""
 
-import difflib
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from data.errors import nearest
 from sampling import (
     LogitsHook,
     RowState,
@@ -231,9 +231,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in known:
             arguments = [*known, *signature(DiffusionGeneration.diffusion_generate).parameters]
-            close = difflib.get_close_matches(name, arguments, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"diffusion_generate: no setting {name}; {hint}")
+            raise ValueError(f"diffusion_generate: no setting {name}; {nearest(name, arguments)}")
         kind = TYPES.get(name)
         kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # int of int | None
         if value is not None and kind in KINDS and not isinstance(value, KINDS[kind][1]):

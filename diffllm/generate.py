@@ -72,22 +72,23 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
     Raises:
         ValueError: a stop string that has no tokens, or a forbidden text that is not one token.
     """
-    stop = []
-    for text in config.stop:
+
+    def tokens_of(setting: str, text: str) -> tuple[int, ...]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
-            raise ValueError(f"sampling.stop={config.stop}: {text!r} cannot be written in the model's tokens")
-        if tokenizer.decode(ids) == text:  # else they may stand for another: `is_complete` finds the text itself
-            stop.append(tuple(ids))
+            raise ValueError(f"sampling.{setting}={text!r}: cannot be written in the model's tokens")
+        return tuple(ids)
+
+    stop = [tokens_of("stop", text) for text in config.stop]
     forbidden = []
     for text in config.forbidden:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
-            raise ValueError(
-                f"sampling.forbidden={config.forbidden}: {text!r} is not one token of the model but {len(ids)}: "
-                f"{tokenizer.convert_ids_to_tokens(ids)}"
-            )
+        ids = tokens_of("forbidden", text)
+        if len(ids) > 1:
+            names = tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(f"sampling.forbidden={text!r}: is not one token of the model but {len(ids)}: {names}")
         forbidden += ids
+    # Tokens that decode to another text may stand for that text: `is_complete` finds the stop string itself.
+    stop = [ids for text, ids in zip(config.stop, stop, strict=True) if tokenizer.decode(ids) == text]
     # published models also end with what ended a turn or padded an answer in their training
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
     unnamed = ids_without_token(tokenizer, model.vocab_size)

@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jinja2.parser import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data.errors import nearest
 from diffllm.checkpoint_errors import readable
 from diffllm.checkpoint_source import on_hub
 from diffllm.gguf import split_gguf
@@ -148,11 +148,8 @@ def set_template_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[s
     taken = template_variables(tokenizer.get_chat_template()) - {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     for name in values:
         if name not in taken:
-            near = get_close_matches(name, taken, n=2) or sorted(taken)
-            raise ValueError(
-                f"model.chat_template_kwargs={dict(values)}: the chat template takes no {name!r}; it takes "
-                f"{', '.join(near) or 'nothing but the messages'}"
-            )
+            hint = nearest(name, sorted(taken)) if taken else "it takes nothing but the messages"
+            raise ValueError(f"model.chat_template_kwargs={dict(values)}: the chat template takes no {name!r}; {hint}")
     # Templates are read with trim_blocks, which drops the last newline; then the template begins a line as it did.
     given = "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"

@@ -50,7 +50,9 @@ OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # its names ar
 del DEFAULTS.diffusion  # each of its choices begins with the defaults of its objective
 ConfigStore.instance().store("defaults", DEFAULTS)
 for name, objective in OBJECTIVES.items():
-    ConfigStore.instance().store(name, plain(objective.settings), group="diffusion")
+    settings = plain(objective.settings)
+    OmegaConf.set_struct(settings, False)  # settings of another objective are refused by `resolve`
+    ConfigStore.instance().store(name, settings, group="diffusion")
 OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
 
 
@@ -177,7 +179,7 @@ def check_arguments(arguments: list[str]) -> None:
             continue
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
         for value in values:
-            if value not in (*choices[key], "null"):
+            if value not in choices[key]:
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
 
 

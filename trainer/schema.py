@@ -10,56 +10,67 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data import errors
 from data.errors import nearest
+from data.tasks import find_task
 from diffllm import DiffusionConfig
 from diffllm.diffusion import OBJECTIVES, ObjectiveConfig, settings_of
 from sampling.config import unescape
 from trainer.config import Config, to_dict
 
 
-def tree(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """Yield the dotted name and the field of each setting, groups included."""
-    for item in fields(schema):
-        yield prefix + item.name, item
-        parts = [item.type] if is_dataclass(item.type) else []
-        if item.type is ObjectiveConfig:
-            parts = [objective.settings for objective in OBJECTIVES.values()]
-        for part in parts:
-            yield from tree(part, f"{prefix}{item.name}.")
+def tree(*objectives: type[ObjectiveConfig]) -> Iterator[tuple[str, Field]]:
+    """Yield the dotted name and the field of each setting, groups included.
+
+    Args:
+        objectives: settings of the objectives that the group `diffusion` has.
+    """
+    for item in fields(Config):
+        yield item.name, item
+        for group in objectives if item.type is ObjectiveConfig else [item.type]:
+            if is_dataclass(group):
+                yield from ((f"{item.name}.{each.name}", each) for each in fields(group))
 
 
 def field_names() -> list[str]:
-    """Every dotted name of the tree, groups included."""
-    return list(dict.fromkeys(name for name, _ in tree()))
+    """Every dotted name, with the settings of all objectives."""
+    objectives = [objective.settings for objective in OBJECTIVES.values()]
+    return list(dict.fromkeys(name for name, _ in tree(*objectives)))
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The composed tree as checked dataclasses.
+    """Checked dataclasses of the composed tree.
 
     A list of one may be written without brackets. `~` and the escapes of `sampling.config.unescape` are replaced: most
     shells pass both on as typed.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong type or outside its range.
+        ValueError: an unknown key, objective or task; a value of the wrong type or outside its range.
     """
     try:
         plain = OmegaConf.to_container(composed)
-        for name, item in tree():
+        objective = (plain.get("diffusion") or {}).get("objective", DiffusionConfig.objective)
+        settings = settings_of(objective)
+        for name, item in tree(settings):
             group, _, key = name.rpartition(".")
             owner = plain.get(group) if group else plain
             if item.type == list[str] and isinstance(owner, dict) and isinstance(owner.get(key), str):
                 owner[key] = [owner[key]]
-        objective = plain.get("diffusion", {}).get("objective", DiffusionConfig.objective)
-        schema = OmegaConf.structured(Config(diffusion=settings_of(objective)()))
+        schema = OmegaConf.structured(Config(diffusion=settings()))
         config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except ConfigKeyError as error:
+        if error.full_key in field_names():
+            raise ValueError(
+                f"{error.full_key}: diffusion.objective={objective} has no such setting; choose the objective that has "
+                "it by diffusion=CHOICE"
+            ) from error
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
-    for name, item in tree():
+    for name, item in tree(settings):
         group, _, key = name.rpartition(".")
         owner = getattr(config, group) if group else config
-        if hasattr(owner, key):  # settings of other objectives are in the tree too
-            setattr(owner, key, _as_meant(name, getattr(owner, key), item))
+        setattr(owner, key, _as_meant(name, getattr(owner, key), item))
+    if config.task.name is not None:
+        find_task(config.task.name)
     return config
 
 
@@ -73,8 +84,8 @@ def _as_meant(name: str, value: Any, item: Field) -> Any:
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """Name each setting that makes a run another one than a saved configuration describes."""
-    known = {name: item.metadata for name, item in tree()}
+    """Name each setting that must not differ when a run resumes, and differs from the saved one."""
+    known = {name: item.metadata for name, item in tree(type(config.diffusion))}
     freedom = {name: metadata.get("free_when_resuming") for name, metadata in known.items()}
 
     def fixed(tree: dict[str, Any]) -> dict[str, Any]:

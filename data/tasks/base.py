@@ -1,4 +1,4 @@
-"""What a task is: rows, the prompt of a row, and the score of a response."""
+"""The protocol of a task: rows, the prompt of a row, the score of a response."""
 
 import re
 from abc import ABC, abstractmethod
@@ -15,12 +15,12 @@ NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
 
 class Task(ABC):
-    """Questions and how their answers are scored. A subclass gives `name` and `rows`, and overrides what differs.
+    """Rows, their prompts, and scores of responses. A subclass gives `name` and `rows`, and may override the rest.
 
     Attributes:
         name: chooses the task on the command line, `task.name=NAME`.
-        kind: how a model answers. It generates a response, chooses one of the row's options by their likelihood, or is
-            scored by the likelihood of the row's own response.
+        kind: the model generates a response, chooses one of the row's options by likelihood, or scores the row's own
+            response by likelihood.
         bad: rows that cannot be used. `rows` adds those that it cannot read.
     """
 

@@ -1,4 +1,4 @@
-"""What training minimises. Each objective is one file of this package, found by the name that its settings have."""
+"""Objectives, one file each. The `objective` of its settings names it."""
 
 import importlib
 import pkgutil

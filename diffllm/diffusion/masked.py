@@ -43,12 +43,12 @@ class DiffusionConfig(ObjectiveConfig):
     token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
     token_reweighting_alpha: float = setting(0.25, at_least=0)
     token_reweighting_gamma: float = setting(2.0, at_least=0)
-    # what the loss is divided by: masked tokens | maskable tokens | sequences
+    # denominator of the loss: masked tokens | maskable tokens | sequences
     loss_norm: str = setting("maskable", choices=LOSS_NORMS)
 
     @property
     def token_loss(self) -> TokenLoss:
-        """The function of a token's nll that is summed up."""
+        """Cross entropy, or focal if `token_reweighting`."""
         if not self.token_reweighting:
             return CROSS_ENTROPY
         return Focal(self.token_reweighting_alpha, self.token_reweighting_gamma)
@@ -66,7 +66,7 @@ class MaskedDiffusion(Objective):
     config: DiffusionConfig
 
     def for_validation(self, seed: int) -> "MaskedDiffusion":
-        """The bound on the likelihood, whatever training weighs its tokens by."""
+        """Objective with the weights of the likelihood bound, whatever weights training has."""
         return MaskedDiffusion(DiffusionConfig(eps=self.config.eps), self.mask_token_id, seed)
 
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
@@ -123,7 +123,7 @@ class MaskedDiffusion(Objective):
         return self.config.t_sampler == "importance" and self.config.time_reweighting == "original"
 
     def denominator(self, batch: Batch) -> Tensor:
-        """The batch's part of what the loss of the step is divided by, a float64 scalar.
+        """The batch's part of the step's loss denominator, a float64 scalar.
 
         `masked` the masked tokens, each counted with its importance · `maskable` the tokens that may be masked, as in
         the ELBO · `sequence` the rows.

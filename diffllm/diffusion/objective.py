@@ -1,6 +1,6 @@
-"""The protocol of an objective: how rows are noised, and what the model is trained to do with them.
+"""The protocol of an objective: noise rows, compute a loss, measure.
 
-The trainer, the loader, validation and the metrics know no objective. To add one, write a file with a subclass of
+Trainer, loader, validation and metrics know this protocol alone. To add an objective, write a file with a subclass of
 `ObjectiveConfig` and one of `Objective` into this package, and choices for it into `conf/diffusion/`.
 """
 
@@ -33,7 +33,7 @@ class ObjectiveConfig:
 
 
 class Objective(ABC):
-    """What training minimises.
+    """A way to noise rows, and a loss of what the model predicts for them.
 
     A corrupted batch is on the host and has, beside what the loader put in: x_t [B, L], masked [B, L] bool, the
     positions that the loss is about, and whatever `loss` and `measure` read.
@@ -49,10 +49,13 @@ class Objective(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        OBJECTIVES[cls.settings.objective] = cls
+        name = cls.settings.objective
+        if name in OBJECTIVES:
+            raise TypeError(f"{cls.__name__}: objective={name} is {OBJECTIVES[name].__name__}; choose another name")
+        OBJECTIVES[name] = cls
 
     def for_validation(self, seed: int) -> "Objective":
-        """The objective that validation measures, with noise of its own."""
+        """Objective for validation, with noise of its own."""
         return type(self)(self.config, self.mask_token_id, seed)
 
     @abstractmethod
@@ -67,7 +70,7 @@ class Objective(ABC):
 
     @abstractmethod
     def denominator(self, batch: Batch) -> Tensor:
-        """The batch's part of what the loss of the step is divided by, a float64 scalar; parts add up."""
+        """The batch's part of the step's loss denominator, a float64 scalar; parts add up."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
@@ -91,8 +94,9 @@ def settings_of(objective: str) -> type[ObjectiveConfig]:
     Raises:
         ValueError: no objective has that name.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"diffusion.objective={objective}: no such objective; {nearest(objective, list(OBJECTIVES))}")
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
+        hint = nearest(str(objective), list(OBJECTIVES))
+        raise ValueError(f"diffusion.objective={objective}: no such objective; {hint}")
     return OBJECTIVES[objective].settings
 
 

@@ -202,8 +202,8 @@ def test_several_templates_all_get_the_variables():
 @pytest.mark.parametrize(
     ("template", "values", "words"),
     [
-        (TEMPLATES["qwen"], {"enable_thinkin": False}, ["'enable_thinkin'", "takes enable_thinking"]),
-        (TEMPLATES["qwen"], {"tone": 1}, ["'tone'", "takes enable_thinking"]),
+        (TEMPLATES["qwen"], {"enable_thinkin": False}, ["'enable_thinkin'", "enable_thinking"]),
+        (TEMPLATES["qwen"], {"tone": 1}, ["'tone'", "enable_thinking"]),
         (TEMPLATES["qwen"], {"messages": []}, ["'messages'"]),
         (TEMPLATES["qwen"], {"a b": 1}, ["'a b'"]),
         ("{{ bos_token }}{{ tools }}{{ messages }}", {"bos_token": "x"}, ["'bos_token'", "nothing but the messages"]),

@@ -16,7 +16,7 @@ USER = {"role": "user", "content": "2+2?"}
 
 def test_tasks_are_found_by_their_names():
     assert (find_task("equations"), find_task("rows")) == (Equations, Rows)
-    with pytest.raises(ValueError, match=r"task\.name=equatons: .*did you mean equations\? .* equations, rows$"):
+    with pytest.raises(ValueError, match=r"task\.name=equatons: .*did you mean equations\?"):
         find_task("equatons")
 
 

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from diffllm.attention import visibility_of
-from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig, settings_of
+from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig
 from launch.cli import CONF, check_arguments
 from tests.trainer.runs import metrics, train
 from trainer.schema import field_names, resolve
@@ -80,11 +80,19 @@ def test_its_fields_are_known_and_those_of_others_refused():
     assert "diffusion.every" in field_names()
     with pytest.raises(ValueError, match=r"diffusion\.evry=3: .*diffusion\.every"):
         check_arguments(["diffusion.evry=3"])
-    with pytest.raises(ValueError, match=r"diffusion\.every: no such setting"):
-        resolve(OmegaConf.create({"diffusion": {"objective": "masked", "every": 3}}))
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(ValueError, match=r"diffusion\.every: diffusion\.objective=masked .*diffusion=CHOICE"),
+    ):
+        resolve(compose("config", ["diffusion.every=3", "trainer.experiment_name=x"]))
 
 
-def test_an_unknown_objective_is_named_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"diffusion\.objective=blocks: .*masked"):
-        settings_of("blocks")
-    assert OBJECTIVES["masked"].settings.objective == "masked"
+@pytest.mark.parametrize("name", ["blocks", None, ["masked"]])
+def test_an_unknown_objective_is_named_with_those_that_exist(name):
+    with pytest.raises(ValueError, match=r"diffusion\.objective=.*masked"):
+        resolve(OmegaConf.create({"diffusion": {"objective": name}}))
+
+
+def test_two_objectives_cannot_have_one_name():
+    with pytest.raises(TypeError, match=r"objective=by_place is ByPlace"):
+        type("Other", (ByPlace,), {"settings": ByPlaceConfig})
