@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 
 # The golden numerics were made with these kernels: with them float32 results are bitwise equal.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
@@ -26,6 +29,7 @@ from data import DataConfig, report, storage
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
+from tests.trainer.runs import free_port, train, train_as_rank
 from trainer.config import Config
 
 torch.set_num_threads(1)
@@ -107,24 +111,58 @@ def equations(tmp_path_factory) -> DataConfig:
     )
 
 
+def small_config(equations: DataConfig, output_dir: Path, **changes) -> Config:
+    """12 steps of a small model on the equations, which take a second."""
+    config = Config(model=small_shape(), data=replace(equations))
+    config.data.max_length = 64
+    config.data.train_batch_size = 8
+    config.data.num_workers = 0
+    config.optim.lr = 1e-3
+    config.trainer.max_steps = 12
+    config.trainer.logger = []
+    config.trainer.peak_tflops = 0.1  # a CPU has no data sheet
+    config.trainer.output_dir = str(output_dir)
+    for key, value in changes.items():
+        group, field = key.split("__")
+        assert hasattr(getattr(config, group), field), key
+        setattr(getattr(config, group), field, value)
+    return config
+
+
 @pytest.fixture
 def small_run(tmp_path, equations):
-    """The configuration of a run that takes a second: 12 steps of a small model on the equations."""
+    """Makes configurations of small runs, by default in `tmp_path`/run."""
+    return lambda name="run", **changes: small_config(equations, tmp_path / name, **changes)
 
-    def configure(name: str = "run", **changes) -> Config:
-        config = Config(model=small_shape(), data=replace(equations))
-        config.data.max_length = 64
-        config.data.train_batch_size = 8
-        config.data.num_workers = 0
-        config.optim.lr = 1e-3
-        config.trainer.max_steps = 12
-        config.trainer.logger = []
-        config.trainer.peak_tflops = 0.1  # a CPU has no data sheet
-        config.trainer.output_dir = str(tmp_path / name)
-        for key, value in changes.items():
-            group, field = key.split("__")
-            assert hasattr(getattr(config, group), field), key
-            setattr(getattr(config, group), field, value)
-        return config
 
-    return configure
+@pytest.fixture(scope="session")
+def default_run(equations, tmp_path_factory) -> Path:
+    """The finished run of `small_run()`, one for all tests: to be read only."""
+    return train(small_config(equations, tmp_path_factory.mktemp("default") / "run"))
+
+
+@pytest.fixture
+def finished_run(default_run, tmp_path) -> Path:
+    """A copy of the finished run where `small_run()` would write it: `train(small_run())` resumes it."""
+    return Path(shutil.copytree(default_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Callable[..., None]]:
+    """Calls a function in two processes, the same ones for all tests, with its rank, the arguments and a free port."""
+    with ExitStack() as stack:
+        context = get_context("forkserver")
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(2)]
+
+        def call(function: Callable[..., None], *arguments) -> None:
+            port = free_port()
+            for done in as_completed(pool.submit(function, rank, *arguments, port) for rank, pool in enumerate(pools)):
+                done.result()
+
+        yield call
+
+
+@pytest.fixture
+def train_on_two_ranks(two_ranks) -> Callable[[list[Config]], None]:
+    """Runs one configuration after the other, each over two ranks."""
+    return lambda configs: two_ranks(train_as_rank, configs, 2)

@@ -30,11 +30,6 @@ def train(config: Config) -> Path:
     return Path(config.trainer.output_dir)
 
 
-def train_on_ranks(configs: list[Config], ranks: int) -> None:
-    """Run one configuration after the other, each over `ranks` processes."""
-    start_ranks(_rank, (configs, ranks, free_port()), ranks)
-
-
 def start_ranks(rank: Callable[..., None], arguments: tuple, ranks: int) -> None:
     """Run a function in processes of their own, forked from one that has imported everything and done nothing."""
     mp.start_processes(rank, arguments, ranks, start_method="forkserver")
@@ -57,7 +52,7 @@ def joined(rank: int, ranks: int, port: int) -> Iterator[Distributed]:
         yield distributed
 
 
-def _rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
+def train_as_rank(rank: int, configs: list[Config], ranks: int, port: int) -> None:
     with joined(rank, ranks, port) as distributed:
         for config in configs:
             FSDPSFTTrainer(config, distributed).fit()

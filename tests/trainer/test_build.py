@@ -10,7 +10,7 @@ from diffllm import ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
 from tests.conftest import small_shape
 from tests.diffllm.decoders import write_decoder
-from tests.trainer.runs import losses, train, train_on_ranks, weights
+from tests.trainer.runs import losses, train, weights
 from trainer.build import build_model
 from trainer.export import export
 
@@ -23,7 +23,7 @@ def test_variables_of_the_chat_template_go_into_the_export(tmp_path):
     chat, path = [{"role": "user", "content": "Hi"}], str(tmp_path / "out")
     for each in (tokenizer, build_model(ModelConfig(path=path))[1]):
         assert each.apply_chat_template(chat, tokenize=False) == "Hi!"
-    with pytest.raises(ValueError, match=r"model\.chat_template_kwargs=.*takes no 'tome'; it takes tone"):
+    with pytest.raises(ValueError, match=r"model\.chat_template_kwargs=.*'tome'; did you mean tone"):
         build_model(ModelConfig(path=path, chat_template_kwargs={"tome": "?"}))
 
 
@@ -90,13 +90,13 @@ def test_templates_that_cannot_serve(template, message):
         build_model(small_shape(chat_template=template))
 
 
-def test_training_adapts_the_same_on_one_rank_and_two(small_run, tmp_path):
+def test_training_adapts_the_same_on_one_rank_and_two(small_run, tmp_path, train_on_two_ranks):
     tokenizer = builtin_tokenizer()
     tokenizer.mask_token = None
     source = write_decoder("gemma3_text", tmp_path / "source", tokenizer, initializer_range=0.05)
     settings = {"model__path": str(source), "model__mask_token": "<|diffuse|>"}
     alone, on_two = train(small_run("alone", **settings)), small_run("two", **settings)
-    train_on_ranks([on_two], ranks=2)
+    train_on_two_ranks([on_two])
     assert losses(alone) == pytest.approx(losses(alone.parent / "two"), rel=1e-6)
     export(alone / "checkpoints" / "step_00000012", tmp_path / "half", "bf16")
     model, _ = build_model(ModelConfig(path=str(tmp_path / "half")))
@@ -106,7 +106,7 @@ def test_training_adapts_the_same_on_one_rank_and_two(small_run, tmp_path):
     # An adapted checkpoint is read shard by shard.
     again = small_run("again", model__path=str(alone / "hf"), trainer__max_steps=1)
     whole = small_run("whole", model__path=str(alone / "hf"), trainer__max_steps=1, trainer__replicate=1)
-    train_on_ranks([again], ranks=2)
+    train_on_two_ranks([again])
     assert losses(alone.parent / "again") == pytest.approx(losses(train(whole)), rel=1e-6)
 
 

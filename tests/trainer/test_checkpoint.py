@@ -111,16 +111,15 @@ def test_resume_from_a_path(small_run):
 
 
 def test_a_path_does_not_branch_off_inside_a_run(small_run):
-    """The later checkpoints of the old road would be taken for newer ones."""
+    """Later checkpoints of the first branch would be newer than those of the second."""
     run = train(small_run(trainer__save_checkpoint_steps=6))
     with pytest.raises(ValueError, match=r"holds the checkpoints of a run: give another trainer\.experiment_name"):
         train(small_run(trainer__resume=str(run / "checkpoints" / "step_00000006")))
 
 
-def test_a_longer_run_has_its_own_lr_from_the_first_step(small_run):
+def test_a_longer_run_has_its_own_lr_from_the_first_step(small_run, finished_run):
     whole = train(small_run("whole", trainer__max_steps=20))
-    train(small_run("longer"))
-    lrs = [line["train/lr"] for line in metrics(train(small_run("longer", trainer__max_steps=20)))]
+    lrs = [line["train/lr"] for line in metrics(train(small_run(trainer__max_steps=20)))]
     assert lrs[12:] == [line["train/lr"] for line in metrics(whole)][12:]
 
 
@@ -130,23 +129,20 @@ def test_skipped_steps_are_remembered(small_run, monkeypatch):
     assert metrics(train(small_run(trainer__max_steps=3)))[-1]["train/skipped_steps"] == 3
 
 
-def test_a_random_state_of_another_device_is_left_out(small_run, monkeypatch):
+def test_a_random_state_of_another_device_is_left_out(small_run, finished_run, monkeypatch):
     """A run that goes from CPU to GPU asks for a state that was never saved."""
-    first = train(small_run())
-    shutil.rmtree(first / "hf")
+    shutil.rmtree(finished_run / "hf")
     other = {"cpu": torch.get_rng_state(), "xpu": torch.ones(3)}
     monkeypatch.setattr("trainer.checkpoint._rng_state", lambda device: other)
     assert (train(small_run()) / "hf").is_dir()
 
 
-def test_never_does_not_write_over_a_run(small_run):
-    train(small_run())
+def test_never_does_not_write_over_a_run(small_run, finished_run):
     with pytest.raises(ValueError, match=r"trainer\.resume=never, but .*holds the checkpoints of a run"):
         train(small_run(trainer__resume="never"))
 
 
-def test_another_run_is_not_resumed(small_run):
-    train(small_run())
+def test_another_run_is_not_resumed(small_run, finished_run):
     with pytest.raises(ValueError, match=r"other settings: optim\.lr was 0\.001 and is 0\.5"):
         train(small_run(optim__lr=0.5))
     with pytest.raises(ValueError, match="global_batch_size was 8 and is 4"):
@@ -171,16 +167,16 @@ def test_other_data_of_the_same_name(small_run, tmp_path):
         train(small_run(**config))
 
 
-def test_a_checkpoint_of_a_newer_version(small_run):
-    run = train(small_run())
-    change_manifest(run / "checkpoints" / "step_00000012", lambda saved: saved["versions"].update(diffllm="99.1"))
+def test_a_checkpoint_of_a_newer_version(small_run, finished_run):
+    checkpoint = finished_run / "checkpoints" / "step_00000012"
+    change_manifest(checkpoint, lambda saved: saved["versions"].update(diffllm="99.1"))
     with pytest.raises(ValueError, match=r"step_00000012 was written by diffllm 99\.1, this is .*: update"):
         train(small_run())
 
 
-def test_a_setting_that_an_older_version_did_not_have(small_run):
-    run = train(small_run())
-    change_manifest(run / "checkpoints" / "step_00000012", lambda saved: saved["config"]["data"].pop("group_by_length"))
+def test_a_setting_that_an_older_version_did_not_have(small_run, finished_run):
+    checkpoint = finished_run / "checkpoints" / "step_00000012"
+    change_manifest(checkpoint, lambda saved: saved["config"]["data"].pop("group_by_length"))
     train(small_run())
     with pytest.raises(ValueError, match=r"data\.group_by_length was False and is True"):
         train(small_run(data__group_by_length=True))
@@ -219,15 +215,11 @@ def tensors_of(directory):
     return model
 
 
-def test_a_checkpoint_of_another_shape(small_run):
-    config = small_run()
-    run = train(config)
-    change_manifest(
-        run / "checkpoints" / "step_00000012", lambda saved: saved["config"]["model"].update(hidden_size=16)
-    )
-    config.model.hidden_size = 16
+def test_a_checkpoint_of_another_shape(small_run, finished_run):
+    checkpoint = finished_run / "checkpoints" / "step_00000012"
+    change_manifest(checkpoint, lambda saved: saved["config"]["model"].update(hidden_size=16))
     with pytest.raises(ValueError, match=r"another shape: lm\.lm_head\.weight was \(1256, 32\) and is \(1256, 16\)"):
-        train(config)
+        train(small_run(model__hidden_size=16))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small_run):
@@ -246,10 +238,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_run):
     assert metrics(train(small_run(trainer__max_steps=6)))[-1]["step"] == 6
 
 
-def test_a_finished_run_only_exports_again(small_run):
-    first = train(small_run())
-    kept = weights(first)
-    shutil.rmtree(first / "hf")
+def test_a_finished_run_only_exports_again(small_run, finished_run):
+    kept = weights(finished_run)
+    shutil.rmtree(finished_run / "hf")
     again = train(small_run())
     assert len(metrics(again)) == 12
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in kept.items())
@@ -300,8 +291,8 @@ def test_wandb_goes_on_with_the_same_run(small_run):
     assert all(name.endswith(first) for name in runs)
 
 
-def test_a_corrupt_checkpoint_is_not_exported(small_run, tmp_path):
-    step = train(small_run()) / "checkpoints" / "step_00000012"
+def test_a_corrupt_checkpoint_is_not_exported(finished_run, tmp_path):
+    step = finished_run / "checkpoints" / "step_00000012"
     for shard in step.glob("*.distcp"):
         shard.write_bytes(b"x" * shard.stat().st_size)
     with pytest.raises(ValueError, match=r"step_00000012: __0_0\.distcp is damaged"):
@@ -309,12 +300,11 @@ def test_a_corrupt_checkpoint_is_not_exported(small_run, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
-def test_export_of_a_checkpoint_is_the_model_of_the_run(small_run, tmp_path):
-    run = train(small_run())
-    export(run / "checkpoints" / "step_00000012", tmp_path / "exported")
+def test_export_of_a_checkpoint_is_the_model_of_the_run(default_run, tmp_path):
+    export(default_run / "checkpoints" / "step_00000012", tmp_path / "exported")
     for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
-        assert (tmp_path / "exported" / file).read_bytes() == (run / "hf" / file).read_bytes()
+        assert (tmp_path / "exported" / file).read_bytes() == (default_run / "hf" / file).read_bytes()
     with pytest.raises(ValueError, match="nowhere: no such checkpoint directory"):
         export(tmp_path / "nowhere", tmp_path / "other")
     with pytest.raises(ValueError, match="exported exists: delete it, or name another directory"):
-        export(run / "checkpoints" / "step_00000012", tmp_path / "exported")
+        export(default_run / "checkpoints" / "step_00000012", tmp_path / "exported")

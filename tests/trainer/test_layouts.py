@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import GOLDEN
-from tests.trainer.runs import losses, metrics, train, train_on_ranks, weights
+from tests.trainer.runs import losses, metrics, train, weights
 
 
 def assert_same_run(run, other):
@@ -36,7 +36,7 @@ def test_workers_change_not_a_bit(small_run):
         assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
 
 
-def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
+def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run, train_on_two_ranks):
     """Two ranks in several ways as one rank; half a run on two ranks goes on on one."""
     settings = {"data__resp_cutoff_ratio": 0.5, "trainer__val_check_interval": 25, "trainer__max_steps": 50}
     alone = train(small_run("alone", **settings))
@@ -51,7 +51,7 @@ def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run):
         ),
         small_run("moved", **half),
     ]
-    train_on_ranks(on_two, ranks=2)
+    train_on_two_ranks(on_two)
     for config in on_two:
         assert_same_run(alone, path := alone.parent / config.trainer.output_dir.rsplit("/")[-1])
         for ours, theirs in zip(metrics(alone), metrics(path), strict=True):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from diffllm import new_model
 from tests.conftest import small_shape
-from tests.trainer.runs import losses, newest, train, train_on_ranks, weights
+from tests.trainer.runs import losses, newest, train, weights
 from trainer.export import export
 from trainer.manifest import read_manifest
 
@@ -29,10 +29,10 @@ def lora_run(small_run, pretrained):
     return configure
 
 
-def test_adapters_train_the_same_on_two_ranks_and_resume(lora_run, pretrained):
+def test_adapters_train_the_same_on_two_ranks_and_resume(lora_run, pretrained, train_on_two_ranks):
     alone = train(lora_run("alone"))
     assert losses(alone)[-1] < losses(alone)[0]
-    train_on_ranks([lora_run("two"), lora_run("moved")], ranks=2)
+    train_on_two_ranks([lora_run("two"), lora_run("moved")])
     assert losses(alone.parent / "two") == pytest.approx(losses(alone), rel=1e-6)
 
     moved = alone.parent / "moved"

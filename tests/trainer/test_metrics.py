@@ -30,8 +30,8 @@ def test_every_metric_at_every_step(small_run):
     ]
 
 
-def test_with_1_over_t_weights_the_loss_is_the_bound(small_run):
-    for line in metrics(train(small_run())):
+def test_with_1_over_t_weights_the_loss_is_the_bound(default_run):
+    for line in metrics(default_run):
         assert line["train/loss"] == pytest.approx(line["train/elbo"], rel=1e-5)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.trainer.runs import losses, train, train_on_ranks
+from tests.trainer.runs import losses, train
 from trainer.build import build_optimizer, set_lr
 from trainer.config import OptimConfig
 
@@ -56,7 +56,7 @@ def test_without_torchao(small_model, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install 'diffllm[torchao]'")
-def test_moments_in_8_bits_train_and_resume(small_run):
+def test_moments_in_8_bits_train_and_resume(small_run, train_on_two_ranks):
     eight_bit = {
         "optim__name": "adamw_8bit",
         "trainer__async_checkpoints": False,
@@ -69,5 +69,5 @@ def test_moments_in_8_bits_train_and_resume(small_run):
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     before = losses(run)
     assert losses(train(small_run(**eight_bit))) == before
-    train_on_ranks([small_run("two", **eight_bit)], ranks=2)
+    train_on_two_ranks([small_run("two", **eight_bit)])
     assert losses(run.parent / "two") == pytest.approx(losses(plain), rel=0.02)

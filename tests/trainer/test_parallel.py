@@ -1,5 +1,7 @@
 """Weights read shard by shard, and the ways to split, recompute, offload and compile a model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -9,7 +11,7 @@ from torch._dynamo.utils import counters
 from diffllm import load_model, new_model
 from diffllm.loading import empty_model
 from tests.conftest import small_shape
-from tests.trainer.runs import losses, train, train_on_ranks, weights
+from tests.trainer.runs import losses, train, weights
 from trainer import parallel
 from trainer.distributed import Distributed, init_distributed
 from trainer.parallel import read_weights, shard
@@ -52,10 +54,10 @@ def test_sharded_weights_and_rotary_frequencies_are_those_of_the_file(small_run,
         torch.testing.assert_close(model.lm.get_decoder().rotary_emb.inv_freq, expected)
 
 
-def test_training_from_a_checkpoint_is_the_same_on_two_ranks(small_run, pretrained):
+def test_training_from_a_checkpoint_is_the_same_on_two_ranks(small_run, pretrained, train_on_two_ranks):
     alone = train(small_run("alone", model__path=str(pretrained)))
     on_two = small_run("two", model__path=str(pretrained))
-    train_on_ranks([on_two], ranks=2)
+    train_on_two_ranks([on_two])
     assert losses(alone) == pytest.approx(losses(alone.parent / "two"), rel=1e-6)
     assert not torch.equal(weights(alone)[name := next(iter(weights(alone)))], load_file_of(pretrained, name))
     load_model(alone / "hf")
@@ -112,16 +114,15 @@ def test_bf16_files_are_trained_in_float32(small_run, tmp_path, tokenizer):
     )
 
 
-def test_recomputing_and_offloading_change_not_a_bit(small_run):
-    plain = train(small_run("plain"))
+def test_recomputing_and_offloading_change_not_a_bit(small_run, default_run):
     for name, changes in {
         "full": {"model__enable_gradient_checkpointing": True},
         "selective": {"model__enable_gradient_checkpointing": True, "model__recompute": "selective"},
         "offload": {"trainer__cpu_offload": True},
     }.items():
         other = train(small_run(name, **changes))
-        assert losses(other) == losses(plain)
-        assert all(torch.equal(tensor, weights(other)[key]) for key, tensor in weights(plain).items())
+        assert losses(other) == losses(default_run)
+        assert all(torch.equal(tensor, weights(other)[key]) for key, tensor in weights(default_run).items())
 
 
 def test_selective_recomputation_keeps_products_and_attention(small_run, monkeypatch):
@@ -141,18 +142,16 @@ def test_selective_recomputation_keeps_products_and_attention(small_run, monkeyp
     assert len(kept) == 2 * (7 + 1)  # 7 linear layers and the attention of each of 2 layers
 
 
-def test_copies_and_shards_change_nothing(small_run):
+def test_copies_and_shards_change_nothing(small_run, default_run, train_on_two_ranks):
     """HSDP as 2 copies × 1 shard and 1 copy × 2 shards."""
-    alone = train(small_run("alone"))
     on_two = [
         small_run("2x1", trainer__replicate=2),
         small_run("1x2", trainer__replicate=1),
         small_run("2x1-offload", trainer__replicate=2, trainer__cpu_offload=True),
     ]
-    train_on_ranks(on_two, ranks=2)
+    train_on_two_ranks(on_two)
     for config in on_two:
-        other = alone.parent / config.trainer.output_dir.rsplit("/")[-1]
-        assert losses(other) == pytest.approx(losses(alone), rel=1e-6)
+        assert losses(Path(config.trainer.output_dir)) == pytest.approx(losses(default_run), rel=1e-6)
 
 
 def test_copies_that_do_not_divide_the_ranks():

@@ -88,7 +88,7 @@ def sample_while_training(trainer, configs):
     return sample
 
 
-def _rank(rank, ranks, port, runs):
+def _rank(rank, ranks, runs, port):
     with joined(rank, ranks, port) as distributed:
         for config, configs in runs:
             trainer = FSDPSFTTrainer(config, distributed)
@@ -97,7 +97,7 @@ def _rank(rank, ranks, port, runs):
             trainer.fit()
 
 
-def check(small_run, ranks, **variants):
+def check(small_run, start, ranks, **variants):
     """Runs that sample train as runs that do not, and their samples are those of the unsharded model."""
     pairs, runs = [], []
     for name, (configs, changes) in variants.items():
@@ -106,19 +106,20 @@ def check(small_run, ranks, **variants):
         sampled.trainer.val_samples, sampled.sampling = 3, SAMPLING
         pairs.append((Path(plain.trainer.output_dir), Path(sampled.trainer.output_dir)))
         runs += [(plain, []), (sampled, configs)]
-    start_ranks(_rank, (ranks, free_port(), runs), ranks)
+    start(_rank, ranks, runs)
     for plain, sampled in pairs:
         assert losses(sampled) == losses(plain)
         assert all(torch.equal(tensor, weights(sampled)[name]) for name, tensor in weights(plain).items())
 
 
-def test_two_ranks_sample_on_their_own(small_run):
+def test_two_ranks_sample_on_their_own(small_run, two_ranks):
     few = [replace(SAMPLING, cache="prefix")]
     offloaded_adapters = {"trainer__cpu_offload": True, "model__lora_rank": 4}
     recomputed = {"trainer__precision": "bf16", "model__enable_gradient_checkpointing": True}
     copies = {"trainer__replicate": 2, "trainer__reshard_after_forward": False}
     check(
         small_run,
+        two_ranks,
         2,
         plain=(EVERY, {}),
         adapters=(few, offloaded_adapters),
@@ -127,6 +128,10 @@ def test_two_ranks_sample_on_their_own(small_run):
     )
 
 
+def four_ranks(function, *arguments):
+    start_ranks(function, (*arguments, free_port()), 4)
+
+
 @pytest.mark.slow
 def test_four_ranks_in_two_copies(small_run):
-    check(small_run, 4, copies=(EVERY, {"trainer__replicate": 2}), shards=(EVERY, {}))
+    check(small_run, four_ranks, 4, copies=(EVERY, {"trainer__replicate": 2}), shards=(EVERY, {}))
