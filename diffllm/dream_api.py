@@ -18,9 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 from data.errors import nearest
 from sampling import (
     LogitsHook,
-    RowState,
     SampleOutput,
     SamplingConfig,
+    StepEvent,
     Tokens,
     TokensHook,
     ids_without_token,
@@ -300,5 +300,5 @@ def _ends(criteria: StoppingCriteriaList, device: torch.device, tokens: np.ndarr
     return bool(StoppingCriteriaList(criteria)(torch.tensor(tokens, device=device)[None], None).any())
 
 
-def _show_draft(streamer: BaseStreamer, row: RowState) -> None:
-    streamer.put_draft(torch.tensor(row.tokens[row.canvas.prompt_length :]))
+def _show_draft(streamer: BaseStreamer, event: StepEvent) -> None:
+    streamer.put_draft(torch.from_numpy(event.tokens[event.prompt_length :]))

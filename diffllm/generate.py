@@ -73,19 +73,22 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
         ValueError: a stop string that has no tokens, or a forbidden text that is not one token.
     """
 
-    def tokens_of(setting: str, text: str) -> tuple[int, ...]:
+    def tokens_of(text: str, name: str) -> tuple[int, ...]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or (tokenizer.unk_token_id in ids and text != tokenizer.unk_token):
-            raise ValueError(f"sampling.{setting}={text!r}: cannot be written in the model's tokens")
+            texts = getattr(config, name)
+            raise ValueError(f"sampling.{name}={texts}: {text!r} cannot be written in the model's tokens")
         return tuple(ids)
 
-    stop = [tokens_of("stop", text) for text in config.stop]
+    stop = [tokens_of(text, "stop") for text in config.stop]
     forbidden = []
     for text in config.forbidden:
-        ids = tokens_of("forbidden", text)
+        ids = tokens_of(text, "forbidden")
         if len(ids) > 1:
-            names = tokenizer.convert_ids_to_tokens(ids)
-            raise ValueError(f"sampling.forbidden={text!r}: is not one token of the model but {len(ids)}: {names}")
+            raise ValueError(
+                f"sampling.forbidden={config.forbidden}: {text!r} is not one token of the model but {len(ids)}: "
+                f"{tokenizer.convert_ids_to_tokens(ids)}"
+            )
         forbidden += ids
     # Tokens that decode to another text may stand for that text: `is_complete` finds the stop string itself.
     stop = [ids for text, ids in zip(config.stop, stop, strict=True) if tokenizer.decode(ids) == text]

@@ -5,7 +5,7 @@ import readline  # noqa: F401 — lets `input` edit its line and recall those be
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -24,7 +24,7 @@ from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_context, response_of, special_tokens
 from launch.answers import check_alone
-from sampling import Canvas, RowState, SamplingConfig, fill
+from sampling import Canvas, SamplingConfig, StepEvent, fill
 from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.schema import resolve
@@ -160,8 +160,8 @@ class Chat:
         canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
 
-            def draw(row: RowState) -> None:
-                live.update(self.draft(row), refresh=True)
+            def draw(event: StepEvent) -> None:
+                live.update(self.draft(event), refresh=True)
 
             try:
                 [filled] = fill(self.model, [canvas], self.config, special, on_step=draw)
@@ -169,14 +169,13 @@ class Chat:
                 live.update("")  # the last frame is drawn whole, and one taller than the screen cannot be erased
         return response_of(filled, self.tokenizer, self.config)
 
-    def draft(self, row: RowState) -> Text:
-        """The response so far: masked, committed by the last step, and committed before."""
-        start = row.canvas.prompt_length
-        tokens = row.tokens[start:]
-        styles = np.where(row.changed[start:], COMMITTED, CLEAN)
-        styles[tokens == row.special.mask] = MASKED
+    def draft(self, event: StepEvent) -> Text:
+        """The response after a step: masked, committed by this step, and committed before."""
+        styles = np.full(len(event.tokens), CLEAN, dtype=object)
+        styles[event.committed], styles[event.masked] = COMMITTED, MASKED
+        response = zip(styles.tolist(), event.tokens.tolist(), strict=True)
         text = Text()
-        for style, run in groupby(zip(styles.tolist(), tokens.tolist(), strict=True), key=lambda token: token[0]):
+        for style, run in groupby(islice(response, event.prompt_length, None), key=lambda token: token[0]):
             ids = [token for _, token in run]
             shown = "▒" * len(ids) if style == MASKED else self.tokenizer.decode(ids, skip_special_tokens=True)
             text.append(printable(shown), style)

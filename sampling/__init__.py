@@ -1,9 +1,10 @@
-"""The reverse process, on any model that gives logits."""
+"""The reverse process, for any model that gives logits."""
 
 from sampling.batch import Denoiser
 from sampling.cache import CanvasCache
 from sampling.canvas import Canvas, Tokens, ids_without_token, left_pad, trim
 from sampling.config import SamplingConfig
+from sampling.events import StepEvent
 from sampling.infill import Infilled, Template, infill, infill_templates
 from sampling.likelihood import Choice, Score, choose, score, score_positions
 from sampling.row_state import RowState
@@ -24,6 +25,7 @@ __all__ = [
     "SampledRow",
     "SamplingConfig",
     "Score",
+    "StepEvent",
     "Template",
     "Tokens",
     "TokensHook",

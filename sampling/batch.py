@@ -1,4 +1,4 @@
-"""Forward rows together, and propose tokens for their masked positions."""
+"""Forward rows together and propose tokens for their masked positions."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,13 +14,13 @@ from sampling.config import SamplingConfig
 from sampling.row_state import RowState
 from sampling.visibility import Visibility
 
-RATED_AT_ONCE = 2**20  # logits that a CPU goes over together: several times, so they should stay in its cache
+RATED_AT_ONCE = 2**20  # logits that a CPU rates together: they stay in its cache over several passes
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Denoiser(Protocol):
-    """Any model that gives logits for the tokens under the masks."""
+    """A model that gives logits for the tokens under the masks."""
 
     device: torch.device
     vocab_size: int
@@ -34,14 +34,14 @@ class Denoiser(Protocol):
         column: Tensor,
         cache: CanvasCache | None = None,
     ) -> Tensor:
-        """[N, …] states of N positions, for `head`.
+        """[N, …] hidden states of N positions, for `head`.
 
         Args:
             x_t: [B, L] tokens.
             position_ids: [B, L].
             visibility: which positions a position sees.
             row, column: [N] the positions.
-            cache: compute its `columns` only and take the other keys and values from it.
+            cache: holds keys and values; compute those of its `columns` only.
         """
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class Denoiser(Protocol):
 
 
 def positions_at_once(model: Denoiser) -> int:
-    """Positions whose logits are made together: 128 MiB of them on a CPU, 512 MiB on a GPU, in float32.
+    """Number of positions whose logits are computed together: 128 MiB in float32 on a CPU, 512 MiB on a GPU.
 
-    The head's weights are read once for each such part: the more the faster, the more memory.
+    Each such part reads the weights of the head once: larger parts are faster and take more memory.
     """
     return max(1, 2 ** (25 if model.device.type == "cpu" else 27) // model.vocab_size)
 
 
 class Batch:
-    """Right-aligned rows."""
+    """Right-aligned rows that are forwarded together."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Batch:
     ):
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
-        # of the canvas, and with guidance of the canvas without what was given
+        # one for the canvas; with guidance another for the canvas whose given tokens are masked
         self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
         self.at_once = positions_at_once(model)
         self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
@@ -77,8 +77,8 @@ class Batch:
         never = (*special.forbidden, special.mask) if config.adaptive else special.forbidden
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
 
-    def arrange(self, rows: Sequence[RowState]) -> None:
-        """Hold these rows, some of which it may hold already."""
+    def set_rows(self, rows: Sequence[RowState]) -> None:
+        """Replace the rows. Rows that stay keep their cached keys and values."""
         if rows == self.rows:
             return
         width, places = max(map(len, rows)), {id(row): i for i, row in enumerate(self.rows)}
@@ -95,7 +95,7 @@ class Batch:
         """Tokens, confidence, p and entropy [n] at the n candidates of each row.
 
         Args:
-            logits: [B, L, V] where they are known; else the model is asked, at the candidates only.
+            logits: [B, L, V]; None forwards the model, at the candidates only.
         """
         candidates = [row.masked(row.step.end) for row in self.rows]
         counts = [len(columns) for columns in candidates]
@@ -103,7 +103,7 @@ class Batch:
         column = np.concatenate(candidates) + np.repeat(self.pads, counts)
         uniforms = None
         if self.config.temperature > 0:
-            drawn = [filling.uniforms()[0, columns] for filling, columns in zip(self.rows, candidates, strict=True)]
+            drawn = [state.uniforms()[0, columns] for state, columns in zip(self.rows, candidates, strict=True)]
             uniforms = self._to_device(np.concatenate(drawn))
 
         views = self._views()
@@ -126,7 +126,7 @@ class Batch:
         return self._guided(hidden, slice(None)).unflatten(0, (len(self.rows), self.width))
 
     def _views(self) -> list[Tensor]:
-        """The canvases [B, L]; with guidance also with all masked that was given."""
+        """Canvases [B, L]; with guidance also the canvases whose given tokens are masked."""
         x = np.full((2, len(self.rows), self.width), self.special.mask)
         for i, row in enumerate(self.rows):
             x[0, i, self.pads[i] :] = row.tokens
@@ -135,13 +135,13 @@ class Batch:
 
     def _forward(self, views: list[Tensor], row: np.ndarray, column: np.ndarray) -> list[Tensor]:
         """[N, …] hidden states of each view at N positions."""
-        for filling in self.rows:
-            filling.nfe += len(views)
+        for state in self.rows:
+            state.nfe += len(views)
         if not self.caches:
             where = self._to_device(row), self._to_device(column)
             return [self.model.hidden(x, self.position_ids, self.visibility, *where) for x in views]
 
-        refreshed = np.array([needs_refresh(filling) for filling in self.rows])
+        refreshed = np.array([needs_refresh(state) for state in self.rows])
         hidden: list[Tensor | None] = [None] * len(views)
         for fresh in (True, False):
             group = np.flatnonzero(refreshed == fresh)
@@ -152,7 +152,7 @@ class Batch:
             where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
             seen = self.position_ids[rows], self.visibility.rows(rows)
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
-                cache.aim(rows, len(self.rows), None if fresh else self._computed(group))
+                cache.select(rows, len(self.rows), None if fresh else self._computed(group))
                 part = self.model.hidden(x[rows], *seen, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
@@ -162,21 +162,21 @@ class Batch:
         return hidden
 
     def _computed(self, group: np.ndarray) -> np.ndarray:
-        """[b, L] positions that rows of the batch compute without a refresh."""
+        """[b, L] bool, positions that these rows compute without a refresh."""
         active = np.zeros((len(group), self.width), dtype=bool)
         for i, place in enumerate(group):
             active[i, self.pads[place] :] = computed(self.rows[place])
         return active
 
     def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:
-        """Logits [n, V]. With guidance l_u + (1 + cfg_scale)·(l - l_u), l_u without what was given (LLaDA, eq. 16)."""
+        """Logits [n, V]; with guidance l_u + (1 + cfg_scale)·(l - l_u), l_u with the prompt masked (LLaDA, eq. 16)."""
         logits, *unconditional = (self.model.head(states[some]).float() for states in hidden)
         for without in unconditional:
             logits = without + (self.config.cfg_scale + 1) * (logits - without)
         return logits
 
     def _restricted(self, logits: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Logits [n, V] with the rules about tokens applied; overwritten."""
+        """Logits [n, V], overwritten: `logits_processor`, then the settings that penalise or forbid tokens."""
         if self.logits_processor is not None:
             logits = self.logits_processor(x[row], logits)
         if self.config.eos_penalty:

@@ -3,10 +3,9 @@
 Attention in both directions makes every position depend on every other, so a cache is an approximation until it is
 refreshed. The kinds differ only in which positions a step computes:
 
-`prefix` from the start of the open block on: prompt and finished blocks are kept (Fast-dLLM, arXiv 2505.22618) ·
-`dual` the open block: what follows it is kept too (ibid.) · `delayed` all masked positions and what changed in the step
-before (dKV-Cache, arXiv 2505.15781). All positions are computed where a
-block starts and every `cache_refresh` forwards; with 1 nothing is approximate.
+`prefix` the open block and all that follows (Fast-dLLM, arXiv 2505.22618) · `dual` the open block alone (ibid.) ·
+`delayed` all masked positions, and those that the step before changed (dKV-Cache, arXiv 2505.15781). The first forward
+of a block and every `cache_refresh`-th forward compute all positions; `cache_refresh=1` is exact.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def computed(row: RowState) -> np.ndarray:
     """
     step, active = row.step, np.zeros(len(row), dtype=bool)
     active[row.masked(step.end)] = True
-    active |= row.changed  # keys and values that were made before the change
+    active[row.committed] = active[row.remasked] = True  # their keys and values are older than their tokens
     match row.config.cache:
         case "prefix":
             active[step.start :] = True
@@ -50,7 +49,7 @@ class CanvasCache(Cache):
 
     Attributes:
         columns: [b, Q] positions that the next forward computes; None for all.
-        place: [b, L] where among them a position is.
+        place: [b, L] index of each position among the columns.
     """
 
     def __init__(self):
@@ -60,7 +59,7 @@ class CanvasCache(Cache):
         self.rows = self.columns = self.place = None
 
     def arrange(self, kept: Sequence[int | None], width: int) -> None:
-        """Follow the batch: its row i was row kept[i] before, or is new; right-aligned rows are now `width` wide."""
+        """Reorder rows as the batch did: row i was row kept[i], or is new (None). Pad or cut rows to `width`."""
         old = [i for i, before in enumerate(kept) if before is not None]
         before = [kept[i] for i in old]
         for layer in self.kept:
@@ -71,18 +70,18 @@ class CanvasCache(Cache):
                 layer[i] = arranged
         self.width = width
 
-    def aim(self, rows: Tensor, batch_size: int, active: np.ndarray | None) -> None:
-        """Say what the next forward computes.
+    def select(self, rows: Tensor, batch_size: int, active: np.ndarray | None) -> None:
+        """Choose the rows and columns that the next forward computes.
 
         Args:
-            rows: [b] those of the batch that it forwards.
-            active: [b, L] positions of them; None for all.
+            rows: [b] indices in the batch.
+            active: [b, L] bool, positions to compute; None for all.
         """
         self.rows, self.rows_kept = rows, batch_size
         if active is None:
             self.columns = self.place = None
             return
-        # Rows with fewer positions repeat their first: it gives the same keys and values again.
+        # A row with fewer positions repeats its first one, which has the same keys and values each time.
         order = np.argsort(~active, axis=1, kind="stable")[:, : active.sum(1).max()]
         repeated = np.arange(order.shape[1]) >= active.sum(1)[:, None]
         columns = np.where(repeated, order[:, :1], order)
@@ -90,7 +89,7 @@ class CanvasCache(Cache):
         self.place = torch.from_numpy(active.cumsum(1) - 1).to(rows.device)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object):
-        """Take the computed columns' keys and values [b, H, Q, D]; give those of all columns [b, H, L, D]."""
+        """Store keys and values [b, H, Q, D] of the computed columns; return those of all columns [b, H, L, D]."""
         if layer_idx == len(self.kept):
             empty = key.new_zeros(self.rows_kept, key.shape[1], self.width, key.shape[3])
             self.kept.append([empty, empty.clone()])

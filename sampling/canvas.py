@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens that mean something to the reverse process."""
+    """Special tokens of the reverse process."""
 
     mask: int
-    eos: tuple[int, ...] = ()  # end a row, where `stop_at_eos`; the first fills what is left of it
+    eos: tuple[int, ...] = ()  # end a row with `stop_at_eos`; the first fills the rest of an ended row
     stop: tuple[tuple[int, ...], ...] = ()  # sequences that end a row
-    forbidden: tuple[int, ...] = ()  # never committed: those that the settings name, and `ids_without_token`
-    is_complete: Callable[[np.ndarray], bool] | None = None  # whether a response [N], whose last token is new, ends
+    forbidden: tuple[int, ...] = ()  # never committed: those of the settings and `ids_without_token`
+    is_complete: Callable[[np.ndarray], bool] | None = None  # whether a response [N] ends with its last token
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Canvas:
     """A row to fill."""
 
     tokens: Sequence[int]  # [L] with masks at the positions to fill
-    prompt_length: int  # tokens before the response: blocks, guidance and the rules about ends count from there
+    prompt_length: int  # tokens before the response, where blocks, guidance and rules about ends begin
     row_id: int = 0  # a row's draws depend on (seed, row_id, step) alone
 
     @classmethod
     def after(cls, prompt: Sequence[int], new_tokens: int, mask: int, row_id: int = 0) -> "Canvas":
-        """`new_tokens` masks after a prompt."""
+        """A prompt with `new_tokens` masks after it."""
         return cls([*prompt, *[mask] * new_tokens], len(prompt), row_id)
 
     @property
@@ -42,7 +42,7 @@ class Canvas:
 
 
 def ids_without_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
-    """Ids of a model's vocabulary that its tokenizer lacks: rows that fill it up at its end, or gaps."""
+    """Ids of a model's vocabulary that its tokenizer lacks: padding at its end, or gaps."""
     return tuple(sorted({*range(vocab_size)} - {*tokenizer.get_vocab().values()}))
 
 
@@ -58,7 +58,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
 
 
 def count_positions(attention_mask: Tensor) -> Tensor:
-    """[B, L] positions that count the attended tokens of left-padded rows; padding sits at position 1, as in Dream."""
+    """[B, L] position ids of left-padded rows: attended tokens count from 0, padding has 1, as in Dream."""
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
 
 

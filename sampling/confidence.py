@@ -1,7 +1,7 @@
 """Propose a token for each masked position, with the confidence of the model.
 
-Confidence is a property of the model's distribution, temperature of the draw. Computing the first after the second
-makes every confidence tie at 1 as the temperature goes to 0, and the positions are then filled from left to right.
+Confidence is a property of the model's distribution, temperature of the draw. Confidence after temperature ties at 1
+everywhere as the temperature goes to 0, and positions are then filled from left to right.
 """
 
 from typing import NamedTuple
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from sampling.config import SamplingConfig
 
-NUCLEUS = 64  # tokens looked at first for the nucleus
+NUCLEUS = 64  # most likely tokens that are searched first for the nucleus
 
 
 class Proposal(NamedTuple):
-    """What the model would put at each of N candidate positions."""
+    """Tokens for N candidate positions, rated."""
 
     tokens: Tensor  # [N]
-    confidence: Tensor  # [N] float32, by `alg`; higher is surer
+    confidence: Tensor  # [N] float32, by `alg`; the highest are committed first
     p: Tensor  # [N] float32, probability of the token
-    entropy: Tensor  # [N] float32, nats; 0 where nothing asks for it
+    entropy: Tensor  # [N] float32, nats; 0 if neither `alg` nor `transfer` uses it
 
 
 def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> Proposal:
-    """Draw a token for every candidate and rate it.
+    """Draw a token for each candidate and rate it.
 
     Args:
-        logits: [N, V] at the candidates; overwritten.
-        uniforms: [N] in [0, 1), one draw a candidate; None at temperature 0.
+        logits: [N, V], overwritten.
+        uniforms: [N] draws in [0, 1); None at temperature 0.
     """
     logits = logits.float()
     if config.temperature == 0 and config.confidence == "unscaled":
@@ -43,16 +43,16 @@ def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> 
 
 
 def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """Temperature, then top-p, then top-k, in the published order.
+    """Apply temperature, then top-p, then top-k, in the published order.
 
-    The nucleus is the most likely tokens before which less than or exactly `top_p` has been counted. It is looked for
-    among the most likely tokens alone, of which more are taken until it is among them: no vocabulary is sorted.
+    The nucleus holds each token whose more likely tokens have a total probability of at most `top_p`. The search takes
+    the k most likely tokens, with larger k until they contain the nucleus, and never sorts a vocabulary.
 
     Args:
         logits: [N, V].
 
     Returns:
-        Logits [N, K] of what may be drawn, -inf at what may not, and its tokens [N, K]; None for all V in order.
+        Logits [N, K], -inf at tokens that must not be drawn, and their tokens [N, K], or None for all V in order.
     """
     if config.temperature > 0:
         logits = logits / config.temperature
@@ -74,22 +74,22 @@ def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | No
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw from softmax(logits [N, K]) with one uniform [N] a row; float64 keeps the tail of a large vocabulary."""
+    """Draw from softmax(logits [N, K]) with one uniform [N] a row, in float64: a large vocabulary has a long tail."""
     cdf = (logits - logits.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     return torch.searchsorted(cdf, (uniforms.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
 
 
 def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:
-    """Confidence in few passes over the logits, which are overwritten.
+    """Rate tokens in few passes over the logits, which are overwritten.
 
     `maskgit_plus` (arXiv 2202.04200) p(token) · `topk_margin` (arXiv 2502.06768) p of the first minus p of the second ·
-    `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) and `left_to_right` the same for all: the
-    order is random, or that of the positions.
+    `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) and `left_to_right` a constant: the order is
+    random, or that of the positions.
 
     Args:
-        logits: [N, K] of a distribution.
-        place: [N], where in it the token stands that was drawn; None takes the most likely.
-        ids: [N, K] tokens of the distribution; None for all in order.
+        logits: [N, K].
+        place: [N] index of the drawn token; None takes the most likely.
+        ids: [N, K] tokens; None for all in order.
     """
     top, best = logits.max(-1)
     place = best if place is None else place
@@ -119,14 +119,14 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
 
 
 def priority(confidence: np.ndarray, uniforms: np.ndarray | None, config: SamplingConfig) -> np.ndarray:
-    """Order in which positions are committed: the highest first.
+    """[N] priorities; the highest are committed first.
 
     With `alg_temp` above 0 the k highest of confidence/alg_temp + Gumbel noise are k positions drawn without
     replacement from softmax(confidence/alg_temp) (arXiv 1903.06059). `origin` is the same with equal confidences.
 
     Args:
         confidence: [N].
-        uniforms: [N] in [0, 1), one draw a position; unused where the order is by confidence alone.
+        uniforms: [N] draws in [0, 1); unused if confidence alone decides.
     """
     if config.alg == "origin":
         return gumbel(uniforms)

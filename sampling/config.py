@@ -13,7 +13,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 @dataclass
 class SamplingConfig:
-    """How a canvas is unmasked. What each policy does stands with its paper in the module that carries it out.
+    """Settings of the reverse process. The modules that read them explain each policy and name its paper.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
@@ -45,7 +45,7 @@ class SamplingConfig:
     stop: list[str] = field(default_factory=list, metadata={"escapes": True})  # the first of them ends a row likewise
     forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})  # tokens that are never committed
     cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
-    cache_refresh: int | None = None  # forwards until all keys and values are made anew; null: where a block starts
+    cache_refresh: int | None = None  # forwards between refreshes of all positions; null: only at a block's start
     batch_size: int = 32  # prompts sampled together
     seed: int = 0  # a row's draws depend on (seed, row, step) alone
 
@@ -90,7 +90,7 @@ class SamplingConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the model's sureness decides how many tokens a step commits, not a schedule."""
+        """Whether confidence decides how many tokens a step commits, not a schedule."""
         return self.transfer in ADAPTIVE
 
 

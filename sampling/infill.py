@@ -1,8 +1,8 @@
 """Infilling: fill slots inside a text.
 
-A slot is text in the middle of a text, so nothing ends it: end-of-sequence, mask and the tokenizer's other special
-tokens are forbidden in it, and stop sequences do not count. What precedes the first slot is the canvas's prompt: blocks
-are counted from there.
+A slot is in the middle of a text, so nothing ends it: end-of-sequence, mask and the tokenizer's other special tokens
+are forbidden in it, and stop sequences do not count. The text before the first slot is the canvas's prompt, after which
+blocks begin.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from sampling.sampler import fill
 
 _SLOT = re.compile(r"<\|mask\b([^|]*)\|>")
 _LENGTHS = re.compile(r":([0-9]+)(?:-([0-9]+))?")
-MOST_LENGTHS = 256  # that a slot of a text may have: each is filled in
+MOST_LENGTHS = 256  # lengths to try of one slot
 
 
 @dataclass(frozen=True)
 class SlottedCanvas(Canvas):
-    """A canvas that knows where its slots are."""
+    """A canvas with slots."""
 
-    slots: tuple[range, ...] = ()  # positions of each
+    slots: tuple[range, ...] = ()  # positions of each slot
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Template:
     """
 
     pieces: tuple[str, ...]  # text before, between and after the slots
-    slots: tuple[tuple[int, ...], ...]  # lengths to try of each, in tokens
+    slots: tuple[tuple[int, ...], ...]  # lengths in tokens to try for each slot
 
     def __post_init__(self) -> None:
         if not self.slots:
@@ -55,7 +55,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """Text with `<|mask:12|>` where 12 tokens are missing, or `<|mask:4-16|>` where 4 to 16 are.
+        """Read a text with slots such as `<|mask:12|>` of 12 tokens, or `<|mask:4-16|>` of 4 to 16.
 
         Raises:
             ValueError: a slot that is not of this form, or see `Template`.
@@ -74,7 +74,7 @@ class Template:
         return cls(tuple(pieces), tuple(slots))
 
     def canvases(self, tokenizer: PreTrainedTokenizerBase, mask: int, row_id: int = 0) -> list[SlottedCanvas]:
-        """One canvas for every length to try, shortest first, all with the same row_id.
+        """One canvas for each length to try, the shortest first, all with the same row_id.
 
         Raises:
             ValueError: the mask token is in the text.
@@ -99,13 +99,13 @@ def _join(pieces: Sequence[Sequence[int]], lengths: Sequence[int], mask: int, ro
 
 @dataclass(frozen=True)
 class Infilled:
-    """A template that is filled in."""
+    """A template whose slots are filled."""
 
-    text: str  # whole; what was given is as it was given, even where the tokenizer would write it differently
+    text: str  # the whole text; the template's pieces are kept as written, whatever the tokenizer decodes
     slots: list[str]  # text of each slot
-    tokens: list[int]  # [L] whole
-    length: int  # tokens filled in, of all slots
-    scores: dict[int, Score]  # by length, where several were tried: of the tokens filled in, given the others
+    tokens: list[int]  # [L] of the whole text
+    length: int  # number of tokens in all slots
+    scores: dict[int, Score]  # of the slots' tokens given the others, by length, if several were tried
 
 
 def infill(
@@ -120,12 +120,12 @@ def infill(
     row_id: int = 0,
     samples: int = 64,
 ) -> Infilled:
-    """Fill in tokens between a prefix and a suffix, which are raw text: no chat template, no slots in them.
+    """Fill in tokens between a prefix and a suffix, which are raw text without chat template or slots.
 
     Args:
-        length: tokens missing, or the numbers to try; see `infill_templates` for how one is chosen.
+        length: number of tokens, or several numbers, from which `infill_templates` chooses.
         config, special, samples: see `infill_templates`.
-        row_id: numbers the row, for its draws.
+        row_id: number of the row, which keys its draws.
 
     Raises:
         ValueError: no length, a length below 1, or the mask token in prefix or suffix.
@@ -148,18 +148,17 @@ def infill_templates(
 ) -> list[Infilled]:
     """Fill in templates, `config.batch_size` canvases at once.
 
-    Where a slot has several lengths each is filled in, and the one whose tokens have the highest bound on their
-    log-likelihood given all others, in nats a token, is taken; of equal ones the shortest. The bound
-    (`sampling.likelihood`) looks at the tokens in every order, whereas their probabilities at the time they were
-    committed favour what the sampler was sure of. The distribution is the model's own: where it expects an
-    end-of-sequence token, the slot is too long and scores low. It does not weigh how likely a length is, and easily
-    guessed text such as a run of blanks does score high.
+    A slot with several lengths is filled at each of them. The length whose tokens have the highest bound on their
+    log-likelihood given all other tokens, in nats a token, is taken; of equal ones the shortest. The bound
+    (`sampling.likelihood`) covers the tokens in every order, while their probabilities when committed favour the
+    sampler's own order. A slot that is too long scores low, because the model expects an end-of-sequence token in it.
+    The bound ignores how likely a length is, and scores easily guessed text such as a run of blanks high.
 
     Args:
-        templates: each, with its slots at their longest, no longer than the model's context.
-        config: `max_new_tokens`, `min_new_tokens` and what concerns ends are not used.
-        row_ids: number the templates, for their draws; by default 0 … N-1.
-        samples: masks drawn for each length where there are several, each a row of a forward; even.
+        templates: each fits the model's context with its slots at their longest.
+        config: `max_new_tokens`, `min_new_tokens` and settings about ends are not used.
+        row_ids: numbers of the templates, which key their draws; by default 0 … N-1.
+        samples: masks drawn for each of several lengths, one forwarded row each; even.
 
     Raises:
         ValueError: the mask token is in a text, or `samples` is out of range.
@@ -188,6 +187,6 @@ def infill_templates(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], slot: range) -> str:
-    """Text of a slot, after what precedes it: SentencePiece drops the blank of a first token."""
+    """Text of a slot, decoded with the text before it: SentencePiece drops the blank of a first token."""
     before = tokenizer.decode(tokens[: slot.start], clean_up_tokenization_spaces=False)
     return tokenizer.decode(tokens[: slot.stop], clean_up_tokenization_spaces=False)[len(before) :]

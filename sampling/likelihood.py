@@ -5,9 +5,9 @@ A masked diffusion model gives n tokens of a row, S, with the rest of the row kn
     E_{t ~ U(0, 1]} E_{x_t} [1/t · Σ_{i masked} log p(x_i | x_t)]    S masked with probability t, LLaDA, eq. 5
   = E_{l ~ U{1 … n}} E_{x_l} [n/l · Σ_{i masked} log p(x_i | x_l)]   exactly l tokens of S masked, LLaDA, eq. 6
 
-(arXiv 2502.09992). Both are Σ over the masks M of S of B(m, n-m+1) · Σ_{i in M} log p(x_i | x_M), m = |M|, because
-∫ t^(m-1) (1-t)^(n-m) dt = B(m, n-m+1) = 1/(m · C(n, m)). The second form is drawn: every draw is n times a mean of log
-probabilities, while 1/t gives the first an infinite variance (its second moment holds ∫ n/t dt).
+(arXiv 2502.09992). Both equal the sum over the masks M of S of B(m, n-m+1) · Σ_{i in M} log p(x_i | x_M), m = |M|,
+because ∫ t^(m-1) (1-t)^(n-m) dt = B(m, n-m+1) = 1/(m · C(n, m)). The second form is sampled: each draw is n times a
+mean of log-probabilities. The first has an infinite variance, since its second moment contains ∫ n/t dt.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from sampling.visibility import Visibility
 
 @dataclass(frozen=True)
 class Score:
-    """A lower bound on the log-likelihood of tokens, estimated."""
+    """Estimate of a lower bound on the log-likelihood of tokens."""
 
-    mean: float  # nats, all tokens together
+    mean: float  # nats, the sum over all tokens
     standard_error: float  # of `mean`, nats; 0 where the bound is exact
-    tokens: int  # scored
+    tokens: int  # number of scored tokens
 
     @property
     def per_token(self) -> float:
@@ -39,18 +39,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Choice:
-    """Scores of several responses to one prompt; of equal ones the first is best."""
+    """Scores of several responses to one prompt. Of equal scores the first is best."""
 
     scores: list[Score]
 
     @property
     def best(self) -> int:
-        """Index of the likeliest response; a longer one multiplies more probabilities."""
+        """Index of the likeliest response. Longer responses multiply more probabilities."""
         return max(range(len(self.scores)), key=lambda i: self.scores[i].mean)
 
     @property
     def best_per_token(self) -> int:
-        """Index of the likeliest response for its length."""
+        """Index of the response with the most nats per token."""
         return max(range(len(self.scores)), key=lambda i: self.scores[i].per_token)
 
 
@@ -63,7 +63,7 @@ def score(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Score:
-    """Bound on log p(response | prompt); arguments and errors as of `score_positions`."""
+    """Bound on log p(response | prompt). Arguments and errors are those of `score_positions`."""
     return choose(model, prompt, [response], special, samples, seed, batch_size).scores[0]
 
 
@@ -76,7 +76,7 @@ def choose(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Choice:
-    """Compare responses to a prompt, as multiple choice does; arguments as of `score_positions`.
+    """Compare responses to a prompt, as multiple choice does. Arguments are those of `score_positions`.
 
     Raises:
         ValueError: no responses, or see `score_positions`, whose rows are the responses.
@@ -96,17 +96,16 @@ def score_positions(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[Score]:
-    """Bound on the log-likelihood of the tokens at some positions, given all others of their row.
+    """Bound on the log-likelihood of the tokens at some positions, given all other tokens of their row.
 
-    The log-probabilities are those of the training loss: of the model's own distribution over the whole vocabulary.
-    Rows of n ≤ log2(samples + 1) positions are scored exactly, with each of their 2^n - 1 masks forwarded once.
+    Log-probabilities come from the model's own distribution over the whole vocabulary, as in the training loss. Rows
+    with n ≤ log2(samples + 1) positions are scored exactly: each of their 2^n - 1 masks is forwarded once.
 
     Args:
-        rows: tokens [L], no more than the model's context, and the n positions to score of each row; masks at other
-            positions stay masked.
-        samples: masks drawn for a row; even, because the standard error is made of pairs (see `_Masks`).
-        seed: a row's masks depend on (seed, samples, n) alone. The first positions of rows have the same noise whatever
-            n is, so that differences between alternatives are less noisy than either.
+        rows: tokens [L], which fit the model's context, and the n positions to score. Masks at other positions stay.
+        samples: masks drawn for a row; even, because pairs of draws give the standard error (see `_Masks`).
+        seed: a row's masks depend on (seed, samples, n) alone. The first positions of all rows share their noise, so
+            that differences between alternatives are less noisy than their scores.
         batch_size: masks forwarded together.
 
     Raises:
@@ -145,17 +144,17 @@ def _checked(number: int, tokens: Sequence[int], at: Sequence[int], mask: int) -
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks of n positions, and what Σ log p of the tokens under each counts in the bound."""
+    """Masks of n positions, and the weight of each in the bound."""
 
     masks: np.ndarray  # [K, n] bool
     weights: np.ndarray  # [K]
-    exact: bool  # all masks there are; else pairs of independent draws, each pair from a stratum of its own
+    exact: bool  # all masks; else pairs of independent draws, each pair from its own stratum
 
     def score(self, log_p: np.ndarray) -> Score:
         """The bound, from Σ log p [K] of the tokens under each mask.
 
-        The variance of the sum of K/2 pairs is estimated by Σ (a - b)²: each is Var(a + b) on average, whatever the
-        mean of its stratum. The spread of all draws would count the differences between strata, which do not enter.
+        Σ (a - b)² over the K/2 pairs estimates the variance of the sum: on average (a - b)² is Var(a + b), whatever the
+        mean of the stratum. The spread of all draws would count differences between strata too.
         """
         terms = self.weights * log_p
         error = 0.0 if self.exact else float(np.linalg.norm(terms[0::2] - terms[1::2]))
@@ -163,13 +162,13 @@ class _Masks:
 
 
 def _every(n: int) -> _Masks:
-    """All 2^n - 1 masks but the empty one."""
+    """All 2^n - 1 masks that are not empty."""
     masks = (np.arange(1, 2**n)[:, None] >> np.arange(n) & 1).astype(bool)
     return _Masks(masks, np.array([1 / (m * comb(n, m)) for m in masks.sum(1).tolist()]), exact=True)
 
 
 def _drawn(n: int, samples: int, seed: int) -> _Masks:
-    """Masks of l = ⌈t·n⌉ positions, those with the lowest noise. Draws 2h and 2h+1 have t in (2h, 2h+2]/samples."""
+    """Masks of the l = ⌈t·n⌉ positions with the lowest noise. Draws 2h and 2h+1 have t in (2h, 2h+2]/samples."""
     noise = np.random.default_rng(seed).random((1 + n, samples))
     t = (np.arange(samples) // 2 + 1 - noise[0]) / (samples // 2)
     n_masked = np.ceil(t * n)
@@ -178,7 +177,7 @@ def _drawn(n: int, samples: int, seed: int) -> _Masks:
 
 
 def _log_p(model: Denoiser, rows: Sequence[np.ndarray], masked: Sequence[np.ndarray], mask: int) -> np.ndarray:
-    """[b] Σ log p of the tokens at the masked positions of each row [L], all of them masked together."""
+    """[b] Σ log p of the tokens at the masked positions of each row [L], masked together."""
     x_0, attention_mask = left_pad(rows, mask)
     pads = [x_0.shape[1] - len(tokens) for tokens in rows]
     row = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(at) for at in masked]))

@@ -8,33 +8,35 @@ import numpy as np
 from sampling.canvas import Canvas, Tokens
 from sampling.confidence import gumbel, priority
 from sampling.config import SamplingConfig
+from sampling.events import StepEvent
 from sampling.schedule import masked_shares, scheduled, select_adaptive, share_steps
 
-Criterion = Callable[[np.ndarray], bool]  # whether a row ends with these tokens [N], all before which are clean
+Criterion = Callable[[np.ndarray], bool]  # whether a row ends with the last of these clean tokens [N]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a row does with its next look at the model's logits."""
+    """The next step of a row."""
 
     number: int  # of the row's steps, from 0
-    start: int  # where the block begins
-    end: int  # where it ends: all masks before are candidates
-    first: bool  # the first look within the block
-    n_commit: int | None  # None: as many as the model is sure of
+    start: int  # first position of the block
+    end: int  # position after the block; every mask before it is a candidate
+    first: bool  # the first forward of the block
+    n_commit: int | None  # tokens to commit; None: an adaptive transfer decides
     n_remask: int = 0
 
 
 class RowState:
-    """The state of one row. It lives on the host, where it costs microseconds: a batch cannot change a row.
+    """State of one row, on the host: its decisions cost microseconds and do not depend on its batch.
 
     Attributes:
-        tokens: [L] the canvas as it is.
-        given: [L] what was not masked at the start.
-        step: what to do next; None when the row is done.
-        end: where a rule about ends found the end of the response.
+        tokens: [L] the canvas.
+        given: [L] bool, positions that were not masked at the start.
+        step: the next step; None when the row is done.
+        committed, remasked: positions that the last step committed and masked again.
+        end: position after the response, if a rule about ends found it.
         nfe: forwards of the model so far.
-        history: the canvas after every step, if asked for.
+        history: the canvas after every step, or None.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class RowState:
         self.criterion, self.every_step = criterion, every_step
         self.tokens = np.array(canvas.tokens, dtype=np.int64)
         self.given = self.tokens != special.mask
-        self.commit_prob = np.zeros(len(self))  # probability of a token when it was committed
-        self.changed = np.zeros(len(self), dtype=bool)  # by the last step
+        self.commit_prob = np.zeros(len(self))  # probability of each token when it was committed
+        self.commit_entropy = np.zeros(len(self))  # nats, likewise
+        self.committed = self.remasked = np.empty(0, dtype=np.int64)
         self.history: list[np.ndarray] | None = [] if history else None
         self.nfe = self.since_refresh = 0
         self.end: int | None = None
-        self.checked = canvas.prompt_length  # the response does not end before
+        self.checked = canvas.prompt_length  # no end of the response before this position
         self._steps = self._plan()
         self.step = next(self._steps, None)
 
@@ -67,7 +70,7 @@ class RowState:
         return np.flatnonzero(self.tokens[:end] == self.special.mask)
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Where blocks with masks begin and end. Masks inside the prompt belong to the first.
+        """Start and end of each block with masks. Masks inside the prompt belong to the first block.
 
         If `block_length` does not divide the response, the last block is shorter.
         """
@@ -79,7 +82,7 @@ class RowState:
         return [(start, end) for start, end in blocks if ((start <= masked) & (masked < end)).any()]
 
     def _plan(self) -> Iterator[Step]:
-        """The steps, each made when the one before it is done. Those that change nothing need no forward."""
+        """Yield each step after the one before it was carried out. Steps that change nothing are left out."""
         config, number = self.config, 0
         blocks = self._blocks()
         for (start, end), block_steps in zip(blocks, share_steps(config.steps, len(blocks)), strict=True):
@@ -101,10 +104,10 @@ class RowState:
                 number += 1
 
     def _n_remask(self, step: int, steps: int, end: int, left: int) -> int:
-        """Tokens to mask again, in exchange for as many more committed: the schedule is kept.
+        """Number of tokens to mask again. The step commits as many more, so that the schedule holds.
 
-        ReMDM-cap (arXiv 2503.00307) masks each again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - γ; this
-        is the expected number, rounded down.
+        ReMDM-cap (arXiv 2503.00307) masks each token again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - γ.
+        The number is the expected one, rounded down.
         """
         if not self.config.remask or step in (0, steps - 1):
             return 0
@@ -120,14 +123,14 @@ class RowState:
             self.history.append(self.tokens.copy())
 
     def uniforms(self) -> np.ndarray:
-        """[2, L] in [0, 1) for this step: for tokens, and for positions."""
+        """[2, L] draws in [0, 1) for this step: one row for tokens, one for positions."""
         return np.random.default_rng((self.config.seed, self.canvas.row_id, self.step.number)).random((2, len(self)))
 
     def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
-        """Fix tokens at candidates, and mask others again if the step says so. Then `go_on`.
+        """Commit the best of the proposed tokens, and mask others again with `sampling.remask`. Call `advance` next.
 
         Args:
-            tokens: [N] proposed for the masked positions before `step.end`, in their order.
+            tokens: [N] proposed tokens of the masked positions before `step.end`.
             confidence, p, entropy: [N], see `Proposal`.
         """
         config, step, columns = self.config, self.step, self.masked(self.step.end)
@@ -136,21 +139,39 @@ class RowState:
         order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")
         chosen = select_adaptive(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]
 
-        self.changed[:] = False
-        if step.n_remask:
-            # as many as ReMDM-cap, chosen as ReMDM-conf does: by softmax(-probability when committed)
-            committed = self._committed(step.end)
-            order = np.argsort(self.commit_prob[committed] - gumbel(draws[committed]), kind="stable")
-            self.tokens[committed[order[: step.n_remask]]] = self.special.mask
-            self.changed[committed[order[: step.n_remask]]] = True
-        self.tokens[columns[chosen]] = tokens[chosen]
-        self.commit_prob[columns[chosen]] = p[chosen]
-        self.changed[columns[chosen]] = True
+        self.remasked = self._least_probable(step, draws) if step.n_remask else columns[:0]
+        self.tokens[self.remasked] = self.special.mask
+        self.committed = columns[chosen]
+        self.tokens[self.committed] = tokens[chosen]
+        self.commit_prob[self.committed] = p[chosen]
+        self.commit_entropy[self.committed] = entropy[chosen]
 
-    def go_on(self) -> None:
-        """To the next step that needs the model; if the response is complete, to the end."""
+    def _least_probable(self, step: Step, draws: np.ndarray) -> np.ndarray:
+        """Positions to mask again: as many as ReMDM-cap, drawn as ReMDM-conf does by softmax(-commit_prob)."""
+        committed = self._committed(step.end)
+        order = np.argsort(self.commit_prob[committed] - gumbel(draws[committed]), kind="stable")
+        return committed[order[: step.n_remask]]
+
+    def event(self, step: Step) -> StepEvent:
+        """Event of a step after `commit` and `advance`."""
+        rated = self.config.alg == "entropy" or self.config.transfer == "entropy_bound"
+        return StepEvent(
+            self.canvas.row_id,
+            step.number,
+            self.tokens.copy(),
+            self.tokens == self.special.mask,
+            self.canvas.prompt_length,
+            self.committed,
+            self.commit_prob[self.committed],
+            self.commit_entropy[self.committed] if rated else None,
+            self.remasked,
+            self.nfe,
+        )
+
+    def advance(self) -> None:
+        """Go to the next step that needs a forward. End the row if its response is complete."""
         self.step = next(self._steps, None)
-        if self.every_step or (self.config.remask and self.step is not None):  # what is clean may be masked again
+        if self.every_step or (self.config.remask and self.step is not None):  # clean tokens may be masked again
             return
         masked = self.masked()
         clean = masked[0] if len(masked) else len(self)
@@ -165,7 +186,7 @@ class RowState:
         self.checked = max(self.checked, clean)
 
     def _ends(self, tokens: np.ndarray) -> bool:
-        """Whether the response ends with the last of these tokens."""
+        """Whether the response ends with the last of the tokens [N]."""
         if self.config.stop_at_eos and tokens[-1] in self.special.eos:
             return True
         response = tokens[self.canvas.prompt_length :]

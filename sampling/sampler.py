@@ -1,8 +1,8 @@
-"""The reverse process of absorbing-state diffusion: masked canvases are filled in a few forwards of the model.
+"""The reverse process of absorbing-state diffusion: fill masked canvases in a few forwards of the model.
 
-Every forward gives logits where tokens can be committed; the device proposes a token for each position and rates it,
-the host decides row by row which of them stay. Rows take their own steps: a row skips the steps that would commit
-nothing, leaves the batch when it is done, and the next one takes its place.
+A forward gives logits at the candidate positions. The device proposes a token for each and rates it; the host decides
+row by row which tokens to commit. Rows take their own steps: a row skips steps that would commit nothing, leaves the
+batch when it is done, and the next row takes its place.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from torch import Tensor
 from sampling.batch import Batch, Denoiser, LogitsProcessor
 from sampling.canvas import Canvas, Tokens, trim
 from sampling.config import SCHEDULED, SamplingConfig
+from sampling.events import StepEvent
 from sampling.row_state import Criterion, RowState
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
@@ -26,18 +27,18 @@ TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class SampledRow:
-    """A row that is done."""
+    """A row whose canvas is filled."""
 
     canvas: Canvas
     tokens: list[int]  # [L] the whole row
     response: list[int]  # after the prompt, before the end-of-sequence token
     new_tokens: int  # filled in, up to the end-of-sequence token, which counts
-    nfe: int  # forwards of the model that the row took part in
+    nfe: int  # forwards of the model with this row
     history: list[np.ndarray] | None  # [L] each, after every step
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens for each forward; prompt and padding do not count."""
+        """New tokens per forward; prompt and padding do not count."""
         return self.new_tokens / max(self.nfe, 1)
 
     @classmethod
@@ -57,18 +58,18 @@ def fill(
     *,
     logits_processor: LogitsProcessor | None = None,
     criterion: Criterion | None = None,
-    on_step: Callable[[RowState], None] | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
     history: bool = False,
 ) -> Iterator[SampledRow]:
-    """Fill canvases, `config.batch_size` at once; each is given back when it is done.
+    """Fill canvases, `config.batch_size` at once. Yield each row as soon as it is done.
 
     Args:
         canvases: read as rows become free.
         logits_processor: `scores = processor(tokens, scores)` on the canvases [N, L] and logits [N, V] of N candidates,
             such as a `LogitsProcessorList` of Transformers.
-        criterion: whether a response ends with the tokens given, none of which is masked; asked for each that becomes
-            clean, from left to right.
-        on_step: sees each row after each of its steps.
+        criterion: returns whether a response ends with the last of the given tokens, all of them clean. Called for each
+            token that becomes clean, from left to right.
+        on_step: called after each step of each row.
         history: keep the canvas after every step.
     """
     waiting, batch = iter(canvases), Batch(model, config, special, logits_processor)
@@ -79,12 +80,13 @@ def fill(
         if not rows:
             return
         if active := [row for row in rows if row.step is not None]:
-            batch.arrange(active)
+            batch.set_rows(active)
             for row, proposal in zip(active, batch.propose(), strict=True):
+                step = row.step
                 row.commit(*proposal)
-                row.go_on()
+                row.advance()
                 if on_step is not None:
-                    on_step(row)
+                    on_step(row.event(step))
         for row in rows:
             if row.step is None:
                 yield SampledRow.of(row)
@@ -102,54 +104,54 @@ def fill_with_hooks(
     logits_hook: LogitsHook | None,
     history: bool = False,
 ) -> list[SampledRow]:
-    """Fill canvases in step, as the published code does, with its hooks: every step has a forward and all logits.
+    """Fill canvases with the hooks of the published code: every row takes every step, with a forward of all logits.
 
-    Rules about the ends of rows do not apply: every row goes through all steps.
+    Rules about the ends of rows do not apply.
 
     Args:
-        x: [B, L] the canvases, right-aligned, with what stands for padding.
+        x: [B, L] the canvases, right-aligned, with the padding tokens.
         tokens_hook: `x = hook(step, x, logits)` after each step, and once before the first with (None, x, None).
-        logits_hook: `logits = hook(step, x, logits)` on all logits [B, L, V] before anything is drawn.
+        logits_hook: `logits = hook(step, x, logits)` on all logits [B, L, V] before tokens are drawn.
 
     Raises:
-        ValueError: a hook gave back another shape.
+        ValueError: a hook returned another shape.
     """
 
-    def ask(hook, name: str, step: int | None, logits: Tensor | None, given: Tensor) -> Tensor:
-        changed = hook(step, x, logits)
-        if changed.shape != given.shape:
-            raise ValueError(f"{name} gave back shape {list(changed.shape)} for {list(given.shape)}: it must keep it")
-        return changed
+    def call(hook, name: str, step: int | None, logits: Tensor | None, before: Tensor) -> Tensor:
+        after = hook(step, x, logits)
+        if after.shape != before.shape:
+            raise ValueError(f"{name} gave back shape {list(after.shape)} for {list(before.shape)}: it must keep it")
+        return after
 
     if tokens_hook is not None:
-        x = ask(tokens_hook, "tokens_hook", None, None, x)
+        x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
     rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
     batch = Batch(model, config, special)
-    batch.arrange(rows)
+    batch.set_rows(rows)
     while rows[0].step is not None:
         step, logits = rows[0].step.number, batch.logits()
         if logits_hook is not None:
-            logits = ask(logits_hook, "logits_hook", step, logits, logits)
+            logits = call(logits_hook, "logits_hook", step, logits, logits)
         for i, (row, proposal) in enumerate(zip(rows, batch.propose(logits), strict=True)):
             row.commit(*proposal)
             x[i, -len(row) :] = torch.from_numpy(row.tokens).to(x.device)
         if tokens_hook is not None:
-            x = ask(tokens_hook, "tokens_hook", step, logits, x)
+            x = call(tokens_hook, "tokens_hook", step, logits, x)
         for row, tokens in zip(rows, x.tolist(), strict=True):
             row.tokens[:] = tokens[-len(row) :]
-            row.go_on()
+            row.advance()
     return [SampledRow.of(row) for row in rows]
 
 
 @dataclass
 class SampleOutput:
-    """What `sample` gives back."""
+    """Sequences, and the cost of each."""
 
     sequences: Tensor  # [B, L] prompt and response
-    nfe: list[int]  # B numbers of function evaluations: forwards of the model that a row took part in
-    tokens_per_forward: list[float]  # B; new tokens up to the end of a response over its nfe
-    history: list[Tensor] | None = None  # the canvas [B, L] after every step
+    nfe: list[int]  # [B] number of function evaluations: forwards of the model with this row
+    tokens_per_forward: list[float]  # [B] new tokens up to the end of the response, over nfe
+    history: list[Tensor] | None = None  # canvases [B, L] after every step
 
 
 def sample(
@@ -165,12 +167,12 @@ def sample(
     logits_hook: LogitsHook | None = None,
     **watchers: Any,
 ) -> SampleOutput:
-    """Fill `config.max_new_tokens` masks after each prompt, and masks inside the prompts too.
+    """Fill `config.max_new_tokens` masks after each prompt, and masks inside the prompts.
 
     Args:
         input_ids: [B, P] prompts, left-padded.
         attention_mask: [B, P], 0 at the padding.
-        row_ids: number the rows, for their draws; by default 0 … B-1.
+        row_ids: numbers of the rows, which key their draws; by default 0 … B-1.
         history: keep the canvas after every step.
         tokens_hook, logits_hook: see `fill_with_hooks`.
         watchers: logits_processor, criterion and on_step, see `fill`.
@@ -184,18 +186,13 @@ def sample(
         raise ValueError("attention_mask has padding to the right of tokens: pad prompts on the left")
     x = F.pad(input_ids, (0, config.max_new_tokens), value=special.mask)
     lengths = attended.sum(-1).tolist()
+    row_ids = range(len(x)) if row_ids is None else row_ids
     canvases = [
         Canvas(row[len(row) - length - config.max_new_tokens :], length, row_id)
-        for row, length, row_id in zip(x.tolist(), lengths, range(len(x)) if row_ids is None else row_ids, strict=True)
+        for row, length, row_id in zip(x.tolist(), lengths, row_ids, strict=True)
     ]
-    hooked = tokens_hook is not None or logits_hook is not None
-    if hooked and any(watcher is not None for watcher in watchers.values()):
-        raise ValueError(f"hooks go without {', '.join(watchers)}")
-    if hooked and config.cache != "none":
-        raise ValueError(f"sampling.cache={config.cache}: hooks see all logits, set sampling.cache=none")
-    if hooked and config.adaptive:
-        raise ValueError(f"sampling.transfer={config.transfer}: hooks need a scheduled one ({', '.join(SCHEDULED)})")
-    if hooked:
+    if tokens_hook is not None or logits_hook is not None:
+        _check_hooks(config, watchers)
         filled = fill_with_hooks(model, x.clone(), canvases, config, special, tokens_hook, logits_hook, history)
     else:
         places = {id(canvas): i for i, canvas in enumerate(canvases)}
@@ -203,7 +200,7 @@ def sample(
         filled = sorted(filled, key=lambda row: places[id(row.canvas)])
 
     def whole(rows: Iterable[Sequence[int] | np.ndarray]) -> Tensor:
-        """[B, L] with the padding as it was given."""
+        """[B, L] rows with their padding."""
         filled_in = x.clone()
         for i, tokens in enumerate(rows):
             filled_in[i, -len(tokens) :] = torch.as_tensor(tokens, device=x.device)
@@ -216,3 +213,12 @@ def sample(
         [row.tokens_per_forward for row in filled],
         [whole(row.history[min(i, len(row.history) - 1)] for row in filled) for i in range(steps)] if history else None,
     )
+
+
+def _check_hooks(config: SamplingConfig, watchers: dict[str, Any]) -> None:
+    if any(watcher is not None for watcher in watchers.values()):
+        raise ValueError(f"hooks go without {', '.join(watchers)}")
+    if config.cache != "none":
+        raise ValueError(f"sampling.cache={config.cache}: hooks see all logits, set sampling.cache=none")
+    if config.adaptive:
+        raise ValueError(f"sampling.transfer={config.transfer}: hooks need a scheduled one ({', '.join(SCHEDULED)})")

@@ -1,4 +1,4 @@
-"""Number of tokens that a step commits: by a noise schedule, or by the confidence of the model."""
+"""Number of tokens that a step commits: by a noise schedule, or by the model's confidence."""
 
 from functools import lru_cache
 
@@ -9,16 +9,16 @@ from sampling.config import SamplingConfig
 
 
 def scheduled(config: SamplingConfig, step: int, steps: int, n_at_start: int, n_masked: int) -> int:
-    """Positions that step `step` of a block's `steps` commits.
+    """Number of positions that step `step` of a block's `steps` commits.
 
     `linear` (Dream) and `cosine` (MaskGIT, arXiv 2202.04200): going from time t to s, neighbours in
-    linspace(1, eps, steps + 1), unmasks a share 1 - γ(s)/γ(t) of what is still masked, rounded down; γ(t) = t, or
+    linspace(1, eps, steps + 1), unmasks a share 1 - γ(s)/γ(t) of the masked positions, rounded down; γ(t) = t, or
     sin(πt/2). `even` (LLaDA, arXiv 2502.09992): the same number at every step, one more at the first
     n_at_start mod steps. The last step commits all.
 
     Args:
-        n_at_start: positions masked when the block was opened.
-        n_masked: positions still masked.
+        n_at_start: masked positions when the block began.
+        n_masked: masked positions now.
     """
     if step == steps - 1:
         return n_masked
@@ -30,7 +30,7 @@ def scheduled(config: SamplingConfig, step: int, steps: int, n_at_start: int, n_
 
 @lru_cache
 def masked_shares(transfer: str, steps: int, eps: float) -> np.ndarray:
-    """[steps + 1] γ at the times of the grid, in float32 as published: products with counts are rounded down."""
+    """[steps + 1] γ at the times of the grid, in float32 as published, since products with it are rounded down."""
     t = torch.linspace(1, eps, steps + 1)
     return (torch.sin(torch.pi / 2 * t) if transfer == "cosine" else t).numpy()
 
@@ -39,15 +39,14 @@ def select_adaptive(config: SamplingConfig, order: np.ndarray, p: np.ndarray, en
     """Candidates that an adaptive transfer commits, at least one.
 
     `threshold` (Fast-dLLM, arXiv 2505.22618) all with a probability of at least `threshold` · `factor` (ibid.) the n
-    likeliest, n the largest with (n+1)·(1 - p_(n)) < factor · `entropy_bound` (EB-Sampler, arXiv 2505.24857) the first
-    n in order, n the largest with Σ H - max H ≤ entropy_bound over them: what joint entropy they can at most share.
+    likeliest, with the largest n for which (n+1)·(1 - p_(n)) < factor · `entropy_bound` (EB-Sampler, arXiv 2505.24857)
+    the first n in order, with the largest n for which Σ H - max H ≤ entropy_bound, a bound on their mutual information.
 
-    KLASS, which waits until a position's distribution stays the same between steps, is left out: it would keep all
-    distributions [N, V] from one step to the next.
+    KLASS is left out: it compares distributions between steps, and would keep all of them [N, V].
 
     Args:
-        order: [N] candidates, the first to commit first.
-        p: [N] probability of the token drawn at each.
+        order: [N] candidates by falling priority.
+        p: [N] probability of the proposed tokens.
         entropy: [N] nats.
     """
     if config.transfer == "threshold":
@@ -64,5 +63,5 @@ def select_adaptive(config: SamplingConfig, order: np.ndarray, p: np.ndarray, en
 
 
 def share_steps(steps: int, blocks: int) -> list[int]:
-    """Steps of each block: as even as possible, at least one."""
+    """Number of steps of each block: as even as possible, at least one."""
     return [max(1, steps // blocks + (block < steps % blocks)) for block in range(blocks)]

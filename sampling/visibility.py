@@ -1,4 +1,4 @@
-"""Which positions a position attends to."""
+"""Visibility: the positions that a position attends to."""
 
 from dataclasses import dataclass, fields
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Visibility:
-    """Conditions on the positions that a position sees: all of them must hold. Without any, every position sees all.
+    """Conditions for a position to see another. All must hold; without any, every position sees all.
 
     Attributes:
         attended: [B, L] bool; padding is False, and no position sees it.
-        document: [B, L]; a position sees its own document only, as in packed rows.
+        document: [B, L]; a position sees its own document only. Packed rows have several.
         block: [B, L]; a position sees its own block and earlier ones (block diffusion, arXiv 2503.09573).
-        pairs: [B, L, L] bool; whether the first position sees the second, as in attention that is annealed.
+        pairs: [B, L, L] bool; whether the first position sees the second. Annealed attention draws them.
     """
 
     attended: Tensor | None = None
@@ -24,7 +24,7 @@ class Visibility:
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether padding and documents alone do not describe it."""
+        """Whether only a dense mask can express it."""
         return self.block is not None or self.pairs is not None
 
     def rows(self, rows: Tensor) -> "Visibility":
@@ -36,15 +36,15 @@ class Visibility:
         """[B, Q, L] bool: whether a position sees another; None where every position sees all.
 
         Args:
-            columns: [B, Q] positions that look; None for all L.
+            columns: [B, Q] positions of the queries; None for all L.
         """
         conditions = []
         if self.attended is not None:
             conditions.append(self.attended[:, None].bool())
         if self.document is not None:
-            conditions.append(_looking(self.document, columns) == self.document[:, None])
+            conditions.append(_of_queries(self.document, columns) == self.document[:, None])
         if self.block is not None:
-            conditions.append(_looking(self.block, columns) >= self.block[:, None])
+            conditions.append(_of_queries(self.block, columns) >= self.block[:, None])
         if self.pairs is not None:
             conditions.append(self.pairs if columns is None else self.pairs.take_along_dim(columns[..., None], dim=1))
         if not conditions:
@@ -55,7 +55,7 @@ class Visibility:
         return visible
 
     def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
-        """[N] columns to the left of N positions; where there is none to see, the columns themselves."""
+        """[N] columns to the left of N positions, or their own columns where no visible position is left of them."""
         left = (column - 1).clamp(min=0)
         if self.attended is not None:
             left = torch.where(self.attended[row, left].bool(), left, column)
@@ -64,6 +64,6 @@ class Visibility:
         return left
 
 
-def _looking(group: Tensor, columns: Tensor | None) -> Tensor:
-    """[B, Q, 1] groups of the positions that look."""
+def _of_queries(group: Tensor, columns: Tensor | None) -> Tensor:
+    """[B, Q, 1] groups of the queries."""
     return (group if columns is None else group.gather(1, columns))[..., None]

@@ -69,11 +69,11 @@ def fixed(model: Ending, canvases: Sequence[Canvas], special: Tokens) -> Iterato
     for start in range(0, len(canvases), config.batch_size):
         rows = [RowState(canvas, config, special) for canvas in canvases[start : start + config.batch_size]]
         batch = Batch(model, config, special)
-        batch.arrange(rows)
+        batch.set_rows(rows)
         while not all(special.mask not in response_of(row) for row in rows):
             for row, proposal in zip(rows, batch.propose(), strict=True):
                 row.commit(*proposal)
-                row.go_on()
+                row.advance()
         yield from map(response_of, rows)
 
 

@@ -11,7 +11,7 @@ from data.terminal import printable
 from diffllm.generate import generate
 from launch import chat as chat_module
 from launch.chat import Chat, chat
-from sampling import RowState, SamplingConfig, fill
+from sampling import SamplingConfig, StepEvent, fill
 from tests.conftest import small_shape
 from trainer.config import Config
 
@@ -165,9 +165,9 @@ def test_ctrl_c_ends_a_response_and_not_the_chat(talk, monkeypatch):
     def interrupted(model, canvases, config, special, on_step):
         steps = 0
 
-        def press(row: RowState) -> None:
+        def press(event: StepEvent) -> None:
             nonlocal steps
-            on_step(row)
+            on_step(event)
             steps += 1
             if steps == 2:
                 raise KeyboardInterrupt

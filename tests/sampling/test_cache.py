@@ -58,7 +58,7 @@ def test_what_is_masked_again_in_a_finished_block_is_computed_again(model):
     config = SamplingConfig(steps=16, block_length=4, remask=0.9, transfer="even", cache="dual", stop_at_eos=False)
     mask = model.mask_token_id
     row = RowState(Canvas.after([5, 6], 8, mask), config, model.special_tokens)
-    row.tokens[2:6], row.changed[3] = 40, True
+    row.tokens[2:6], row.committed = 40, np.array([3])
     row.step = Step(8, 6, 10, False, 1)
     assert np.flatnonzero(computed(row)).tolist() == [2, 3, 5, 6, 7, 8, 9]
 
@@ -117,10 +117,10 @@ def test_positions_are_those_of_the_canvas(model):
     at = torch.tensor([0]), torch.tensor([3])
     cache, rows = CanvasCache(), torch.tensor([0])
     cache.arrange([None], 6)
-    cache.aim(rows, 1, None)
+    cache.select(rows, 1, None)
     with torch.no_grad():
         whole = model.hidden(x, *unpadded(x), *at, cache)
-        cache.aim(rows, 1, np.array([[False, False, True, True, False, False]]))
+        cache.select(rows, 1, np.array([[False, False, True, True, False, False]]))
         part = model.hidden(x, *unpadded(x), *at, cache)
         plain = model.hidden(x, *unpadded(x), *at)
     torch.testing.assert_close(whole, plain)

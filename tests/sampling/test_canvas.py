@@ -9,7 +9,7 @@ from tests.sampling.models import MASK, SPECIAL, MockDenoiser
 def batch_of(*canvases):
     config = SamplingConfig()
     batch = Batch(MockDenoiser(), config, SPECIAL)
-    batch.arrange([RowState(canvas, config, SPECIAL) for canvas in canvases])
+    batch.set_rows([RowState(canvas, config, SPECIAL) for canvas in canvases])
     return batch
 
 

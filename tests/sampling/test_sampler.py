@@ -256,6 +256,26 @@ def test_remasking_keeps_the_schedule_and_changes_tokens_that_were_committed():
     assert not any(((before != MASK) & (after == MASK)).any() for before, after in pairwise(kept))
 
 
+@pytest.mark.parametrize("changes", [{"remask": 0.5, "transfer": "even"}, {"alg": "maskgit_plus", "cfg_scale": 0.5}])
+def test_events_tell_a_canvas_from_the_one_before(changes):
+    events, config = [], SamplingConfig(steps=8, max_new_tokens=16, stop_at_eos=False, **changes)
+    canvases = [Canvas.after([1] * (row + 1), 16, MASK, row) for row in range(3)]
+    rows = list(fill(MockDenoiser(), canvases, config, SPECIAL, on_step=events.append))
+    for row in rows:
+        tokens, last = np.array(row.canvas.tokens), None
+        for last in (event for event in events if event.row_id == row.canvas.row_id):
+            assert (tokens[last.committed] == MASK).all()
+            assert (tokens[last.remasked] != MASK).all()
+            tokens[last.committed], tokens[last.remasked] = last.tokens[last.committed], MASK
+            np.testing.assert_array_equal(last.tokens, tokens)
+            np.testing.assert_array_equal(last.masked, tokens == MASK)
+            assert ((last.probs > 0) & (last.probs <= 1)).all()
+            assert (last.entropies is None) == (config.alg != "entropy")
+        assert last.tokens.tolist() == row.tokens
+        assert (last.nfe, last.prompt_length) == (row.nfe, row.canvas.prompt_length)
+    assert any(len(event.remasked) for event in events) == bool(config.remask)
+
+
 def test_with_remasking_a_response_ends_where_its_last_canvas_says():
     for prompt in range(60):
         row = [[prompt % 9, prompt // 9]]
