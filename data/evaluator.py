@@ -22,36 +22,37 @@ BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift
 REFUSED = (ast.JoinedStr, ast.NamedExpr, ast.Lambda, ast.Starred, ast.Await, ast.Yield, ast.YieldFrom, ast.SetComp)
 OF_NUMBERS = (ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # so no `[0] * 9` and no `"%9d" % 0`
 CONTAINERS = (str, bytes, list, tuple, set, dict)
-WORK = 2**20  # that a formula may take for a row, about a second: elements, CHARACTERS, STEP for each of its parts
-STEP, CHARACTERS = 16, 64  # so many characters are gone over in the time of one element
-MAX_BITS = 2**14  # of a whole number
+WORK = 2**20  # work limit per row, about a second; reading one list element is 1 unit
+STEP = 16  # work to evaluate a node of the formula
+CHARACTERS = 64  # characters read for 1 unit of work
+MAX_BITS = 2**14  # of an integer
 
 
 def check_syntax(formula: ast.expr) -> None:
-    """Refuse what is wrong for every row.
+    """Refuse a formula with a function, method or operator that is not allowed.
 
     Raises:
-        ValueError: a function, method or operator that a formula cannot have.
+        ValueError: naming the part.
     """
     nodes = list(ast.walk(formula))
     called = [node.func for node in nodes if isinstance(node, ast.Call)]
     functions = {function.id for function in called if isinstance(function, ast.Name)}
     if unknown := sorted(functions - FUNCTIONS.keys()):
-        raise ValueError(f"no function {listed(unknown)}, there is {', '.join(FUNCTIONS)}")
+        raise ValueError(f"no function {listed(unknown)}; allowed: {', '.join(FUNCTIONS)}")
     methods = {function.attr for function in called if isinstance(function, ast.Attribute)}
     known = list(dict.fromkeys(name for names in METHODS.values() for name in names))
     if unknown := sorted(methods.difference(known)):
-        raise ValueError(f"no method {listed(unknown)}, there are {', '.join(known)}")
+        raise ValueError(f"no method {listed(unknown)}; allowed: {', '.join(known)}")
     if any(isinstance(node, BITWISE) for node in nodes):
-        raise ValueError("has & | ^ ~ << or >>, of bits; write and, or, not, < or >")
+        raise ValueError("bitwise operators & | ^ ~ << >> are not allowed; write and, or, not, < or >")
     for node in nodes:
         stored = isinstance(getattr(node, "ctx", None), ast.Store)
         if isinstance(node, REFUSED) or (stored and not isinstance(node, ast.Name | ast.Tuple | ast.List)):
-            raise ValueError(f"{ast.unparse(node)!r} cannot be in a formula; data/README.md says what can")
+            raise ValueError(f"{ast.unparse(node)!r} is not allowed in a formula; data/README.md lists what is")
 
 
 class Evaluator(EvalWithCompoundTypes):
-    """Computes parsed formulas over `names`, the fields of a row."""
+    """Evaluates parsed formulas over `names`, the fields of a row."""
 
     def __init__(self) -> None:
         operators = {kind: self._counted(function, kind) for kind, function in DEFAULT_OPERATORS.items()}
@@ -60,10 +61,10 @@ class Evaluator(EvalWithCompoundTypes):
             self.nodes[kind] = self._counted_display(self.nodes[kind])
 
     def eval(self, expr: str, previously_parsed: ast.expr | None = None) -> Any:
-        """The value of a formula.
+        """Return the value of a formula.
 
         Raises:
-            InvalidExpression: a part that is not allowed, or more work than WORK.
+            InvalidExpression: a part is not allowed, or the work exceeds WORK.
         """
         self._work = 0
         return super().eval(expr, previously_parsed)
@@ -73,7 +74,7 @@ class Evaluator(EvalWithCompoundTypes):
         return super()._eval(node)
 
     def _check_disallowed_items(self, item: Any) -> None:
-        """Do nothing: a row holds data only, and to look through all of it at each step takes long."""
+        """Do nothing: a row holds only data, and checking all of it at each step is slow."""
 
     def _eval_call(self, node: ast.Call) -> Any:
         if not isinstance(node.func, ast.Attribute):
@@ -92,12 +93,12 @@ class Evaluator(EvalWithCompoundTypes):
         return container[key]
 
     def _counted(self, function: Callable[..., Any], kind: type[ast.AST]) -> Callable[..., Any]:
-        """An operator whose work is counted, and whose numbers stay small."""
+        """Wrap an operator to count its work and bound its integers."""
 
         def compute(*operands: Any) -> Any:
             self._count(operands)
             if kind in OF_NUMBERS and any(isinstance(operand, CONTAINERS) for operand in operands):
-                raise TypeError(f"{' and '.join(type(operand).__name__ for operand in operands)} are no numbers")
+                raise TypeError(f"{' and '.join(type(operand).__name__ for operand in operands)} are not numbers")
             bits = [operand.bit_length() for operand in operands if isinstance(operand, int)]
             if kind is ast.Pow and len(bits) == 2:
                 bits.append(bits[0] * operands[1])
@@ -108,15 +109,17 @@ class Evaluator(EvalWithCompoundTypes):
         return compute
 
     def _counted_display(self, display: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Wrap the evaluation of a display, such as `[x, x]`, to count its work."""
+
         def build(node: ast.expr) -> Any:
             value = display(node)
-            self._count(value)  # parts that it has twice count twice: what compares or hashes it goes over them twice
+            self._count(value)  # shared parts count again: comparing and hashing read them again
             return value
 
         return build
 
     def _count(self, value: Any) -> None:
-        """Spend what it takes to go over a value with all that it holds."""
+        """Add the work of reading a nested value."""
         self._spend(_size(value) if isinstance(value, str | bytes) else 1)
         if isinstance(value, dict):
             self._count_all(value.values())
@@ -134,5 +137,5 @@ class Evaluator(EvalWithCompoundTypes):
 
 
 def _size(value: Any) -> int:
-    """How long it takes to go over a text or list, in elements."""
+    """Work of reading a text or list."""
     return 1 + len(value) // (CHARACTERS if isinstance(value, str | bytes) else 1)

@@ -348,7 +348,7 @@ class TestColumns:
         [
             ({"prompt": ""}, r"data\.columns={prompt: ''}"),
             ({"promt": "query"}, r"data\.columns={promt: query}: .*did you mean prompt or"),
-            ({"prompt": "query", "response": "query"}, r"data\.columns=.*a column has one name"),
+            ({"prompt": "query", "response": "query"}, r"data\.columns={'prompt': 'query', 'response': 'query'}"),
             ({"prompt": "qery", "response": "output"}, r"data\.columns={prompt: qery}: no row .*did you mean query\?"),
             ({"prompt": "query", "response": "xyz"}, r"data\.columns={response: xyz}: no row .*level, output, query"),
             ({"prompt": "query", "response": "level"}, r"rows:1: field 'response' must be text, not int"),

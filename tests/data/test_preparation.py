@@ -41,10 +41,10 @@ class TestCuration:
             ("level > 2", r"^data\.filter='level > 2': no row has a field level .*known are answer, answer_tok"),
             ("response_token > 2", "^data.filter.*: no row has a field response_token .*did you mean response_tokens"),
             ("difficulty > 9 and level > 2", "no row has a field level"),
-            ("__import__('os').remove('x')", r"no function __import__, there is len$"),
-            ("set(question)", r"no function set, there is len$"),
-            ("thinking_tokens << 1500", "has & | ^ ~ << or >>, of bits"),
-            ("source == 'math' & difficulty > 1", "has & | ^ ~ << or >>, of bits"),
+            ("__import__('os').remove('x')", r"no function __import__\b.*\blen$"),
+            ("set(question)", r"no function set\b.*\blen$"),
+            ("thinking_tokens << 1500", r"^data\.filter=.*: bitwise operators"),
+            ("source == 'math' & difficulty > 1", r"^data\.filter=.*: bitwise operators"),
             ("difficulty", "^rows:1: data.filter='difficulty': must be true or false, it is 1. Fields of the row: que"),
             ("difficulty < 'a'", r"^rows:1: .*not supported between .*'\. Fields of the row: .*answer_tokens$"),
             ("question.__class__", "^rows:1: "),
@@ -52,7 +52,7 @@ class TestCuration:
         ],
     )
     def test_a_filter_that_cannot_be(self, tokenizer, expression, message):
-        """It is said once, as no row is at fault."""
+        """One line, since no row is at fault."""
         with pytest.raises(ValueError, match=message) as error:
             prepared(tokenizer, self.ROWS, filter=expression, on_bad_row="skip")
         assert "\n" not in str(error.value)

@@ -144,9 +144,9 @@ def test_other_files_or_another_template_are_another_stream(stream, files, token
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"subset": 3.0}, r"data\.streaming=true: data\.subset would need all rows"),
-        ({"order": "curriculum"}, r"data\.order would need all rows"),
-        ({"drop_duplicates": "exact", "group_by_length": True}, r"data\.drop_duplicates, data\.group_by_length would"),
+        ({"subset": 3.0}, r"data\.streaming=true: data\.subset need"),
+        ({"order": "curriculum"}, r"data\.streaming=true: data\.order need"),
+        ({"drop_duplicates": "exact", "group_by_length": True}, r"data\.drop_duplicates, data\.group_by_length need"),
     ],
     ids=str,
 )
