@@ -18,7 +18,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # fields with the th
 TRAINED = ("weight", "loss", "train")  # marks of an assistant's message: 0 means context only
 METADATA = ("source", "difficulty", "metadata", "thinking_tokens", "answer_tokens")  # read by curation and verifiers
 NAMES = (*SCHEMAS, *ANSWERS, *SYSTEM, "tools", *REASONING)  # allowed keys of data.columns
-CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # data.prepare converts rows with this field
+CONVERTED = {"instruction": "alpaca", "conversations": "sharegpt"}  # field → set of data.prepare that has it
 MAX_TEXT = 2**20  # characters of one text, tokenized in one call
 
 # Fields that each schema reads in a row, and in a message.
@@ -28,24 +28,19 @@ USED = {
 }
 IN_MESSAGES = frozenset(["role", "content", *REASONING, *TRAINED])
 
-# Fields of common formats whose meaning this project ignores: a row that holds one is refused.
+# Fields of common formats that this project ignores although they matter: a row that holds one is refused.
 MEDIA = tuple(f"{kind}{form}" for kind in ("image", "video", "audio") for form in ("", "s", "_url", "_path"))
 MASKS = ("assistant_masks", "completion_mask", "loss_mask", "sample_weight")
 NOT_TEXT = ("tool_calls", "function_call", "functions", "documents", *MEDIA)
 NOT_IN_MESSAGES = (*NOT_TEXT, "tools", "tool_call_id", "reasoning_details")
-NO_MARKS = {
-    "train_on_turn": True,
-    "training": True,
-    "masked": False,
-    "prefix": False,
-}  # marks of answers: harmless value
+NO_MARKS = {"train_on_turn": True, "training": True, "masked": False, "prefix": False}  # answer mark: no-op value
 IN_PARTS = ("type", "text", "cache_control")  # fields of a content part
 NOT_IN_PROMPTS = (*NOT_TEXT, "context", "history", "suffix", "chat_template_kwargs")
 PREFERENCES = ("chosen", "rejected", "rejected_response", "label", "labels", "completions")
 NOT_IN_ROWS = (*NOT_IN_PROMPTS, *PREFERENCES, *MASKS, *REASONING, "reasoning_details")
-# Common column names of prompts and answers, for the advice about data.columns.
-ASKED = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
-ANSWERED = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
+# Common column names, for the advice about data.columns.
+PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "input", "problem", "user", "text")
+ANSWER_COLUMNS = ("response", "answer", "output", "completion", "solution", "target", "reply", "assistant")
 
 
 class Message(TypedDict):
@@ -74,7 +69,7 @@ class Columns:
         """Return the row with schema field names.
 
         Raises:
-            ValueError: the row holds both the column and a field of the new name.
+            ValueError: the row also holds a field with the new name of a column.
         """
         if not self.columns:
             return placed
@@ -88,7 +83,7 @@ class Columns:
         return PlacedRow(others | {name: row[column] for name, column in taken.items()}, place)
 
     def check(self, optional: Collection[str] = ()) -> None:
-        """Raise ValueError if no row so far had a column of data.columns, except those of the `optional` names."""
+        """Raise ValueError if no row so far had a column of data.columns whose new name is not in `optional`."""
         for name, column in self.columns.items():
             if self._known and column not in self._known and name not in optional:
                 hint = nearest(column, sorted(self._known))
@@ -99,13 +94,13 @@ def to_chat(placed: PlacedRow, used: Collection[str] = ()) -> Chat:
     """Return a row of any schema as a chat.
 
     S1K: `question`, and `answer` with its `<think>…</think>`. Prompt and response: `prompt` as text or messages, and
-    `response` or `completion` as text or one message. Messages: `messages`; the response is the last trained answer.
+    `response` or `completion` as text or one message. Messages: the response is the last trained answer of `messages`.
 
     Args:
         used: fields that a formula reads.
 
     Raises:
-        ValueError: a field is missing, empty or of the wrong type, roles are out of order, or a field with a meaning
+        ValueError: a field is missing, empty or of the wrong type; roles are out of order; or a field that matters
             would be ignored. The message names place and field.
     """
     row, place = placed
@@ -158,12 +153,12 @@ def tools_of(placed: PlacedRow) -> list[dict[str, Any]] | None:
     if not is_given(tools):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{place}: field 'tools' must be a list of objects, as JSON or as text, not {kind_of(tools)}")
+        raise ValueError(f"{place}: field 'tools' must be a list of objects, or its JSON, not {kind_of(tools)}")
     return tools
 
 
 def schema_of(row: dict[str, Any]) -> str:
-    """Prompt field of the row's schema; without a prompt, the schema of its answer, or else `question`."""
+    """Prompt field of the row's schema. Without a prompt, the answer field decides; without both, it is `question`."""
     for field in SCHEMAS:
         if row.get(field) is not None:
             return field
@@ -172,7 +167,7 @@ def schema_of(row: dict[str, Any]) -> str:
 
 
 def needs_answer(row: dict[str, Any]) -> bool:
-    """Whether an answer must follow the thinking: in S1K rows, and in rows with a reasoning field."""
+    """Whether text must follow the thinking, as in S1K rows and after a reasoning field."""
     schema = schema_of(row)
     answers = row.get(_answer_field(row, schema))
     holder = answers[-1] if isinstance(answers, list) else row
@@ -198,31 +193,26 @@ def final_answer(response: str) -> str:
 
 
 def with_thinking(thinking: str, answer: str) -> str:
-    """Join thinking and answer as S1K does.
+    """Join thinking and answer as in S1K.
 
     Raises:
-        ValueError: the answer is empty, or the thinking holds inner tags.
+        ValueError: the answer is empty, or tags occur inside the thinking.
     """
     if not answer.strip():
-        raise ValueError("the answer behind the thinking is empty")
+        raise ValueError("the answer after the thinking is empty")
     return "\n".join(filter(None, [THINK, _without_tags(thinking), END_THINK, answer.lstrip("\r\n")]))
 
 
 def system_of(row: dict[str, Any]) -> str | None:
-    """System message in a field of the row.
+    """System message in a field of the row, or None.
 
     Raises:
         ValueError: it is not text, or two fields differ.
     """
-    texts = {name: row[name] for name in SYSTEM if name in row and is_given(row[name])}
-    if not texts:
-        return None
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"field '{name}' must be text, not {kind_of(text)}")
+    texts = _texts(row, SYSTEM)
     if len({text.strip() for text in texts.values()}) > 1:
         raise ValueError(f"fields {' and '.join(map(repr, texts))} differ: keep one system message")
-    return next(iter(texts.values()))
+    return next(iter(texts.values()), None)
 
 
 def is_given(value: Any) -> bool:
@@ -256,7 +246,7 @@ def _response(row: dict[str, Any], schema: str, place: str) -> str:
         raise ValueError(f"{what} and field '{COMPLETION}' differ: keep one of them")
     if schema == "prompt" and isinstance(row.get(field), list):
         if len(row[field]) != 1:
-            raise ValueError(f"{what} has {len(row[field])} messages: it must be text, or one message, the assistant's")
+            raise ValueError(f"{what} has {len(row[field])} messages: it must be text, or one message of the assistant")
         _, response = _split(_messages(row[field], field, "assistant", place, first="assistant"), place)
     else:
         response = _text(row, field, place)
@@ -270,7 +260,7 @@ def _split(messages: list[Message], place: str) -> tuple[list[Message], str]:
     answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     last = max((i for i in answers if messages[i].get("trained", True)), default=None)
     if last is None:
-        raise ValueError(f"{place}: no answer is trained on: each has 0 or false in {', '.join(TRAINED)}")
+        raise ValueError(f"{place}: no answer is trained on: each has 0 or false in {' or '.join(TRAINED)}")
     return messages[:last], messages[last]["content"]
 
 
@@ -292,12 +282,10 @@ def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> li
 
 def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
     """Prepend the thinking in a reasoning field of the row or message to its answer."""
-    texts = {name: holder[name] for name in REASONING if name in holder and is_given(holder[name])}
+    texts = _texts(holder, REASONING, f"{what}: its ")
     if not texts:
         return answer
     for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{what}: its field '{name}' must be text, not {kind_of(text)}")
         _well_formed(text, f"{what}: its field '{name}'")
         try:
             texts[name] = _without_tags(text)
@@ -315,8 +303,17 @@ def _with_reasoning(holder: dict[str, Any], answer: str, what: str) -> str:
     return answer
 
 
+def _texts(holder: dict[str, Any], fields: Sequence[str], prefix: str = "") -> dict[str, str]:
+    """Non-empty values of these fields of a row or message; raises ValueError if one is not text."""
+    texts = {name: holder[name] for name in fields if is_given(holder.get(name))}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{prefix}field '{name}' must be text, not {kind_of(text)}")
+    return texts
+
+
 def _refuse_ignored(placed: PlacedRow, meaningful: Collection[str], used: Collection[str] = ()) -> None:
-    """Refuse columns whose meaning would be ignored."""
+    """Refuse columns that matter and would be ignored."""
     row, place = placed
     if names := [name for name in unused(row) if name in meaningful and name not in used]:
         raise ValueError(f"{place}: {_no_effect(names)}")
@@ -328,7 +325,7 @@ def _no_effect(names: Sequence[str]) -> str:
 
 
 def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
-    """Refuse row marks that are 0; a `loss` other than 0 or 1 is a measurement."""
+    """Refuse marks of 0 on the row itself; a `loss` other than 0 or 1 is a measurement."""
     row, place = placed
     measured = isinstance(row.get("loss"), int | float) and row["loss"] not in (0, 1)
     marks = _marks(row, f"{place}: the row", {*used, "loss"} if measured else used)
@@ -337,7 +334,7 @@ def _check_row_marks(placed: PlacedRow, used: Collection[str]) -> None:
 
 
 def _without_tags(thinking: str) -> str:
-    """Thinking without the tags around it; raises ValueError on inner tags."""
+    """Thinking without the tags around it; raises ValueError if tags remain."""
     text = thinking.strip()
     if text.startswith(THINK) and text.endswith(END_THINK):
         text = text.removeprefix(THINK).removesuffix(END_THINK).strip()
@@ -349,9 +346,11 @@ def _without_tags(thinking: str) -> str:
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
         found = "null" if field in row else "missing"
+        kinds = [CONVERTED[name] for name in row if name in CONVERTED]
+        converter = f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
         raise ValueError(
-            f"{place}: field '{field}' is {found}; a row has question and answer, prompt and response, or messages, or "
-            f"names for them in {_mapping(row)}. Its fields are: {listed(list(row))}{_converter(row)}"
+            f"{place}: field '{field}' is {found}; a row needs question and answer, prompt and response, or messages: "
+            f"map its columns by {_mapping(row)}. Its fields are: {listed(list(row))}{converter}"
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, not {kind_of(row[field])}")
@@ -360,19 +359,14 @@ def _text(row: dict[str, Any], field: str, place: str) -> str:
 
 def _mapping(row: dict[str, Any]) -> str:
     """Suggest a data.columns setting, with the row's columns where their names are common ones."""
-    asked = next((name for name in ASKED if row.get(name) is not None), "QUESTION")
-    answer = next((name for name in ANSWERED if row.get(name) is not None), "ANSWER")
-    renamed = [f"{name}: {column}" for name, column in (("prompt", asked), ("response", answer)) if name != column]
+    prompt = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), "QUESTION")
+    answer = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), "ANSWER")
+    renamed = [f"{name}: {column}" for name, column in (("prompt", prompt), ("response", answer)) if name != column]
     return f"data.columns={{{', '.join(renamed)}}}"
 
 
-def _converter(row: dict[str, Any]) -> str:
-    kinds = [CONVERTED[name] for name in row if name in CONVERTED]
-    return f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
-
-
 def _check_thinking(answer: str, what: str, needed: bool = False) -> None:
-    """Refuse thinking without an end; if `needed`, also a missing thinking or final answer."""
+    """Refuse thinking without an end; if `needed`, also missing thinking or a missing final answer."""
     begun, ended = answer.lstrip().startswith(THINK), END_THINK in answer
     if needed and not (begun and ended):
         advice = (
@@ -384,7 +378,7 @@ def _check_thinking(answer: str, what: str, needed: bool = False) -> None:
     if begun and not ended:
         raise ValueError(f"{what} begins with {THINK} and has no {END_THINK}")
     if needed and not final_answer(answer):
-        raise ValueError(f"{what} has no answer behind {END_THINK}")
+        raise ValueError(f"{what} has no answer after {END_THINK}")
 
 
 def _well_formed(text: str, what: str) -> str:
@@ -433,7 +427,7 @@ def _message(message: dict[str, Any], what: str) -> Message:
     _check_fields(message, what)
     content = _joined(message.get("content"), what)
     if not isinstance(content, str):
-        raise ValueError(f"{what} has no text as its content: field 'content' must be text, not {kind_of(content)}")
+        raise ValueError(f"{what} needs text: field 'content' must be text, not {kind_of(content)}")
     content = _well_formed(content, what)
     if message["role"] != "assistant":
         return Message(role=message["role"], content=content)
@@ -446,7 +440,7 @@ def _message(message: dict[str, Any], what: str) -> Message:
 
 
 def _check_fields(message: dict[str, Any], what: str) -> None:
-    """Refuse fields of a message whose meaning would be ignored."""
+    """Refuse fields of a message that matter and would be ignored."""
     answer = message["role"] == "assistant"
     if more := [name for name in NOT_IN_MESSAGES if is_given(message.get(name))]:
         raise ValueError(f"{what} has {listed(more)}: only text is trained on")

@@ -75,7 +75,7 @@ class ControlTokens:
         """Raise ValueError if nothing but an end-of-turn token follows the thinking; the message names the token."""
         end = self._end_of(response)
         if end and not final_answer(response.rstrip().removesuffix(end)):
-            raise ValueError(f"{place}: the response has no answer behind {END_THINK}, only {end}")
+            raise ValueError(f"{place}: the response has no answer after {END_THINK}, only {end}")
 
     def ids(self, text: str, hidden: dict[int, str], place: str) -> tuple[list[int], list[int]]:
         """Token ids of a text with placeholders, and the start of each token in the text with restored control tokens.

@@ -265,7 +265,7 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
         ({"question": "a", "answer": "</think><think>4"}, "does not begin with <think>…</think>"),
         ({"question": "a", "answer": "so\n#### 4"}, "does not begin with .*data.prepare gsm8k` converts"),
         ({"question": "a", "answer": "4 <think>b</think>"}, "does not begin with <think>…</think>"),
-        ({"question": "a", "answer": "<think>b</think> "}, "has no answer behind </think>"),
+        ({"question": "a", "answer": "<think>b</think> "}, "'answer' has no answer after </think>"),
         ({"prompt": "a", "response": "<think>b 4"}, "field 'response' begins with <think> and has no </think>"),
         (
             {"prompt": "a" * (2**20 + 1), "response": "b"},
@@ -288,7 +288,7 @@ def test_invalid_utf8_is_named_by_line(tmp_path):
             {"prompt": [{"role": "user", "content": " "}], "response": "b"},
             "message 1 of 'prompt' is empty",
         ),
-        ({"prompt": [{"role": "user"}], "response": "b"}, "message 1 of 'prompt' has no text as its content"),
+        ({"prompt": [{"role": "user"}], "response": "b"}, "message 1 of 'prompt' needs text: field 'content'"),
         ({"prompt": [{"role": "user", "content": "a"}], "response": None}, "field 'response' is null"),
         ({"prompt": None, "response": "b"}, "field 'prompt' is null"),
         ({"response": "b"}, "field 'prompt' is missing"),
