@@ -1,4 +1,4 @@
-"""Read control tokens in texts as text."""
+"""Tokenize control tokens in texts as text."""
 
 import re
 from collections.abc import Iterator
@@ -44,14 +44,14 @@ class ControlTokens:
         From the end of each answer, drops one end-of-sequence or end-of-turn token.
 
         Returns:
-            The chat with placeholders, and the table for `str.translate` that restores the tokens: None if no text
+            The chat with placeholders, and the table for `str.translate` that restores the tokens; None if no text
             holds a control token.
 
         Raises:
-            ValueError: an answer holds nothing but such an end.
+            ValueError: an answer holds only such a token.
         """
         if not any(map(self._control.search, texts_of(chat))):
-            return chat, {} if self._normalized and self._in_other_letters(texts_of(chat)) else None
+            return chat, {} if self._normalized and self._has_other_spellings(texts_of(chat)) else None
         messages = [
             message | {"content": self._without_end(message["content"], f"{place}: message {number} of the prompt")}
             if message["role"] == "assistant"
@@ -72,7 +72,7 @@ class ControlTokens:
         return chat, {ord(character): token for token, character in characters.items()}
 
     def check_answered(self, response: str, place: str) -> None:
-        """Raise ValueError if nothing but an end-of-turn token follows the thinking; the message names the token."""
+        """Raise ValueError if only an end-of-sequence or end-of-turn token follows the thinking."""
         end = self._end_of(response)
         if end and not final_answer(response.rstrip().removesuffix(end)):
             raise ValueError(f"{place}: the response has no answer after {END_THINK}, only {end}")
@@ -81,7 +81,7 @@ class ControlTokens:
         """Token ids of a text with placeholders, and the start of each token in the text with restored control tokens.
 
         Raises:
-            ValueError: the tokenizer makes a special token of a control token in spite of `split_special_tokens`.
+            ValueError: the tokenizer reads a control token as a special token despite `split_special_tokens`.
         """
         ids, starts, at = [], [], 0
         for number, piece in enumerate(self._special.split(text)):
@@ -92,14 +92,14 @@ class ControlTokens:
                 made, begins = self._as_text(piece, self._before if number else "")
                 real = [token for token in hidden.values() if self.special[token] in made and token in piece]
                 if real := [*real, *(token for id, token in self._normalized.items() if id in made)]:
-                    raise ValueError(f"{place}: the tokenizer cannot read {real[0]!r} as text, leave it out")
+                    raise ValueError(f"{place}: the tokenizer cannot read {real[0]!r} as text: leave it out")
                 ids += made
                 starts += [at + begin for begin in begins]
             at += len(piece)
         return ids, starts
 
     def _as_text(self, text: str, before: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text that follows `before`, and the start of each in the text."""
+        """Token ids of a text after the prefix `before`, and the start of each in the text."""
         made = self.tokenizer(
             before + text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
@@ -122,8 +122,8 @@ class ControlTokens:
         ends = [self.tokenizer.eos_token, None if end is None else self.tokenizer.convert_ids_to_tokens(end)]
         return tuple(filter(None, ends))
 
-    def _in_other_letters(self, texts: Iterator[str]) -> bool:
-        """Whether the tokenizer makes control tokens of texts that spell them differently."""
+    def _has_other_spellings(self, texts: Iterator[str]) -> bool:
+        """Whether the tokenizer's normalizer turns parts of the texts into control tokens."""
         found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return any(not self._normalized.keys().isdisjoint(ids) for ids in found)
 
@@ -137,12 +137,12 @@ class ControlTokens:
         if end is None:
             return answer
         if not text.removesuffix(end).strip():
-            raise ValueError(f"{what} is empty but for {end}")
+            raise ValueError(f"{what} holds only {end}")
         return text.removesuffix(end)
 
 
 def _with_spaces(token: str, added: AddedToken | None) -> str:
-    """Pattern of a token together with the spaces beside it that the tokenizer makes part of the token."""
+    """Pattern of a token with the adjacent spaces that the tokenizer includes in it."""
     left, right = (r"\s*" if added and getattr(added, side) else "" for side in ("lstrip", "rstrip"))
     return left + re.escape(token) + right
 

@@ -1,4 +1,4 @@
-"""Select training rows: filters, duplicates, overlap with an evaluation set, subsets."""
+"""Select training rows: formulas, duplicates, overlaps with an evaluation set, subsets."""
 
 import ast
 import math
@@ -22,14 +22,14 @@ NOT_COMPUTED = (
     *(RecursionError, MemoryError),
 )
 VALUES = {bool: "true or false", float: "a finite number"}
-CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: each character is a word
+CHINESE = "\u3040-\u30ff\u3400-\u9fff"  # and Japanese: each character counts as a word
 WORD = re.compile(rf"[{CHINESE}]|[^\W{CHINESE}]+|[-+*/=<>^%]")
 
 
 class Expression:
     """A formula over the fields of a row, such as `source == 'math' and thinking_tokens < 1500`.
 
-    data/README.md lists the allowed syntax. A formula reads only the row, changes nothing, and its work is bounded.
+    data/README.md lists the allowed syntax. A formula reads only the row, changes nothing, and takes bounded time.
 
     Args:
         setting: name of the setting, for errors.
@@ -53,8 +53,8 @@ class Expression:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.shown}: {error}") from error
         names = [node for node in ast.walk(self._parsed) if isinstance(node, ast.Name)]
-        own = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # variables of comprehensions
-        self.names = {node.id for node in names} - own - FUNCTIONS.keys()
+        variables = {node.id for node in names if not isinstance(node.ctx, ast.Load)}  # of comprehensions
+        self.names = {node.id for node in names} - variables - FUNCTIONS.keys()
         self._known, self._failure, self._worked = set(), None, False
         self._evaluator = Evaluator()
 
@@ -62,14 +62,14 @@ class Expression:
         """Compute the value for a row.
 
         Raises:
-            ValueError: the row lacks a field, or the computation fails.
+            ValueError: the row lacks a field, the computation fails, or the value has the wrong type.
         """
         self._evaluator.names = row
         self._known.update(row)
         try:
             value = self._evaluator.eval("", previously_parsed=self._parsed)
             if not (isinstance(value, bool) if self.kind is bool else _is_number(value)):
-                raise TypeError(f"must be {VALUES[self.kind]}, it is {reprlib.repr(value)}")
+                raise TypeError(f"must be {VALUES[self.kind]}, not {reprlib.repr(value)}")
         except NOT_COMPUTED as error:
             message = str(error).rstrip(".") or type(error).__name__
             reason = f"no field {error.name}" if isinstance(error, NameNotDefined) else message
@@ -81,10 +81,10 @@ class Expression:
         return self.kind(value)
 
     def check(self) -> None:
-        """Raise ValueError if no row so far has a field of the formula, or if the formula failed on every row."""
+        """Raise ValueError if a field of the formula is in no row so far, or the formula failed on every row."""
         for name in sorted(self.names - self._known if self._known else ()):
             hint = nearest(name, sorted(self._known))
-            raise ValueError(f"{self.shown}: no row has a field {name} (a text needs quotes, {name!r}); {hint}")
+            raise ValueError(f"{self.shown}: no row has a field {name} (quote a text: {name!r}); {hint}")
         if self._failure and not self._worked:
             raise self._failure
 
@@ -107,12 +107,12 @@ class Duplicates:
                 from datasketch import MinHash, MinHashLSH
             except ImportError as error:
                 raise ValueError("data.drop_duplicates=near needs datasketch: pip install 'diffllm[dedup]'") from error
-            # LSH misses some pairs near its threshold: a lower threshold misses almost none of those we want.
+            # LSH misses pairs near its threshold: set it lower, then compare the similarity itself.
             self._min_hash, self._candidates = MinHash, MinHashLSH(max(0.1, similarity - 0.3), PERMUTATIONS)
             self._sketches = {}
 
     def find(self, chat: Chat, place: str) -> str | None:
-        """Return `as PLACE` of an earlier chat like this one; otherwise remember this one and return None."""
+        """Return `as PLACE` of an earlier equal or similar chat; otherwise remember this one and return None."""
         text = "\n".join(f"{message['role']} {message['content']}" for message in chat["prompt"])
         text = f"{text}\nassistant {chat['response']}"
         digest = sha256(" ".join(text.lower().split()).encode()).digest()
@@ -145,19 +145,19 @@ class Overlap:
                         self.places.setdefault(hash(gram), place)
 
     def find(self, chat: Chat) -> str | None:
-        """Place of an evaluation question that overlaps with the chat."""
+        """Place of an evaluation question that overlaps with the chat, or None."""
         texts = [message["content"] for message in chat["prompt"] if message["role"] != "system"]
         grams = (gram for text in [*texts, chat["response"]] for gram in n_grams(words_of(text), self.n))
         return next((self.places[key] for gram in grams if (key := hash(gram)) in self.places), None)
 
 
 def n_grams(words: list[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Sequences of n successive words; all words if they are fewer than n."""
+    """Sequences of n successive words; one of all words if they are fewer."""
     return (tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)) if words)
 
 
 def words_of(text: str) -> list[str]:
-    """Words, numbers and signs of arithmetic in lower case, without punctuation."""
+    """Words, numbers and arithmetic signs in lower case, without punctuation."""
     return WORD.findall(text.lower())
 
 
@@ -166,7 +166,7 @@ def _is_number(value: Any) -> bool:
 
 
 def subset(rows: int, size: float, seed: int) -> np.ndarray:
-    """Sorted indices of a random subset of the rows. A larger subset of the same seed contains every smaller one.
+    """Sorted indices of a random subset of rows. With the same seed, larger subsets contain smaller ones.
 
     Args:
         size: a share up to 1, or a number of rows above 1.

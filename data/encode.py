@@ -1,4 +1,4 @@
-"""Chats to tokens."""
+"""Encode chats as tokens."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]  # prompt, then response with the end-of-sequence token
     prompt_length: int
-    context: list[int]  # start, end, start, end, … of untrained parts of the response: later questions
+    context: list[int]  # start, end, start, end, … of the untrained parts of the response
     thinking_tokens: int  # of the last answer, without the tags
     answer_tokens: int  # of the last answer, after its thinking, without the end-of-sequence token
     thinking_end: int  # index of the token after the thinking
@@ -38,15 +38,15 @@ def prompt_ids(
     place: str = "the prompt",
     tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, up to the start of the assistant's answer; control tokens in its texts are text.
+    """Token ids of a prompt, up to the start of the answer; control tokens in its texts are read as text.
 
     Args:
         place: names the prompt in errors.
         tools: for the chat template.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses the messages, or leaves out some of
-            their text or the tools.
+        ValueError: the tokenizer has no chat template; or the template refuses the messages, or leaves out text or the
+            tools.
     """
     check_for_chats(tokenizer)
     control = ControlTokens(tokenizer)
@@ -60,18 +60,18 @@ def prompt_ids(
 def encode(
     chats: Sequence[Chat], places: Sequence[str], tokenizer: PreTrainedTokenizerBase, loss_on: str = "last"
 ) -> list[Encoded | ValueError]:
-    """Encode chats; a chat that cannot be encoded becomes its error.
+    """Encode chats; return the error in place of a chat that cannot be encoded.
 
     Args:
         places: name the chats in errors.
-        loss_on: `last` trains on the last answer · `all` also on the earlier ones, as the template writes them, with
-            the token that ends a turn.
+        loss_on: `last` trains on the last answer · `all` also on earlier ones, as the template writes them, with the
+            token that ends a turn.
     """
     end = turn_end(tokenizer) if loss_on == "all" else None
     mark = "" if end is None else tokenizer.convert_ids_to_tokens(end)
     control, eos = ControlTokens(tokenizer), tokenizer.eos_token_id
     rows: dict[int, Encoded | ValueError] = {}
-    plain: dict[int, tuple[list[str], str]] = {}  # chats without control tokens, to be tokenized in one call
+    plain: dict[int, tuple[list[str], str]] = {}  # chats without control tokens, tokenized in one call
     for i, (chat, place) in enumerate(zip(chats, places, strict=True)):
         try:
             chat, hidden = control.hide(chat, place)

@@ -1,4 +1,4 @@
-"""Report on rows read, kept and dropped, and on their lengths; as text, JSON and picture."""
+"""Report on rows read, kept and dropped, and on their lengths, as text, JSON and picture."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ PARTS = ("prompt", "response", "thinking", "answer")
 
 @dataclass
 class Noted:
-    """A number of rows, and the first EXAMPLES of them."""
+    """Number of rows, and the first EXAMPLES of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -42,15 +42,15 @@ class Report:
     name: str
     read: int = 0
     kept: int = 0
-    trained: int | None = None  # rows trained on; streams only, since they read ahead
+    trained: int | None = None  # rows trained on; only for streams, which read ahead
     dropped: dict[str, Noted] = field(default_factory=dict)  # by reason, in the order of the rules
     cut: Noted | None = None  # rows with a cut response; None unless data.truncation=right
-    answerless: int = 0  # cut rows without any token of the last answer
-    control_tokens: Noted = field(default_factory=Noted)  # rows read with control tokens in their texts
-    unused: dict[str, int] = field(default_factory=dict)  # by column that nothing reads: rows that fill it
+    answerless: int = 0  # cut rows that lost the whole last answer
+    control_tokens: Noted = field(default_factory=Noted)  # rows read, with control tokens in their texts
+    unused: dict[str, int] = field(default_factory=dict)  # rows that fill a column which nothing reads, by column
     sources: dict[str, int] = field(default_factory=dict)  # rows kept, by source
     epoch: dict[str, int] = field(default_factory=dict)  # rows of the first epoch, by source
-    # rows by token count, for each part; thinking and answer belong to the last answer
+    # rows by token count, for each part; thinking and answer are those of the last answer
     lengths: dict[str, Counter[int]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
     padding_share: float | None = None  # share of forwarded positions
 
@@ -84,7 +84,7 @@ class Report:
             self.lengths[part].update(values.tolist())
 
     def keep_only(self, rows: TokenRows, chosen: np.ndarray, reason: str) -> TokenRows:
-        """Return the `chosen` rows of those kept so far; count the others as dropped for the reason."""
+        """Return the `chosen` of the kept rows; count the others as dropped for the reason."""
         others = np.setdiff1d(np.arange(len(rows)), chosen)
         self.dropped[reason] = Noted(len(others), [rows.place(row) for row in others[:EXAMPLES]])
         self.kept = self.answerless = 0
@@ -96,7 +96,7 @@ class Report:
         return kept
 
     def tokens(self) -> dict[str, dict[str, int]]:
-        """Length percentiles of each part; of thinking and answer only if some row has thinking."""
+        """Length percentiles of each part; thinking and answer only if some row has thinking."""
         return {
             part: {f"p{p}": value for p, value in zip(PERCENTILES, percentiles(self.lengths[part]), strict=True)}
             for part in (PARTS if any(self.lengths["thinking"]) else PARTS[:2])
@@ -129,12 +129,12 @@ class Report:
         return printable("\n".join(lines))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Report as plain values."""
         return asdict(self) | {"lengths": {part: dict(found) for part, found in self.lengths.items()}}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Report":
-        """Back from `to_json`."""
+        """Restore a report from `to_json`."""
         dropped = {reason: Noted(**noted) for reason, noted in saved["dropped"].items()}
         lengths = {
             part: Counter({int(length): rows for length, rows in found.items()})
@@ -152,7 +152,7 @@ class Prepared(NamedTuple):
 
 
 def percentiles(lengths: Counter[int]) -> list[int]:
-    """PERCENTILES of counted lengths; between two neighbours, the larger."""
+    """PERCENTILES of counted lengths; between two lengths, the larger."""
     values = sorted(lengths)
     through = np.cumsum([lengths[value] for value in values])
     ranks = np.ceil(np.array(PERCENTILES) / 100 * (through[-1] - 1))
@@ -170,7 +170,7 @@ def save(reports: list[Report], directory: Path, extend: bool = False) -> list[P
     contents = read_object(path) if extend and path.exists() else {}
     for report in reports:
         contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
-        del contents[report.name]["lengths"]  # `tokens` summarises them
+        del contents[report.name]["lengths"]  # summarised by `tokens`
     write_object(path, contents)
     return [path, *_draw(reports, path.with_suffix(".png"))]
 

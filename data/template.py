@@ -1,4 +1,4 @@
-"""Chats to text: render the tokenizer's chat template, and check what it did to the messages."""
+"""Render chats by the tokenizer's chat template, and check that it keeps the messages."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from data.chat import END_THINK, THINK, Chat, Message
 from data.errors import listed
 
 DAY = datetime(2026, 1, 1)
-# Put before templates that write the date, so that a row has the same tokens on every day. Transformers 5.23 offers no
-# other way: it turns a function that is passed as `strftime_now` into text.
+# Prefix for templates that write the date, so that a row has the same tokens every day. Transformers 5.23 offers no
+# other way: it turns a `strftime_now` function in the arguments into text.
 ONE_DAY = "".join(
     [
         "{% macro strftime_now(format) %}{{ format",
@@ -29,8 +29,8 @@ def check_for_chats(tokenizer: PreTrainedTokenizerBase, loss_on: str = "last") -
     """Refuse a tokenizer that cannot take chats.
 
     Raises:
-        ValueError: the tokenizer has no chat template; or, for `loss_on="all"`, it puts a space before each text, so
-            that a chat tokenized in parts would differ from the whole chat.
+        ValueError: the tokenizer has no chat template; or, for `loss_on="all"`, it adds a space before each text, so
+            that the tokens of a chat's parts would differ from those of the whole chat.
     """
     if tokenizer.chat_template is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: name one by model.chat_template")
@@ -39,8 +39,8 @@ def check_for_chats(tokenizer: PreTrainedTokenizerBase, loss_on: str = "last") -
     ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids + ids) != "aa":
         raise ValueError(
-            "data.loss_on=all: this tokenizer begins each text with a space, so that an answer in the middle of a chat "
-            "would have other tokens than in sampling; set data.loss_on=last"
+            "data.loss_on=all: this tokenizer adds a space before each text, so answers in the middle of a chat would "
+            "have other tokens than in sampling; set data.loss_on=last"
         )
 
 
@@ -53,10 +53,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     chat = [Message(role="user", content="Do you?"), Message(role="assistant", content="I do.")]
     try:
-        _, found, behind = _render(chat, tokenizer, "a chat", generation=False).rpartition("I do.")
+        _, found, after = _render(chat, tokenizer, "a chat", generation=False).rpartition("I do.")
     except ValueError:  # the template refuses answers
         return None
-    ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"] if found else []
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     return ids[0] if ids and ids[0] in special else None
 
@@ -64,19 +64,19 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def render_parts(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str, place: str, mark: str, hidden: dict[int, str] | None
 ) -> list[str]:
-    """Render all that precedes the last answer, cut into context, trained answer, context, …, context.
+    """Render a chat up to its last answer, cut into context, trained answer, context, …, context.
 
     Args:
         mark: the token that the template writes after an answer, or an empty text.
         hidden: the table of `ControlTokens.hide`.
 
     Raises:
-        ValueError: the template rewrites an earlier answer when later messages follow, or opens or closes thinking
-            against an answer.
+        ValueError: the template rewrites an earlier answer when messages follow, or its thinking tags contradict those
+            of an answer.
     """
     prompt, tools = chat["prompt"], chat.get("tools")
     whole = render_prompt(chat, tokenizer, place, hidden)
-    _check_continues(_begun(prompt, whole, tokenizer, place, tools), chat["response"], place)
+    _check_thinking_tags(prompt, whole, chat["response"], tokenizer, place, tools)
     if loss_on == "last":
         return [whole]
     parts, done = [], 0
@@ -84,16 +84,16 @@ def render_parts(
         if message["role"] != "assistant" or not message.get("trained", True):
             continue
         before, content = _render(prompt[:i], tokenizer, place, tools), message["content"]
-        _check_continues(_begun(prompt[:i], before, tokenizer, place, tools), content, place)
+        _check_thinking_tags(prompt[:i], before, content, tokenizer, place, tools)
         turn = _render(prompt[: i + 1], tokenizer, place, tools, generation=False)[len(before) :]
-        said, found, behind = turn.partition(content.strip())
+        opening, found, after = turn.partition(content.strip())
         # Some templates begin the next answer even with add_generation_prompt=False.
-        if mark and mark in behind:
-            turn = said + found + behind.partition(mark)[0] + mark
+        if mark and mark in after:
+            turn = opening + found + after.partition(mark)[0] + mark
         answer = turn.rstrip()
         if not (found and whole.startswith(before + answer)):
             raise ValueError(
-                f"{place}: the chat template rewrites message {i + 1} when others follow, so it cannot be trained on: "
+                f"{place}: the chat template rewrites message {i + 1} when others follow, so it cannot be trained on; "
                 "set data.loss_on=last"
             )
         parts += [whole[done : len(before)], answer]
@@ -101,30 +101,26 @@ def render_parts(
     return [*parts, whole[done:]]
 
 
-def _begun(
+def _check_thinking_tags(
     messages: Sequence[Message],
     rendered: str,
+    answer: str,
     tokenizer: PreTrainedTokenizerBase,
     place: str,
     tools: list[dict[str, Any]] | None,
-) -> str:
-    """Return the rendered prompt, without thinking tags of the last message: tags at its end are the template's."""
+) -> None:
+    """Refuse an answer that contradicts the thinking tags which the template writes at the end of the prompt."""
     *before, last = messages
-    if not TAG.search(last["content"]):
-        return rendered
-    return _render([*before, last | {"content": TAG.sub("tag", last["content"])}], tokenizer, place, tools)
-
-
-def _check_continues(before: str, answer: str, place: str) -> None:
-    """Refuse an answer that contradicts the thinking tags at the end of the rendered prompt."""
+    if TAG.search(last["content"]):  # replace the message's own tags
+        rendered = _render([*before, last | {"content": TAG.sub("tag", last["content"])}], tokenizer, place, tools)
     begins = answer.lstrip().startswith(THINK)
-    if before.rstrip().endswith(THINK):
+    if rendered.rstrip().endswith(THINK):
         if begins or END_THINK not in answer:
             own = "its own" if begins else f"no {END_THINK}"
             raise ValueError(
                 f"{place}: the chat template writes {THINK} before the answer, which has {own}; set {ADVICE}"
             )
-    elif EMPTY_THINKING.search(before) and (begins or END_THINK in answer):
+    elif EMPTY_THINKING.search(rendered) and (begins or END_THINK in answer):
         raise ValueError(
             f"{place}: the chat template writes {THINK}{END_THINK} before the answer, which has thinking of its own; "
             f"leave out {ADVICE}"
@@ -140,8 +136,8 @@ def render_prompt(
         hidden: the table of `ControlTokens.hide`.
 
     Raises:
-        ValueError: the template refuses the messages, leaves out a message or the tools, or escapes placeholders in the
-            tools.
+        ValueError: the template refuses the messages, leaves out a message or the tools, or escapes control tokens in
+            the tools.
     """
     text = _render(chat["prompt"], tokenizer, place, tools := chat.get("tools"))
     if tools and text == _render(chat["prompt"], tokenizer, place):
@@ -162,8 +158,8 @@ def _check_tools(
     real = _map_texts(chat["tools"], lambda text: text.translate(hidden))
     if held and rendered.translate(hidden) != _render(chat["prompt"], tokenizer, place, real).translate(hidden):
         raise ValueError(
-            f"{place}: the chat template does not write {listed(held)} of field 'tools' as it stands: take it out of "
-            "the tools, or choose another by model.chat_template"
+            f"{place}: the chat template escapes {listed(held)} of field 'tools': take it out of the tools, or choose "
+            "another by model.chat_template"
         )
 
 
@@ -198,7 +194,7 @@ def _render(
 
 
 def texts_of(chat: Chat) -> Iterator[str]:
-    """Yield the contents, the response, and the texts in the tools of a chat."""
+    """Yield the contents, the response, and the texts of the tools of a chat."""
     yield from (message["content"] for message in chat["prompt"])
     yield chat["response"]
     yield from _texts_in(chat.get("tools"))
@@ -212,14 +208,14 @@ def _texts_in(value: Any) -> list[str]:
 
 
 def change_texts(chat: Chat, change: Callable[[str], str]) -> Chat:
-    """Return the chat with `change` applied to contents, response, and keys and values of tools."""
+    """Apply `change` to the contents, the response, and the keys and values of the tools."""
     messages = [message | {"content": change(message["content"])} for message in chat["prompt"]]
     changed = chat | {"prompt": messages, "response": change(chat["response"])}
     return changed | {"tools": _map_texts(chat["tools"], change)} if "tools" in chat else changed
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return the nested value with `change` applied to all its texts, keys included."""
+    """Apply `change` to all texts of a nested value, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 
 
 class TokenRows:
-    """Prompts followed by their responses; a response ends with the end-of-sequence token, unless it was cut.
+    """Prompts with their responses. A response ends with the end-of-sequence token, unless it was cut.
 
     Args:
         table: of SCHEMA, in memory or mapped from a file; tokens are read from the file row by row.
@@ -34,11 +34,14 @@ class TokenRows:
         self.table = table
         self.chosen = range(len(table)) if chosen is None else chosen  # a range takes no memory
         self._starts = np.cumsum([0, *map(len, table["input_ids"].chunks)])
-        self._chunks = {name: [_numpy(chunk) for chunk in table[name].chunks] for name in ("input_ids", "context")}
+        self._chunks = {  # offsets and values, without a copy
+            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table[name].chunks]
+            for name in ("input_ids", "context")
+        }
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cut: bool = False) -> "TokenRows":
-        """Rows from token arrays, all of them whole or all cut."""
+        """Make rows from token arrays, all whole or all cut."""
         encoded = [
             {"input_ids": ids, "prompt_length": length, "cut": int(cut)}
             for ids, length in zip(rows, prompt_lengths, strict=True)
@@ -57,11 +60,11 @@ class TokenRows:
         return self._list("input_ids", row)
 
     def context(self, row: int) -> np.ndarray:
-        """[spans, 2] start and end of each part of a row's response that is not trained on."""
+        """[spans, 2] start and end of each untrained part of a row's response."""
         return self._list("context", row).reshape(-1, 2)
 
     def place(self, row: int) -> str:
-        """The origin of a row, as `file:line`."""
+        """Origin of a row, as `file:line`."""
         return self.table["place"][int(self.chosen[row])].as_py()
 
     def column(self, name: str) -> np.ndarray:
@@ -89,7 +92,7 @@ class TokenRows:
         return self.lengths - self.prompt_lengths
 
     def fingerprint(self) -> str:
-        """Digest of the tokens of all rows in their order, and of the source and difficulty of each."""
+        """Digest of tokens, sources and difficulties of all rows in order."""
         digest = sha1(self.prompt_lengths)
         for name in ("source", "difficulty"):
             if self.table[name].null_count < len(self.table) and self.column(name).any():
@@ -107,20 +110,15 @@ class TokenRows:
         return self._of_chosen(np.concatenate([np.diff(offsets) for offsets, _ in self._chunks[name]]).astype(np.int64))
 
     def _lists(self, name: str) -> Iterator[np.ndarray]:
-        """Yield all values of a list column in order: chunk by chunk if all rows are chosen, which is faster."""
+        """Yield all values of a list column in order; by chunk, which is faster, if all rows are chosen."""
         if isinstance(self.chosen, range):
             yield from (values[offsets[0] : offsets[-1]] for offsets, values in self._chunks[name])
         else:
             yield from (self._list(name, row) for row in range(len(self)))
 
     def _list(self, name: str, row: int) -> np.ndarray:
-        place = self.chosen[row]
-        chunk = np.searchsorted(self._starts, place, side="right") - 1
+        index = self.chosen[row]
+        chunk = np.searchsorted(self._starts, index, side="right") - 1
         offsets, values = self._chunks[name][chunk]
-        within = place - self._starts[chunk]
+        within = index - self._starts[chunk]
         return values[offsets[within] : offsets[within + 1]]
-
-
-def _numpy(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and values of a chunk, without a copy."""
-    return chunk.offsets.to_numpy(), chunk.values.to_numpy()

@@ -128,7 +128,7 @@ def test_one_end_behind_an_answer_is_dropped(tokenizer, end):
     tokens, _ = prepared(tokenizer, {"prompt": "a", "response": f" b{end.strip()}{end}"})
     assert tokenizer.decode(tokens.ids(0)).endswith(f"assistant\n b{end.strip()}<|endoftext|>")
     assert real(tokens.ids(0)[tokens.prompt_lengths[0] :], tokenizer) == ["<|endoftext|>"]
-    with pytest.raises(ValueError, match=r"rows:1: the response is empty but for <\|"):
+    with pytest.raises(ValueError, match=r"rows:1: the response holds only <\|"):
         prepared(tokenizer, {"prompt": "a", "response": end})
 
 

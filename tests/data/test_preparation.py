@@ -45,7 +45,7 @@ class TestCuration:
             ("set(question)", r"no function set\b.*\blen$"),
             ("thinking_tokens << 1500", r"^data\.filter=.*: bitwise operators"),
             ("source == 'math' & difficulty > 1", r"^data\.filter=.*: bitwise operators"),
-            ("difficulty", "^rows:1: data.filter='difficulty': must be true or false, it is 1. Fields of the row: que"),
+            ("difficulty", "^rows:1: data.filter='difficulty': must be true or false, not 1. Fields of the row: que"),
             ("difficulty < 'a'", r"^rows:1: .*not supported between .*'\. Fields of the row: .*answer_tokens$"),
             ("question.__class__", "^rows:1: "),
             ("9 ** 9 ** 9", "^rows:1: "),
@@ -168,9 +168,7 @@ class TestCuration:
     def test_the_difficulty_of_a_curriculum_is_a_number(self, tokenizer):
         tokens, _ = prepared(tokenizer, self.ROWS, order="curriculum", difficulty="-response_tokens")
         assert tokens.column("difficulty").tolist() == [-float(length) for length in tokens.response_lengths]
-        with pytest.raises(
-            ValueError, match=r"rows:1: data\.difficulty='source': must be a finite number, it is 'math'"
-        ):
+        with pytest.raises(ValueError, match=r"rows:1: data\.difficulty='source': must be a finite number, not 'math'"):
             prepared(tokenizer, self.ROWS, order="curriculum", difficulty="source")
 
     @pytest.mark.parametrize("difficulty", [float("nan"), 10**400])
