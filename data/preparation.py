@@ -1,4 +1,4 @@
-"""Rows to token rows by the rules of the settings, with a report."""
+"""Tokenize rows and drop some by the rules of the settings, with a report."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,15 +22,15 @@ from data.token_rows import SCHEMA, TokenRows
 
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**18  # a token takes some 250 bytes as Python objects
 
-_Chat = tuple[int, PlacedRow, Chat]  # with the index of its source
+_PlacedChat = tuple[int, PlacedRow, Chat]  # (source index, row, chat)
 
 
 class Preparation:
     """Tokenizes rows, drops rows by the rules of the settings, and counts both in a report.
 
     Args:
-        name: of the rows, for the report.
-        curated: whether filters, duplicates and overlaps apply, as they do to training rows only.
+        name: title of the report.
+        curated: whether filters, duplicates and overlaps apply; true for training rows only.
 
     Raises:
         ValueError: a formula or a decontamination file cannot be read, or the tokenizer cannot take chats.
@@ -54,16 +54,14 @@ class Preparation:
             self.difficulty = Expression(config.difficulty, "data.difficulty", float)
         formulas = [formula for formula in (self.filter, self.difficulty) if formula]
         self.in_formulas = frozenset().union(*(formula.names for formula in formulas))
-        # Rules in order, by the reason for the report; a rule returns a note for a row that it drops, else None.
+        # Rules in order, by their reason in the report. A rule returns a note on a row to drop, else None.
         self.rules: dict[str, Callable[[Chat, str, Encoded], str | None]] = {}
         if config.truncation == "drop":
             self.rules[f"longer than data.max_length={config.max_length}"] = self._length_beyond
         if curated and config.decontaminate_files:
-            overlap = Overlap(
-                _questions(config.decontaminate_files, Columns(config.columns)), config.decontaminate_words
-            )
-            words = f"{config.decontaminate_words} words"
-            self.rules[f"overlap in {words} with data.decontaminate_files"] = lambda chat, *_: overlap.find(chat)
+            n = config.decontaminate_words
+            overlap = Overlap(_questions(config.decontaminate_files, Columns(config.columns)), n)
+            self.rules[f"overlap in {n} words with data.decontaminate_files"] = lambda chat, *_: overlap.find(chat)
         if curated and config.drop_duplicates != "none":
             duplicates = Duplicates(config.drop_duplicates, config.near_duplicate)
             reason = f"duplicates, data.drop_duplicates={config.drop_duplicates}"
@@ -84,12 +82,12 @@ class Preparation:
     def windows(
         self, sources: Mapping[str, Iterable[PlacedRow]], size: int, skip: int = 0
     ) -> Iterator[tuple[TokenRows, int]]:
-        """Yield the token rows of `size` chats at a time, and the number of chats up to their end.
+        """Yield (token rows of the next `size` chats, number of chats so far).
 
         Does not raise on bad rows: call `check`.
 
         Args:
-            skip: chats to pass over first; they are not tokenized, and not in the report.
+            skip: chats to skip first; they are neither tokenized nor reported.
         """
         chats = self._chats(sources)
         taken = sum(1 for _ in islice(chats, skip))
@@ -105,7 +103,7 @@ class Preparation:
         """Check the rows so far.
 
         Raises:
-            ValueError: no row had a column of data.columns; a formula fits no row; rows cannot be used, unless
+            ValueError: no row has a column of data.columns; a formula fails on every row; rows cannot be used, unless
                 data.on_bad_row=skip; or rows are too long, unless data.truncation handles them.
         """
         self.columns.check()
@@ -123,7 +121,7 @@ class Preparation:
             report.add_bad(self.bad)
         return report
 
-    def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[_Chat]:
+    def _chats(self, sources: Mapping[str, Iterable[PlacedRow]]) -> Iterator[_PlacedChat]:
         """Yield (source index, row, chat). All rows of a source use the schema of its first valid row."""
         for name in sources:
             self.report.sources.setdefault(name, 0)
@@ -145,12 +143,12 @@ class Preparation:
                     self.report.add_unused(name for name in unused(named.row) if name not in self.in_formulas)
                     yield number, placed, chat
 
-    def _batch(self, chats: list[_Chat]) -> pa.RecordBatch:
+    def _batch(self, chats: list[_PlacedChat]) -> pa.RecordBatch:
         batch = pa.RecordBatch.from_pylist(list(self._kept(chats)), SCHEMA)
         self.report.keep(TokenRows(pa.Table.from_batches([batch])))
         return batch
 
-    def _kept(self, chats: list[_Chat]) -> Iterator[dict]:
+    def _kept(self, chats: list[_PlacedChat]) -> Iterator[dict]:
         """Yield the kept rows of SCHEMA."""
         limit = self.config.max_length
         places = [placed.place for _, placed, _ in chats]
@@ -174,8 +172,8 @@ class Preparation:
             fits = len(row.input_ids) <= limit
             if filtered:
                 self.report.drop(self.filtered, f"{place} {_excerpt(chat)}")
-            elif left_out := self._left_out(chat, place, row):
-                reason, note = left_out
+            elif broken := self._broken_rule(chat, place, row):
+                reason, note = broken
                 self.report.drop(reason, f"{place} {_excerpt(chat)} ({note})")
             elif fits or self.config.truncation == "right":
                 placed = {"cut": int(not fits), "source": source, "difficulty": difficulty, "place": place}
@@ -187,7 +185,7 @@ class Preparation:
                     f"data.max_length={limit}"
                 )
 
-    def _left_out(self, chat: Chat, place: str, row: Encoded) -> tuple[str, str] | None:
+    def _broken_rule(self, chat: Chat, place: str, row: Encoded) -> tuple[str, str] | None:
         """Return (reason, note) if a rule drops the row. Duplicates are checked last, against kept rows only."""
         return next(((reason, note) for reason, rule in self.rules.items() if (note := rule(chat, place, row))), None)
 
@@ -195,7 +193,7 @@ class Preparation:
         return f"{len(row.input_ids)} tokens" if len(row.input_ids) > self.config.max_length else None
 
 
-def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
+def _in_parts(chats: Iterable[_PlacedChat]) -> Iterator[list[_PlacedChat]]:
     """Split chats into parts that are small enough to be tokenized in one call."""
     part, characters = [], 0
     for item in chats:
@@ -211,12 +209,12 @@ def _in_parts(chats: Iterable[_Chat]) -> Iterator[list[_Chat]]:
 
 
 def _questions(files: Iterable[str], columns: Columns) -> Iterator[tuple[list[Message], str]]:
-    """Yield (messages, place) of each question of an evaluation set.
+    """Yield (messages, place) of each question of the evaluation sets.
 
     Raises:
         ValueError: a row cannot be used.
     """
-    bad = BadRows("All questions of data.decontaminate_files are needed: correct the rows")
+    bad = BadRows("Correct these rows of data.decontaminate_files: all are needed")
     for file in files:
         for placed in iterate(file, bad):
             try:
@@ -227,7 +225,7 @@ def _questions(files: Iterable[str], columns: Columns) -> Iterator[tuple[list[Me
 
 
 def _with_tools(chat: Chat) -> Chat:
-    """Return the chat with its tools as its first message, so that chats with other tools are no duplicates."""
+    """Add the tools as first message, so that chats with different tools are not duplicates."""
     if "tools" not in chat:
         return chat
     return chat | {"prompt": [Message(role="tools", content=json.dumps(chat["tools"])), *chat["prompt"]]}
@@ -243,6 +241,6 @@ def _counts(row: Encoded) -> dict[str, int]:
 
 
 def _excerpt(chat: Chat, size: int = 60) -> str:
-    asked = next(message["content"] for message in chat["prompt"] if message["role"] == "user")
-    text = " ".join(asked.split())
+    question = next(message["content"] for message in chat["prompt"] if message["role"] == "user")
+    text = " ".join(question.split())
     return repr(text if len(text) <= size else text[: size - 1] + "…")

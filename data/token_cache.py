@@ -1,4 +1,4 @@
-"""Token rows on disk: each set of files is tokenized once."""
+"""Cache token rows on disk, so that files are tokenized once."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from data.report import Prepared, Report
 from data.storage import digest_file, lock_file, read_object, whole_directory
 from data.token_rows import SCHEMA, TokenRows
 
-FORMAT = 5  # of an entry; part of its key
+FORMAT = 5  # version of an entry, part of its key
 
 
 def rows_of(
@@ -32,7 +32,7 @@ def rows_of(
     """Prepare rows in memory.
 
     Args:
-        sources: rows by the name of their source.
+        sources: rows by source name.
 
     Raises:
         ValueError: see `Preparation`.
@@ -48,10 +48,10 @@ def rows_of_files(
     """Prepare the rows of files, or map them from the cache if an earlier call prepared them.
 
     The key of a cache entry is a digest of the files, the tokenizer with its template, and the settings. One process
-    writes an entry while others that need it wait. An entry is whole or absent.
+    writes an entry while others wait for it. An entry is whole or absent.
 
     Raises:
-        ValueError: see `Preparation` and `data.files.iterate`; or the entry was damaged.
+        ValueError: see `Preparation` and `data.files.iterate`; or the entry is damaged.
     """
     cache = Path(config.cache_dir or Path(HF_HOME) / "diffllm").expanduser()
     cache.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,8 @@ def rows_of_files(
                         raise ValueError("data.train_files or data.val_files changed while they were read: start again")
     try:
         saved = read_object(directory / "report.json")
-        rows, report = _mapped(directory), Report.from_json(saved["report"] | {"name": name})
+        rows = TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
+        report = Report.from_json(saved["report"] | {"name": name})
         if len(rows) != report.kept:
             raise ValueError(f"it has {len(rows)} of {report.kept} rows")
         if digest_file(directory / "rows.arrow") != saved["digest"]:
@@ -93,13 +94,9 @@ def _build(
     (directory / "report.json").write_text(json.dumps(saved))
 
 
-def _mapped(directory: Path) -> TokenRows:
-    return TokenRows(pa.ipc.open_stream(pa.memory_map(str(directory / "rows.arrow"))).read_all())
-
-
 def _key(files: Iterable[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase, curated: bool) -> str:
-    changed = ("all", "curated") if curated else ("all",)
-    settings = [item.name for item in fields(config) if item.metadata.get("changes_rows") in changed]
+    kinds = ("all", "curated") if curated else ("all",)
+    settings = [item.name for item in fields(config) if item.metadata.get("changes_rows") in kinds]
     content = {
         "format": FORMAT,
         "files": [(file, digest(file)) for file in files],

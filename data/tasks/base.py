@@ -1,4 +1,4 @@
-"""The protocol of a task: rows, the prompt of a row, the score of a response."""
+"""Base class of tasks: rows, the prompt of a row, the score of a response."""
 
 import re
 from abc import ABC, abstractmethod
@@ -15,13 +15,13 @@ NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
 
 class Task(ABC):
-    """Rows, their prompts, and scores of responses. A subclass gives `name` and `rows`, and may override the rest.
+    """Rows, their prompts, and scores of responses. A subclass defines `name` and `rows`, and may override the rest.
 
     Attributes:
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's options by likelihood, or scores the row's own
             response by likelihood.
-        bad: rows that cannot be used. `rows` adds those that it cannot read.
+        bad: rows that cannot be used, added by `rows`.
     """
 
     name: ClassVar[str]
@@ -33,7 +33,7 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, split: Literal["train", "test"]) -> Iterable[PlacedRow]:
-        """Return the rows of a split, in a fixed order. No row of `test` is one of `train`.
+        """Return the rows of a split, in a fixed order. `test` and `train` are disjoint.
 
         Raises:
             ValueError: the rows cannot be found.
@@ -56,29 +56,29 @@ class Task(ABC):
         return to_chat(row)["response"]
 
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return a score in [0, 1]; 1 is right. By default the final answer must equal the reference's: see `is_same`.
+        """Return a score in [0, 1]; 1 is right. By default, compare final answers by `is_same`.
 
         Raises:
-            ValueError: the row lacks what is needed to judge a response; the message names its place.
+            ValueError: the row cannot be used to score a response; the message names its place.
         """
         return float(is_same(final_answer(response), final_answer(self.reference(row))))
 
     def check(self, row: PlacedRow) -> None:
-        """Refuse a row to which no response would be right.
+        """Refuse a row whose own response is not right.
 
         Raises:
-            ValueError: the row's own response does not score 1, or cannot be judged; the message names its place.
+            ValueError: the row's own response does not score 1, or cannot be scored; the message names its place.
         """
         if (score := self.score(row, self.reference(row))) != 1:
-            raise ValueError(f"{row.place}: by task.name={self.name} the row's own answer scores {score:g}, expected 1")
+            raise ValueError(f"{row.place}: the row's own answer scores {score:g} in task.name={self.name}, expected 1")
 
 
 def is_same(answer: str, expected: str) -> bool:
-    """Whether two final answers are the same number, whatever their separators, or the same text."""
+    """Whether two final answers are the same number, ignoring separators, or the same text."""
     return _normal(answer) == _normal(expected)
 
 
 def _normal(answer: str) -> str | Decimal:
-    """Return a number without separators, currency sign and final stop; other text as it is."""
+    """Return a number without separators and currency sign, or the text; both without a final full stop."""
     text = answer.strip().removesuffix(".")
     return Decimal(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text

@@ -1,8 +1,7 @@
 """Linear equations solved step by step, in S1K's schema: the built-in reasoning task.
 
-Every a·x + b = c and a·x - b = c with a, x and b in 1 … 12 and c not negative is one problem. Those with a = 1 need one
-step, the others two, so responses differ in length. The order of the problems is fixed; the first sixth is held out, so
-no problem of the evaluation occurs in training.
+The problems are all a·x + b = c and a·x - b = c with a, x, b in 1 … 12 and c ≥ 0. Those with a = 1 need one step, the
+others two, so responses differ in length. The order is fixed; the first sixth is held out of training for evaluation.
 """
 
 import itertools
@@ -22,7 +21,7 @@ class Equations(Task):
     name = "equations"
 
     def rows(self, split: Literal["train", "test"]) -> list[PlacedRow]:
-        """Return all problems but the held-out ones, or the held-out ones."""
+        """Return the held-out problems for `test`, all others for `train`."""
         problems = _problems()
         order = np.random.default_rng(_ORDER_SEED).permutation(len(problems))
         held_out = len(problems) // HELD_OUT_SHARE
@@ -31,8 +30,8 @@ class Equations(Task):
 
 
 def _problems() -> list[tuple[int, int, int, str]]:
-    every = itertools.product(range(1, 13), range(1, 13), range(1, 13), "+-")
-    return [(a, x, b, sign) for a, x, b, sign in every if sign == "+" or a * x >= b]
+    candidates = itertools.product(range(1, 13), range(1, 13), range(1, 13), "+-")
+    return [(a, x, b, sign) for a, x, b, sign in candidates if sign == "+" or a * x >= b]
 
 
 def _row(a: int, x: int, b: int, sign: str) -> dict[str, Any]:
@@ -45,6 +44,6 @@ def _row(a: int, x: int, b: int, sign: str) -> dict[str, Any]:
         "answer": "\n".join([THINK, *steps, END_THINK, str(x)]),
         "source": "equations",
         "difficulty": len(steps),
-        "thinking_tokens": 1 + 6 * len(steps),  # in the built-in tokenizer, where a number is one token
+        "thinking_tokens": 1 + 6 * len(steps),  # a number is one token of the built-in tokenizer
         "answer_tokens": 2,
     }

@@ -11,9 +11,8 @@ from data.chat import final_answer, with_thinking
 from data.readers import PlacedRow
 
 PREFIX = "reasoning_gym/"  # of the field `source`
-FORMULA = re.compile(r"[\d\s()/*+-]{1,200}")  # all that the verifier of countdown may evaluate
-# The difficulty of a problem, by task.
-DIFFICULTY = {
+FORMULA = re.compile(r"[\d\s()/*+-]{1,200}")  # safe for the countdown verifier to evaluate
+DIFFICULTY = {  # of a problem, by task
     "countdown": lambda metadata: len(metadata["numbers"]),
     "mini_sudoku": lambda metadata: metadata["num_empty"],
     "gsm_symbolic": lambda metadata: metadata["difficulty"],
@@ -21,7 +20,7 @@ DIFFICULTY = {
 
 
 def generate(task: str, rows: int, seed: int) -> Iterator[PlacedRow]:
-    """Yield problems of a task, the same for the same seed. The worked answer is the thinking, which may be empty.
+    """Yield problems of a task, determined by the seed. The worked answer is the thinking, which may be empty.
 
     Raises:
         ValueError: reasoning-gym is not installed.
@@ -47,7 +46,7 @@ def score(placed: PlacedRow, answer: str) -> float:
     row, place = placed
     task = row["source"].removeprefix(PREFIX)
     if not isinstance(row.get("metadata"), dict):
-        raise ValueError(f"{place}: field 'metadata' is missing, which the verifier of {row['source']!r} needs")
+        raise ValueError(f"{place}: field 'metadata' is missing; the verifier of {row['source']!r} needs it")
     if task == "countdown" and (not FORMULA.fullmatch(answer) or "**" in answer):
         return 0.0
     entry = {"question": row["question"], "answer": final_answer(row["answer"]), "metadata": row["metadata"]}

@@ -1,4 +1,4 @@
-"""The user's own rows: `data.val_files`, judged by the verifier that their `source` names, or by their answers."""
+"""Task of the user's own rows, scored by the verifier that `source` names or by their answers."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -17,7 +17,7 @@ class Rows(Task):
         """Yield the rows of `data.train_files` or `data.val_files` under the names of `data.columns`.
 
         Raises:
-            ValueError: no files are given, see `data.files.iterate`, or `data.columns` names a column that no row has.
+            ValueError: no files are set; `data.columns` names a column that no row has; or see `data.files.iterate`.
         """
         setting = {"train": "train_files", "test": "val_files"}[split]
         if not (files := getattr(self.config, setting)):
@@ -34,7 +34,7 @@ class Rows(Task):
         columns.check()
 
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return the score of the row's verifier, else 1 if the final answers are the same number or text."""
+        """Return the score of the verifier if the row has one, else that of `Task.score`."""
         if str(row.row.get("source")).startswith(reasoning_gym.PREFIX):
             return reasoning_gym.score(row, final_answer(response))
         return super().score(row, response)
