@@ -1,6 +1,6 @@
 """Files to padded batches, and tasks: questions and how their answers are scored."""
 
-import data.terminal  # noqa: F401 — first, see there
+import data.terminal  # noqa: F401 — first: see its docstring
 from data.batches import Batch, BatchLayout, BatchSource, TrainBatches, ValBatches
 from data.config import DataConfig
 from data.encode import prompt_ids

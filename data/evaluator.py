@@ -20,7 +20,7 @@ METHODS = {
 }
 BITWISE = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.Invert, ast.LShift, ast.RShift)
 REFUSED = (ast.JoinedStr, ast.NamedExpr, ast.Lambda, ast.Starred, ast.Await, ast.Yield, ast.YieldFrom, ast.SetComp)
-OF_NUMBERS = (ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # so no `[0] * 9` and no `"%9d" % 0`
+OF_NUMBERS = (ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)  # refuses `[0] * 9` and `"%9d" % 0`
 CONTAINERS = (str, bytes, list, tuple, set, dict)
 WORK = 2**20  # work limit per row, about a second; reading one list element is 1 unit
 STEP = 16  # work to evaluate a node of the formula

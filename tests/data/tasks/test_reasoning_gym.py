@@ -45,7 +45,7 @@ def test_what_is_no_formula_is_not_computed(answer, monkeypatch):
     [
         ({"source": "reasoning_gym/other"}, "other"),
         ({"metadata": None}, "field 'metadata' is missing"),
-        ({"answer": "<think></think>2", "metadata": {"numbers": [1, 1], "target": 2}}, r"scores 0 in task\.name=rows"),
+        ({"answer": "<think></think>2", "metadata": {"numbers": [1, 1], "target": 2}}, r"0.05 in task\.name=rows"),
     ],
 )
 def test_a_row_that_nothing_is_right_for_is_refused(changes, message):
