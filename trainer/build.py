@@ -43,13 +43,13 @@ LR_SCHEDULES = {
 def build_model(
     config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, empty: bool = False
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in one.
+    """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in tokenizer.
 
-    An autoregressive checkpoint is adapted. Its weights are whole in each rank until they are sharded, as those from
-    scratch are: for a large one, let `python -m diffllm.adapt SOURCE DIR` write the adapted checkpoint once.
+    An autoregressive checkpoint is adapted. Each rank then holds all of its weights until they are sharded, as for a
+    model from scratch. For a large one, write the adapted checkpoint once by `python -m diffllm.adapt SOURCE DIR`.
 
     Args:
-        empty: leave the weights of a diffusion checkpoint on the meta device, for `trainer.parallel.shard` to read.
+        empty: leave the weights of a diffusion checkpoint on the meta device; `trainer.parallel.shard` reads them.
 
     Raises:
         ValueError: see `load_model`, `new_model`, `adapt`, and those of `diffllm.tokenizer`.
@@ -83,10 +83,10 @@ def _from_checkpoint(
 
 
 def load_for_sampling(config: Config, device: torch.device | None = None) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """Load the checkpoint of `model.path`: in bfloat16 on a GPU, else in float32.
+    """Load the checkpoint of `model.path`, in bfloat16 on a GPU, else in float32.
 
     Args:
-        device: by default the GPU if there is one.
+        device: by default the GPU, if available.
 
     Raises:
         ValueError: no `model.path`, or see `build_model`.
@@ -95,12 +95,12 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = build_model(config.model, dtype=dtype)  # loaded in it: casting would round the rotary buffers
+    model, tokenizer = build_model(config.model, dtype=dtype)  # not cast later: that would round the rotary buffers
     return model.to(device).eval(), tokenizer
 
 
 def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The model of a run with its adapters, and its tokenizer; weights of a checkpoint are on the meta device.
+    """The model of a run with its adapters, and its tokenizer. Weights of a checkpoint stay on the meta device.
 
     Raises:
         ValueError: settings that the model cannot follow, or see `build_model`.
@@ -113,7 +113,7 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
     if (steps := config.diffusion.attention_annealing_steps) and model.windowed:
         raise ValueError(
             f"diffusion.attention_annealing_steps={steps}: some layers of this model attend within a window, which "
-            "would be lifted and come back; set it to 0"
+            "annealing would ignore; set it to 0"
         )
     context = model.lm.config.max_position_embeddings
     if config.data.max_length > context:
@@ -124,13 +124,13 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
 def build_batches(
     config: Config, tokenizer: PreTrainedTokenizerBase, layout: BatchLayout, noise: Noise, val_noise: Noise
 ) -> tuple[BatchSource, ValBatches | None, dict[str, Prepared]]:
-    """Training batches, validation batches if there are validation rows, and these rows with their reports.
+    """Training batches, validation batches if any, and the rows of both with their reports.
 
     Args:
         noise, val_noise: corrupt the batches.
 
     Raises:
-        ValueError: see `data.rows_of_files`; `data.subset` asks for more than there are; or too few rows for a batch.
+        ValueError: see `data.rows_of_files`; `data.subset` is more than all rows; or too few rows for a batch.
     """
     data, eos = config.data, tokenizer.eos_token_id
     rows = {}
@@ -157,7 +157,7 @@ def build_batches(
 
 
 def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Those of the files, or the generated equations where none is given."""
+    """Rows of `data.train_files`, or the generated equations."""
     if config.train_files:
         return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
     return rows_of({"equations": Equations().rows("train")}, config, tokenizer, "training", curated=True)
@@ -170,19 +170,19 @@ def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:
 
 
 def frozen_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What weights are kept in: float32 if they are trained; beside adapters what they are computed in."""
+    """Dtype that weights are kept in: float32 if they are trained, the compute dtype beside adapters."""
     return compute_dtype(config, device) if config.model.lora_rank else torch.float32
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What the forward and backward pass see parameters in."""
+    """Dtype of the parameters in the forward and backward pass."""
     precision = config.trainer.precision
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
-    """AdamW over what is trained, without decay on norms and biases.
+    """AdamW over the trained parameters, without decay on norms and biases.
 
     Raises:
         ValueError: 8-bit moments without torchao.
@@ -210,9 +210,9 @@ def _adamw(name: str) -> type[Optimizer]:
 
 
 def set_lr(optimizer: Optimizer, config: OptimConfig, steps: int, done: int) -> float:
-    """Set and return the learning rate of the step after the first `done` of `steps`.
+    """Set and return the learning rate of the step that follows `done` of `steps` steps.
 
-    A new schedule for each step, positioned by `last_epoch`: nothing has to be saved, and a skipped step moves it too.
+    Each step makes a schedule and positions it by `last_epoch`: it needs no checkpoint, and skipped steps count.
     """
     make, length = LR_SCHEDULES[config.lr_schedule], () if config.lr_schedule == "constant" else (steps,)
     schedule = make(optimizer, warmup_steps(config, steps), *length, last_epoch=done - 1)

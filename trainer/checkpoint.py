@@ -1,6 +1,6 @@
-"""Checkpoints: written under a temporary name, visible only when whole.
+"""Save and load checkpoints. They are written under a temporary name and renamed when whole.
 
-A checkpoint is a directory `step_00000500` with the tensors that torch.distributed.checkpoint writes, and a
+A checkpoint is a directory `step_00000500` with tensors, written by torch.distributed.checkpoint, and a
 `checkpoint.json` (trainer/manifest.py) with everything else.
 """
 
@@ -35,15 +35,15 @@ from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
 from trainer.distributed import Distributed
 from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
 
-LAST_SAVE_SECONDS = 4  # that a failing run gives a save that is under way
+LAST_SAVE_SECONDS = 4  # that a failing run waits for a running save
 
 
 @dataclass
 class TrainingState:
-    """All that a step changes. Data position and learning rate are functions of the step, which the manifest holds.
+    """State that a step changes. Data position and learning rate are functions of the step number in the manifest.
 
-    Frozen weights are not part of it: they are read from where the run began. Neither are the optimizer's
-    hyperparameters: they are the configuration's.
+    Frozen weights are left out: the run reads them from their source. So are the optimizer's hyperparameters, which
+    the configuration holds.
     """
 
     model: DiffLLM
@@ -51,13 +51,13 @@ class TrainingState:
     distributed: Distributed
 
     def __post_init__(self) -> None:
-        """Give the optimizer its moments now: torch makes them by a step that counts, at the first look otherwise."""
+        """Create the optimizer's moments, as torch would when they are first read, and undo the step that it counts."""
         get_optimizer_state_dict(self.model, self.optimizer)
         for moments in self.optimizer.state.values():
             moments["step"].zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Sharded tensors, as dcp takes them; loading into it fills it in place."""
+        """Sharded tensors for dcp, which loads into them in place."""
         model, optimizer = get_state_dict(
             self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
         )
@@ -90,14 +90,14 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 class Checkpoints:
-    """Saves the checkpoints of a run, one at a time: the next waits for the one before.
+    """Saves the checkpoints of a run, one at a time.
 
-    If `asynchronous`, the state is copied and the copy written in the background, while training goes on; what changes
-    the state has to call `wait_for_copy` first. A checkpoint becomes visible when all ranks have written theirs, and
-    whole older ones but the newest `keep` are then deleted.
+    If `asynchronous`, a copy of the state is written in the background while training continues; call `wait_for_copy`
+    before the state changes. A checkpoint gets its name when all ranks have written their files. Then all whole ones
+    but the newest `keep` are deleted.
 
     Args:
-        broken: checkpoints that are not whole. They do not count, and stay to be looked at.
+        broken: checkpoints that are not whole. They are not counted and not deleted.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Checkpoints:
     ):
         self.directory, self.state, self.keep, self.asynchronous = directory, state, keep, asynchronous
         self._broken = set(broken)
-        # Of its own, since it is used at the same time as the trainer's.
+        # A separate group: saves run beside the collectives of training.
         self._group = dist.new_group(backend="gloo")
         cuda = state.distributed.device.type == "cuda"
         self._stager = DefaultStager(
@@ -115,14 +115,14 @@ class Checkpoints:
         )
         self._copied: Future | None = None
         self._pending: Future | None = None
-        self._target, self._manifest = directory, {}  # of what is pending
+        self._target, self._manifest = directory, {}  # of the pending save
         self._writer = DigestingWriter(directory)
 
     def save(self, step: int, manifest: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of a step. Collective.
+        """Start to write the checkpoint of a step. Collective.
 
         Raises:
-            OSError: it, or the one before it, could not be written, as on a full disk; whole ones are untouched.
+            OSError: this or the previous one could not be written, as on a full disk. Whole ones are kept.
         """
         self.wait()
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
@@ -132,7 +132,7 @@ class Checkpoints:
         where = {"storage_writer": self._writer, "process_group": self._group}
         if self.asynchronous:
             if self.state.distributed.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # the copy runs in a stream of its own
+                torch.cuda.current_stream().synchronize()  # the copy runs in another stream
             saving = dcp.async_save(state, async_stager=self._stager, **where)
             self._copied, self._pending = saving.staging_completion, saving.upload_completion
             return
@@ -144,16 +144,16 @@ class Checkpoints:
         self.wait()
 
     def wait_for_copy(self) -> None:
-        """Until the state that is being saved may change."""
+        """Wait until the state may change."""
         if self._copied is not None:
             self._copied.result()
             self._copied = None
 
     def poll(self) -> bool:
-        """Make a checkpoint visible as soon as it is written. Rank 0 alone does it: its part ends after all others'.
+        """Publish the pending checkpoint if it is written. Rank 0 does it, whose save ends last.
 
         Returns:
-            Whether it could not be written; `wait` then says why.
+            Whether the save failed; `wait` then raises its error.
         """
         if self._pending is None or not self._pending.done():
             return False
@@ -167,7 +167,7 @@ class Checkpoints:
         return False
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there. Collective.
+        """Wait until the pending checkpoint is published. Collective.
 
         Raises:
             OSError: it could not be written.
@@ -182,14 +182,14 @@ class Checkpoints:
             if self.state.distributed.is_main:
                 self._discard()
             newest = next((path for path in candidates(self.directory) if find_defect(path) is None), None)
-            advice = "Free space there" if find_full_disk(error) else "Mend that"
+            advice = "Free space there" if find_full_disk(error) else "Remove the cause"
             raise OSError(
                 f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: {newest}. "
                 f"{advice} and start again to resume from it"
             ) from error
 
     def close(self) -> None:
-        """Let what is being written end, as this rank sees it: for a short time, as the others may have failed."""
+        """Wait briefly for the pending save, without the other ranks, which may have failed."""
         if self._pending is None:
             self._stager.close()
             return
@@ -202,7 +202,7 @@ class Checkpoints:
         remove(unfinished_of(self._target))
 
     def _publish(self) -> None:
-        """Give what is written its name; nothing is left to do if `poll` has done so."""
+        """Give the written checkpoint its name, unless `poll` already has, and delete old ones."""
         unfinished = unfinished_of(self._target)
         if not unfinished.exists():
             return
@@ -218,7 +218,7 @@ class Checkpoints:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's words, out of what the ranks reported."""
+    """The operating system's message in the errors of the ranks."""
     if full := find_full_disk(error):
         return full
     if isinstance(error, CheckpointException):
@@ -227,13 +227,13 @@ def _reason(error: BaseException) -> str:
 
 
 def find_newest(directory: Path, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint of a run, and what was skipped on the way with the reason. Collective.
+    """The newest whole checkpoint of a run, and the reason for each skipped one. Collective.
 
-    Every rank checks the digests of its share of the files.
+    Each rank checks the digests of its share of the files.
     """
     skipped = {path: find_defect(path) for path in sorted(directory.glob(f"*{UNFINISHED}"))}
     for candidate in distributed.on_main(lambda: candidates(directory)):
-        defect = distributed.on_main(lambda: find_defect(candidate))  # noqa: B023 — called at once
+        defect = distributed.on_main(lambda: find_defect(candidate))  # noqa: B023 — called immediately
         if defect is None:
             damages = distributed.gather(find_damage(candidate, distributed.rank, distributed.size))
             defect = next(filter(None, damages), None)
@@ -244,19 +244,19 @@ def find_newest(directory: Path, distributed: Distributed) -> tuple[Path | None,
 
 
 def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
-    """Restore everything from a whole checkpoint, written by any number of ranks on any device. Collective.
+    """Restore the state from a whole checkpoint, written by any number of ranks on any device. Collective.
 
     Returns:
         Its manifest.
 
     Raises:
-        ValueError: it belongs to a model of another shape, or its files are corrupt.
+        ValueError: its model has another shape, or its files are corrupt.
     """
     values = state.state_dict()
     with _refusing_corrupt(checkpoint):
         saved = SafeReader(checkpoint).read_metadata().state_dict_metadata
         check_shapes(checkpoint, saved, values["model"])
-        # A rank or a kind of device that the run did not have keeps its own random state.
+        # A rank or device type that is new to the run keeps its own random state.
         rank = f"rank_{state.distributed.rank}"
         own = values["rng"][rank]
         values["rng"] = {rank: {kind: value for kind, value in own.items() if f"rng.{rank}.{kind}" in saved}}
@@ -267,13 +267,13 @@ def load(checkpoint: Path, state: TrainingState) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Read some of a whole checkpoint's weights into tensors by their names, in one process without ranks.
+    """Read weights of a whole checkpoint into tensors by name, in one process without ranks.
 
     Raises:
         ValueError: its files are corrupt.
     """
     with _refusing_corrupt(checkpoint), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
         dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), planner=TensorLoadPlanner(), no_dist=True)
 
 
@@ -289,7 +289,7 @@ def check_shapes(checkpoint: Path, saved: dict[str, Any], model: dict[str, torch
     """Compare a checkpoint's tensors with a model's.
 
     Raises:
-        ValueError: names or shapes differ; the first few differences are named.
+        ValueError: names or shapes differ; the message gives the first three differences.
     """
     theirs = {key.removeprefix("model."): tuple(item.size) for key, item in saved.items() if key.startswith("model.")}
     ours = {key: tuple(tensor.shape) for key, tensor in model.items()}

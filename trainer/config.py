@@ -1,4 +1,4 @@
-"""Settings of a run: the optimizer, the trainer, and the tree of all groups; the batch arithmetic."""
+"""Settings of the optimizer, the trainer and the tree of all groups; batch arithmetic."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """The loop: its length, what it saves and where it reports.
+    """Length, checkpoints, logging and sharding of a training run.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
@@ -49,7 +49,7 @@ class TrainerConfig:
 
     project_name: str = "diffllm"  # wandb project
     experiment_name: str = "default"  # names the run and its directory
-    # everything the run writes
+    # all files of the run
     output_dir: str = setting("outputs/${trainer.experiment_name}", path=True)
     total_epochs: int = setting(3, at_least=1)
     max_steps: int | None = setting(None, at_least=1)  # optimizer steps; overrides total_epochs
@@ -68,13 +68,13 @@ class TrainerConfig:
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
     max_nonfinite_steps: int = setting(10, at_least=0)  # more skipped ones than this end the run
-    # copies of the model, each sharded over ranks / replicate ranks (HSDP)
+    # number of model copies, each sharded over ranks / replicate ranks (HSDP)
     replicate: int = setting(1, at_least=1)
     cpu_offload: bool = False  # keep parameters, gradients and optimizer in the host's memory
-    # of one device, for perf/mfu; null takes the data sheet's; perf/mfu is absent for a device without one
+    # peak of one device, for perf/mfu; null takes the data sheet's, if one is known
     peak_tflops: float | None = setting(None, above=0)
-    reshard_after_forward: bool = True  # free each layer's gathered weights until the backward; false is faster
-    reduce_each_micro_batch: bool = True  # ranks add up only their shard of the gradients; false is faster
+    reshard_after_forward: bool = True  # free a layer's gathered weights after its forward; false is faster
+    reduce_each_micro_batch: bool = True  # reduce-scatter after each micro-batch, not once a step; false is faster
     # bf16 parameters in the forward, float32 gradients and optimizer | fp32 | auto: by device
     precision: str = setting("auto", choices=("auto", "bf16", "fp32"), free_when_resuming=False)
 
@@ -88,7 +88,7 @@ class TrainerConfig:
 class Config:
     """The tree that train.py, sample.py and evaluate.py share.
 
-    What is free when a run resumes does not change what a step computes, but for the lr schedule, which follows the
+    Settings that are free when a run resumes do not change a step's result, except that the lr schedule follows the
     length of the run.
     """
 
@@ -99,7 +99,7 @@ class Config:
     trainer: TrainerConfig = setting(TrainerConfig, free_when_resuming=True)
     sampling: SamplingConfig = setting(SamplingConfig, free_when_resuming=True)
     task: TaskConfig = setting(TaskConfig, free_when_resuming=True)
-    # of weights from scratch, row order, cuts and noise; draws of the sampler have sampling.seed
+    # keys weights from scratch, row order, cuts and noise; the sampler has sampling.seed
     seed: int = setting(0, at_least=0, below=2**63)
     # sample.py: answer | chat, on the terminal
     mode: str = setting("answer", choices=("answer", "chat"), free_when_resuming=True)
@@ -108,7 +108,7 @@ class Config:
     template: str | None = setting(None, free_when_resuming=True)
     # sample.py: a .jsonl or .parquet file of rows with question or prompt
     input: str | None = setting(None, path=True, free_when_resuming=True)
-    # sample.py: the .jsonl file that gets a row with its response for each input row
+    # sample.py: the .jsonl file for the input rows with their responses
     output: str | None = setting(None, path=True, free_when_resuming=True)
 
     def __post_init__(self) -> None:
@@ -122,12 +122,13 @@ class Config:
             )
         if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
             raise ValueError(
-                "optim.name=adamw_8bit: torchao's moments cannot be copied aside; set trainer.async_checkpoints=false"
+                "optim.name=adamw_8bit: torchao's moments cannot be copied for a background save; set "
+                "trainer.async_checkpoints=false"
             )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved tree as plain values, as it is saved with checkpoints and results."""
+    """The resolved tree as plain values, the form that checkpoints and results keep."""
     return asdict(config)
 
 
@@ -135,7 +136,7 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
     """This rank's part of the global batch. Batch settings that are null are derived from the others.
 
     Raises:
-        ValueError: the numbers contradict each other or do not divide; the message names all of them.
+        ValueError: the numbers contradict each other; the message names all of them.
     """
     total, micro, accumulation = (
         config.train_batch_size,
@@ -163,7 +164,7 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
 
 
 def total_steps(config: TrainerConfig, batches: BatchSource) -> int:
-    """Optimizer steps of the whole run. Streamed batches need `max_steps`: they do not know the length of an epoch."""
+    """Optimizer steps of the whole run. A stream needs `max_steps`: the length of its epoch is unknown."""
     return config.max_steps or config.total_epochs * batches.steps_per_epoch
 
 

@@ -50,10 +50,10 @@ class DigestedResult(WriteResult):
 
 
 class DigestingFileSystem(FileSystem):
-    """Makes the digests of files while they are written.
+    """Computes digests of files while they are written.
 
     Attributes:
-        digests: by file name.
+        digests: XXH3 by file name.
     """
 
     def __init__(self) -> None:
@@ -74,10 +74,10 @@ class DigestingFileSystem(FileSystem):
 
 
 class DigestingWriter(FileSystemWriter):
-    """Writes a checkpoint; the digests of all ranks' files reach rank 0.
+    """Writes a checkpoint and gathers the digests of its files on rank 0.
 
     Attributes:
-        digests: on rank 0, when all is written: XXH3 by file name.
+        digests: XXH3 by file name, on rank 0 after the write.
     """
 
     def __init__(self, path: Path):
@@ -99,7 +99,7 @@ class DigestingWriter(FileSystemWriter):
         self.digests[METADATA] = self.fs.digests[f"{METADATA}.tmp"]
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # without the path, which would be a class more to unpickle
+        return StorageMeta(save_id=self.save_id)  # without the path: it would need another class to unpickle
 
 
 class SafeReader(FileSystemReader):
@@ -109,7 +109,7 @@ class SafeReader(FileSystemReader):
         """Unpickle `.metadata`.
 
         Raises:
-            UnpicklingError: it holds anything but DCP's description of tensors in files beside it.
+            UnpicklingError: its content is not DCP's description of tensors in files beside it.
         """
         with (Path(self.path) / METADATA).open("rb") as file:
             metadata = _MetadataUnpickler(file).load()

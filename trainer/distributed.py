@@ -19,41 +19,41 @@ from data.storage import lock_file, refuse_links
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
 
 LOCK = ".lock"
-PATIENCE = timedelta(days=7)  # of a rank that is done, for the others
+PATIENCE = timedelta(days=7)  # that a rank which is done waits for the others
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """Where this process stands: as torchrun says, or alone."""
+    """This process among the ranks of torchrun, or alone."""
 
     rank: int
     size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None  # of all ranks, for waits that may take days
+    patient: dist.ProcessGroup | None = None  # all ranks, with the timeout PATIENCE
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Sums over all ranks, in float64."""
+        """Sums over all ranks, in float64. Collective."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
         dist.all_reduce(total)
         return total.tolist()
 
     def wait(self) -> None:
-        """Wait until all ranks have come here, however long one works alone. Collective."""
+        """Wait for all ranks, up to PATIENCE. Collective."""
         if self.patient is not None:
             dist.barrier(self.patient)
 
     def gather(self, item: Any) -> list[Any]:
-        """One item of every rank, in their order. Collective."""
+        """The items of all ranks in rank order. Collective."""
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0; what it returns or raises, every rank returns or raises. Collective."""
+        """Call `work` on rank 0; every rank returns its value or raises its error. Collective."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -67,7 +67,7 @@ class Distributed:
 
 
 def _portable(error: ValueError | OSError) -> ValueError | OSError:
-    """The error, or its text in a plain one where it cannot be sent to other ranks."""
+    """The error, or a plain one with its text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -76,19 +76,19 @@ def _portable(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def ranks_from_environment() -> tuple[int, int]:
-    """This rank and the number of ranks: torchrun's, or 0 of 1."""
+    """Rank and number of ranks from torchrun, or 0 and 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def locked(directory: Path, distributed: Distributed, *written: str) -> Iterator[None]:
-    """Keep a directory to this run. Collective.
+    """Lock a directory for this run. Collective.
 
     Args:
-        written: names in the directory that the run will write.
+        written: names of the entries that the run will write.
 
     Raises:
-        ValueError: another run writes there, or one of the names cannot be written, such as a symbolic link.
+        ValueError: another run holds the lock, or an entry is a symbolic link.
     """
     with ExitStack() as held:
 
@@ -105,8 +105,8 @@ def locked(directory: Path, distributed: Distributed, *written: str) -> Iterator
 def init_distributed() -> Iterator[Distributed]:
     """Join the process group; leave it at the end, so that another run can follow in this process.
 
-    Of several ranks that fail, the first raises its error. The others leave with SystemExit a little later: they failed
-    alike, or because they lost the first.
+    If ranks fail, the first raises its error. The others raise SystemExit SPEAK_SECONDS later: they failed for the same
+    reason, or because they lost the first.
     """
     rank, size = ranks_from_environment()
     if torch.cuda.is_available():
@@ -117,7 +117,7 @@ def init_distributed() -> Iterator[Distributed]:
         device, backend = torch.device("cpu"), "gloo"
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **alone)
-    # Made now: to make it the ranks wait for each other as long as in any other collective.
+    # Created at the start: creating a group has the ordinary timeout.
     patient = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     distributed = Distributed(rank, size, device, patient)
     watch, together = _watch_peers(distributed), False
@@ -125,7 +125,7 @@ def init_distributed() -> Iterator[Distributed]:
         with Deadline.on_error():
             yield distributed
         together = True
-    except SystemExit:  # of all ranks alike
+    except SystemExit:  # raised by all ranks
         together = True
         raise
     except Exception as error:
@@ -134,10 +134,10 @@ def init_distributed() -> Iterator[Distributed]:
         raise
     finally:
         if together:
-            distributed.wait()  # a rank that leaves early would be taken for dead
+            distributed.wait()  # peers treat a rank that leaves early as dead
             if watch is not None:
                 watch.stop()
-        if together or device.type == "cpu":  # NCCL would wait for ranks that have failed
+        if together or device.type == "cpu":  # NCCL would wait for failed ranks
             dist.destroy_process_group()
 
 
@@ -145,19 +145,19 @@ def _watch_peers(distributed: Distributed) -> PeerWatch | None:
     """Watch the ranks of this machine, if torchrun started them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    here = os.environ["GROUP_RANK"]  # of this machine's torchrun
-    ranks = enumerate(distributed.gather((here, os.getpid())))
-    return PeerWatch({rank: process for rank, (group, process) in ranks if group == here and rank != distributed.rank})
+    node = os.environ["GROUP_RANK"]
+    ranks = enumerate(distributed.gather((node, os.getpid())))
+    return PeerWatch({rank: process for rank, (other, process) in ranks if other == node and rank != distributed.rank})
 
 
 def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:
-    """Leave it to the rank that failed first to speak.
+    """Let only the rank that failed first print its error.
 
     Raises:
-        SystemExit: another rank was first.
-        OSError: another rank died without a word.
+        SystemExit: another rank failed first.
+        OSError: another rank died without an error.
     """
-    if Deadline.started:  # torchrun sends SIGTERM as soon as one rank has ended: the error would not be printed
+    if Deadline.started:  # torchrun sends SIGTERM once a rank has ended, before this one has printed its error
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not FirstError.claim(dist.distributed_c10d._get_default_store()):
         time.sleep(SPEAK_SECONDS)
@@ -165,5 +165,5 @@ def _leave_to_first(error: Exception, watch: PeerWatch | None) -> None:
     if watch is not None and isinstance(error, RuntimeError):
         for _ in range(10):  # torchrun takes a moment to notice
             if dead := watch.dead():
-                raise OSError(f"rank {dead[0]} died without an error, as one does that is killed") from error
+                raise OSError(f"rank {dead[0]} died without an error; something killed it") from error
             time.sleep(0.1)

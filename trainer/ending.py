@@ -1,7 +1,7 @@
 """End a failed run: every process, within seconds, with the error that caused the failure.
 
-A rank that fails leaves others behind in collectives that never end, and may hang itself: in a communicator, a thread,
-or on a disk that does not answer. torchrun would kill what is left 30 s later; without torchrun it would stay for ever.
+A rank that fails leaves others in collectives that never end, and may hang itself: in a communicator, a thread, or on a
+disk that does not answer. torchrun kills the remaining processes after 30 s; without torchrun they stay for ever.
 """
 
 import json
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 END_SECONDS = 8  # from the first error of a process to its end
-PEER_SECONDS = 4  # that a rank has to end by itself when another has died
-SPEAK_SECONDS = 2  # that a rank which did not fail first leaves to the one that did
+PEER_SECONDS = 4  # from the death of a peer to the end of this rank
+SPEAK_SECONDS = 2  # that later failing ranks wait while the first prints its error
 
 
 class Deadline:
-    """Ends the process at the latest `END_SECONDS` after its first error, whatever hangs.
+    """Ends the process END_SECONDS after its first error, even if something hangs.
 
-    Only scripts arm it: a library does not kill the process of its caller.
+    Only scripts arm it: a library must not kill the process of its caller.
     """
 
     armed = started = False
@@ -32,10 +32,9 @@ class Deadline:
     @classmethod
     @contextmanager
     def on_error(cls) -> Iterator[None]:
-        """Begin to count when an error leaves the block, unless that was done before.
+        """Start the deadline when the first error leaves the block.
 
-        SystemExit is no error: a run that was asked to stop leaves with it. SIGALRM needs no help of threads, or of
-        code that holds the interpreter.
+        SystemExit is no error: a stopped run raises it. SIGALRM works whatever threads do and whoever holds the GIL.
         """
         try:
             yield
@@ -48,13 +47,13 @@ class Deadline:
 
 
 class FirstError:
-    """Which of several ranks that fail prints its error: the one that claims it."""
+    """Decides which failing rank prints its error: the first to claim it."""
 
     claimed = False  # by this process
 
     @classmethod
     def claim(cls, store: dist.Store) -> bool:
-        """Whether no rank failed before this one, as far as the store of all ranks can be reached."""
+        """Whether this rank is the first to fail. If the ranks' store is gone, each is."""
         try:
             cls.claimed = store.add("failed", 1) == 1
         except RuntimeError:  # the rank that held the store is gone
@@ -64,10 +63,10 @@ class FirstError:
 
 @dataclass
 class PeerWatch:
-    """Ends this rank when torchrun, or another rank that it started on this machine, has died.
+    """Ends this rank when torchrun or a peer has died.
 
     Attributes:
-        peers: process ids of the other ranks of this machine, by rank.
+        peers: process ids of the other ranks on this machine, by rank.
     """
 
     peers: dict[int, int]
@@ -82,7 +81,7 @@ class PeerWatch:
         return [rank for rank, process in self.peers.items() if not _is_alive(process)]
 
     def stop(self) -> None:
-        """Let the other ranks end: all work is done."""
+        """Stop watching: all work is done, and peers may end."""
         self._stopped.set()
 
     def _watch(self) -> None:
@@ -104,9 +103,9 @@ def _is_alive(process: int) -> bool:
 
 
 def leave(error: BaseException) -> None:
-    """End the process as Python would, but without waiting for threads, children and communicators.
+    """End the process as Python does, but without waiting for threads, children and communicators.
 
-    Returns only if the error is SystemExit without a failure.
+    Returns if the error is a SystemExit of success.
     """
     code = 1
     if isinstance(error, SystemExit):
@@ -124,7 +123,7 @@ def leave(error: BaseException) -> None:
 
 
 def report_to_torchrun(text: str) -> None:
-    """Leave the error where torchrun looks for it: it then stands at the end of its own report."""
+    """Write the error to the file that torchrun appends to its report."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with suppress(OSError), open(path, "w") as file:  # a full disk must not hide the error

@@ -1,8 +1,8 @@
 """Sample responses to many prompts over all ranks, resumable after any interruption.
 
 A response depends on its prompt, its row id, the sampling settings and the weights alone, so any rank may sample it at
-any time. Each rank appends finished responses to its own file in the directory `OUTPUT.partial`. `run.json` in that
-directory holds what the responses depend on: a run resumes only with the same.
+any time. Each rank appends finished responses to its own file in the directory `OUTPUT.partial`. A run resumes only if
+`run.json` in that directory has the digests and settings of this run.
 """
 
 import json
@@ -32,15 +32,15 @@ from diffllm.generate import Response, check_context, generate
 from sampling import SamplingConfig
 from trainer.distributed import Distributed, locked
 
-RECORD = {item.name: item.type for item in fields(Response)}  # of a finished row
+RECORD = {item.name: item.type for item in fields(Response)}
 
 
 class Question(NamedTuple):
-    """A row as the model gets it."""
+    """A row and its prompt."""
 
     row: PlacedRow
     messages: list[Message]
-    ids: np.ndarray  # [L], int32: the prompt
+    ids: np.ndarray  # [L] int32, the prompt
 
 
 def ask(row: PlacedRow, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Question:
@@ -54,7 +54,7 @@ def ask(row: PlacedRow, messages: list[Message], tokenizer: PreTrainedTokenizerB
 
 
 def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """Return the questions of a task's test rows. `task.bad` holds the rows that cannot be used.
+    """Return the questions of a task's test rows. Add rows that cannot be used to `task.bad`.
 
     Raises:
         ValueError: rows cannot be used, unless `data.on_bad_row=skip`, or none is left.
@@ -83,19 +83,19 @@ def answer_all(
     distributed: Distributed,
     write: Callable[[list[Response], float | None], None],
 ) -> None:
-    """Sample a response to every question and let rank 0 write them. Collective.
+    """Sample a response to every question; rank 0 calls `write`. Collective.
 
     After an interruption the same call resumes, on any number of ranks and with any `sampling.batch_size`.
 
     Args:
-        output: what `write` writes. The directory `OUTPUT.partial` holds finished responses until then.
-        origin: what else the output depends on, by the name for the user.
-        write: takes the responses in the order of the questions, and the tokens a second that this run sampled on all
-            ranks together, None if earlier runs had sampled all.
+        output: file of `write`. The directory `OUTPUT.partial` holds finished responses until it is written.
+        origin: further values that the output depends on, by their names in errors.
+        write: takes the responses in the order of the questions, and the tokens per second of this run over all ranks,
+            or None if earlier runs had sampled all responses.
 
     Raises:
-        ValueError: a question does not fit the model's context; other rows, settings or weights than those of the
-            interrupted run; or another run writes to the same output. Nothing was sampled.
+        ValueError: before any sampling: a question does not fit the model's context; rows, settings or weights differ
+            from the interrupted run; or another run writes to the same output.
         KeyboardInterrupt: with the advice to resume.
     """
     directory = output.with_name(f"{output.name}.partial")
@@ -121,11 +121,11 @@ def answer_all(
             distributed.on_main(finish)
         distributed.on_main(lambda: shutil.rmtree(directory))
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("the same command goes on where this one was") from error
+        raise KeyboardInterrupt("run the same command to resume") from error
 
 
 def _origin(questions: Sequence[Question], config: SamplingConfig, model: DiffLLM) -> dict[str, Any]:
-    """All that responses depend on, by names for the user."""
+    """Digests of prompts and weights, and the sampling settings, by their names in errors."""
     tokens, weights = sha1(), sha1()
     for question in questions:
         tokens.update(question.ids.tobytes() + b"/")
@@ -139,10 +139,10 @@ def _origin(questions: Sequence[Question], config: SamplingConfig, model: DiffLL
 
 
 def _begin(directory: Path, origin: dict[str, Any]) -> set[int]:
-    """Make the directory one of this run, and return the row ids of its finished responses.
+    """Write or check `run.json`. Return the row ids of finished responses.
 
     Raises:
-        ValueError: it holds responses of another run.
+        ValueError: the directory holds responses of another run.
     """
     done, record = finished(directory), directory / "run.json"
     if not done:
@@ -152,7 +152,7 @@ def _begin(directory: Path, origin: dict[str, Any]) -> set[int]:
     if found := differences(read_object(record), origin):
         raise ValueError(
             f"{directory} holds {len(done)} rows of an interrupted run with other settings: {'; '.join(found)}. "
-            "Give the same ones to go on with it, delete the directory to start anew, or name another output"
+            "Give the same ones to resume it, delete the directory to start again, or name another output"
         )
     return set(done)
 
@@ -166,13 +166,13 @@ def _sample(
     directory: Path,
     distributed: Distributed,
 ) -> None:
-    """Sample this rank's share of what is not done. A new line takes the place of an end that a kill has torn.
+    """Sample this rank's share of the unfinished rows. The first line replaces one that a kill has cut short.
 
     Raises:
         OSError: responses cannot be written, or their file was deleted.
     """
     todo = [row_id for row_id in range(len(questions)) if row_id not in done]
-    todo.sort(key=lambda row_id: -len(questions[row_id].ids))  # so that too little memory shows at once
+    todo.sort(key=lambda row_id: -len(questions[row_id].ids))  # the longest first: a lack of memory shows at once
     row_ids = todo[distributed.rank :: distributed.size]
     responses = generate(model, tokenizer, [questions[row_id].ids for row_id in row_ids], config, row_ids)
     label = f"rank 0 of {distributed.size}" if distributed.size > 1 else None
@@ -184,10 +184,10 @@ def _sample(
 
 
 def finished(directory: Path) -> dict[int, Response]:
-    """Return the finished responses in a directory by row id.
+    """Return the finished responses of a directory by row id.
 
     Raises:
-        ValueError: a line is broken; the message names it.
+        ValueError: a line is broken; the message shows it.
     """
     done = {}
     for file in sorted(directory.glob("rank*.jsonl")):
@@ -203,7 +203,7 @@ def _in_order(directory: Path, count: int) -> list[Response]:
     """Return all responses in the order of the questions.
 
     Raises:
-        OSError: responses of another rank cannot be read, as on a network disk that lags.
+        OSError: responses of another rank cannot be read yet, as on a slow network disk.
     """
     done = finished(directory)
     if missing := count - len(done):

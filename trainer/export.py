@@ -1,4 +1,4 @@
-"""A checkpoint's model in the published format: `python -m trainer.export CHECKPOINT DIR [bf16|f32]`."""
+"""Export a checkpoint's model in the published format: `python -m trainer.export CHECKPOINT DIR [bf16|f32]`."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The whole model of a checkpoint, adapters beside their weights, in one process without ranks."""
+    """The unsharded model of a checkpoint, with adapters unmerged, in one process without ranks."""
     model, tokenizer = build_model(config.model, config.seed)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
@@ -54,7 +54,7 @@ def export(source: Path, directory: Path, dtype: str = "f32") -> None:
 def main(arguments: list[str]) -> None:
     parser = Parser("trainer.export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a directory such as outputs/NAME/checkpoints/step_00000200")
-    parser.add_argument("directory", type=Path, help="to write; must not exist")
+    parser.add_argument("directory", type=Path, help="of the export; must not exist")
     parser.add_argument("dtype", nargs="?", default="f32", help="of the weights: f32 or bf16; default: f32")
     with ending_in_one_line():
         options = parser.parse_args(arguments)

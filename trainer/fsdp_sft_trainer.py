@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a diffusion language model: rows and an objective, trained by the loop."""
+"""Supervised fine-tuning of a diffusion language model: the training loop with rows and an objective."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ VAL_SEED = 0
 
 
 class FSDPSFTTrainer(TrainingLoop):
-    """Trains the model that a configuration describes on its rows, over all ranks.
+    """Trains the model of a configuration on its rows, over all ranks.
 
     Raises:
-        ValueError: rows, tokenizer, model or batch arithmetic that cannot work; the message says what to change.
+        ValueError: rows, tokenizer, model or batch sizes do not fit together; the message says what to change.
     """
 
     def __init__(self, config: Config, distributed: Distributed):
@@ -48,7 +48,7 @@ class FSDPSFTTrainer(TrainingLoop):
         if annealing_steps > steps:
             raise ValueError(
                 f"diffusion.attention_annealing_steps={annealing_steps}: more than the {steps} steps of the run, so "
-                "that none would see what sampling does; set fewer"
+                "none would have the full attention of sampling; set fewer"
             )
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
         self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)

@@ -20,15 +20,15 @@ class Identity:
     config: Config
     global_batch_size: int
     training_rows: int
-    training_tokens: str  # fingerprint of the token rows, or of the files that are streamed
-    vocabulary: int  # tokens that the model knows
+    training_tokens: str  # digest of the token rows, or of the streamed files
+    vocabulary: int  # size
 
     @classmethod
     def of(cls, config: Config, batches: BatchSource, vocabulary: int) -> "Identity":
         return cls(config, batches.layout.global_batch_size, *batches.identity(), vocabulary)
 
     def manifest(self, **progress: Any) -> dict[str, Any]:
-        """What goes into checkpoint.json."""
+        """Fields of checkpoint.json."""
         versions = {name: version(name) for name in ("diffllm", "torch", "transformers")}
         return {**asdict(self), "config": to_dict(self.config), "versions": versions, **progress}
 
@@ -36,7 +36,7 @@ class Identity:
         """Refuse a checkpoint of another run.
 
         Raises:
-            ValueError: naming all that differs.
+            ValueError: the message names every difference.
         """
         check_version(path)
         saved = read_manifest(path)
@@ -46,26 +46,26 @@ class Identity:
         if changed:
             raise ValueError(
                 f"{path} belongs to a run with other settings: {'; '.join(changed)}. "
-                "Give the same ones to go on with it, or another trainer.experiment_name to start anew"
+                "Give the same ones to resume it, or another trainer.experiment_name for a new run"
             )
 
 
 def find_checkpoint(directory: Path, resume: str, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint that `trainer.resume` names, None if there is none, and what was skipped and why. Collective.
+    """The checkpoint that `trainer.resume` names, or None, and the reason for each skipped one. Collective.
 
     Raises:
-        ValueError: it names none, would branch off inside the run that `directory` holds, or none there is whole.
+        ValueError: it names no whole checkpoint, or `directory` holds the checkpoints of another run.
     """
     newest, skipped = find_newest(directory, distributed)
     if resume == "auto":
         if newest is None and distributed.on_main(lambda: candidates(directory)):
             reasons = "".join(f"\n{path}: {reason}" for path, reason in skipped.items())
             raise ValueError(
-                f"{directory} holds checkpoints, but none that is whole: restore one, or train anew with "
+                f"{directory} holds checkpoints, but none that is whole: restore one, or start again by "
                 f"trainer.resume=never{reasons}"
             )
         return newest, skipped
-    if newest is not None and newest.resolve() != Path(resume).resolve():  # later ones would be taken for newer
+    if newest is not None and newest.resolve() != Path(resume).resolve():  # its later checkpoints would look newer
         raise ValueError(
             f"trainer.resume={resume}, but {directory} holds the checkpoints of a run: "
             "give another trainer.experiment_name, or delete it"

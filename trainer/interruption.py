@@ -1,4 +1,4 @@
-"""Stop on the signals of a cluster, at the end of a step."""
+"""Stop at the end of a step when a signal arrives."""
 
 import signal
 from types import FrameType
@@ -7,10 +7,10 @@ NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class Interruption:
-    """Counts SIGTERM, SIGINT and SIGUSR1 instead of dying of them, so that the trainer can stop where a step ends.
+    """Counts SIGTERM, SIGINT and SIGUSR1, so that the loop can stop after the current step.
 
-    It then ends with 143 or 130, as a process that dies of the first two. SIGUSR1 comes from someone who takes care of
-    what follows: after it, it ends with 0. A second SIGINT interrupts at once.
+    The run then exits with 143 or 130, the codes of a process that dies of the first two. SIGUSR1 comes from a script
+    that restarts the run; its exit code is 0. A second SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Optimizer steps from a source of batches: resumable, checked, logged. Knows neither rows nor objectives."""
+"""Optimizer steps from a source of batches: resumable, checked, logged; independent of rows and objective."""
 
 import math
 import signal
@@ -30,7 +30,7 @@ from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
 from trainer.speed import Speed
 
-# Names in a run's directory, beside checkpoints, which may be a link to another disk.
+# Entries of a run's directory that must not be links; `checkpoints` may be one, to another disk.
 WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_id", "nonfinite")
 
 
@@ -38,17 +38,17 @@ WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_
 class Progress:
     """Counts that a checkpoint keeps."""
 
-    skipped_steps: int = 0  # nothing was masked
-    nonfinite_steps: int = 0  # the loss or its gradient was not finite
+    skipped_steps: int = 0  # without a masked token
+    nonfinite_steps: int = 0  # with a loss or gradient that is not finite
 
 
 class TrainingLoop(ABC):
-    """Trains a sharded model. A subclass says what the loss of a batch is, and what is validated and exported.
+    """Trains a sharded model. A subclass gives the loss of a batch, validation and export.
 
     Args:
         model: sharded by `trainer.parallel.shard`.
-        source: gives the batches of each step.
-        steps: of the whole run.
+        source: yields the batches of each step.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, config: Config, distributed: Distributed, model: DiffLLM, source: BatchSource, steps: int):
@@ -63,35 +63,35 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
-        """The micro-batches with what depends on the step."""
+        """Add whatever depends on the step to its micro-batches."""
 
     @abstractmethod
     def denominator(self, batch: Batch) -> Tensor:
-        """The batch's part of what the loss of the step is divided by; parts add up."""
+        """The batch's part of the step's loss denominator; parts add up."""
 
     @abstractmethod
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:
-        """A micro-batch's part of the loss of the step.
+        """A micro-batch's part of the step's loss.
 
         Args:
-            denominator: of the whole step, over all ranks.
+            denominator: of the whole step, summed over ranks.
         """
 
     @abstractmethod
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
-        """Sums over a micro-batch, for `metrics`; they add up."""
+        """Sums over a micro-batch, from which `metrics` are computed; they add up."""
 
     @abstractmethod
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Figures from the sums over all ranks."""
+        """Metrics from the sums over all ranks."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Metrics of the model as it is. Collective."""
+        """Validation metrics of the current model. Collective."""
 
     @abstractmethod
     def sample(self) -> list[ValSample]:
-        """Text sampled from the model as it is, on rank 0. Collective."""
+        """Text sampled from the current model, on rank 0. Collective."""
 
     @abstractmethod
     def export(self, directory: Path) -> None:
@@ -99,16 +99,16 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def report(self, done: int) -> None:
-        """Write the data report of a run that begins after `done` steps."""
+        """Write the data report before the first step that follows `done` steps."""
 
     @abstractmethod
     def report_read(self, done: int) -> None:
-        """Write the data report of what was read after `done` steps."""
+        """Write the data report of rows that were read since `done` steps, when the run ends."""
 
     def fit(self) -> None:
-        """Train to the last step, from the checkpoint that `trainer.resume` names; then export the model.
+        """Train to the last step, from the checkpoint that `trainer.resume` names, then export the model.
 
-        A signal that asks the run to stop ends it after the step, with a checkpoint.
+        A signal of `trainer.interruption` ends the run after the current step, with a checkpoint.
 
         Raises:
             SystemExit: SIGTERM or SIGINT stopped the run.
@@ -136,7 +136,7 @@ class TrainingLoop(ABC):
                 self.print_main(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _train(self, batches: Iterator[list[Batch]], done: int, log: MetricsLog) -> bool:
-        """Take the steps after the first `done`. Returns whether the last was reached, rather than a signal."""
+        """Take the steps after the first `done`. Return False if a signal stopped the run before the last step."""
         settings = self.config.trainer
         for step in range(done + 1, self.steps + 1):
             started = time.perf_counter()
@@ -157,7 +157,7 @@ class TrainingLoop(ABC):
             if signals:
                 self.checkpoints.wait()
                 self.print_main(
-                    f"stopped by {signals[0]} after {step} of {self.steps} steps; the same command goes on from here"
+                    f"stopped by {signals[0]} after {step} of {self.steps} steps; run the same command to resume"
                 )
                 if signals[0] != "SIGUSR1":
                     raise SystemExit(128 + signal.Signals[signals[0]])
@@ -165,16 +165,16 @@ class TrainingLoop(ABC):
         return True
 
     def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
-        """Take one optimizer step: a function of the parameters and the rows, whatever the layout.
+        """Take one optimizer step, a function of the parameters and the rows, whatever the layout.
 
         Args:
-            counts: of the step, from `_count`.
+            counts: from `_count`.
 
         Returns:
             Metrics of the step over all ranks.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; the parameters are left as they were.
+            FloatingPointError: the loss or the gradient is not finite; the parameters did not change.
         """
         lr = set_lr(self.optimizer, self.config.optim, self.steps, step - 1)
         micro_batches = self.prepare(step, micro_batches)
@@ -209,9 +209,9 @@ class TrainingLoop(ABC):
         }
 
     def _count(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """Token counts and the loss's denominator, summed over ranks before the forward.
+        """Token counts and loss denominator, summed over ranks before the forward.
 
-        Signals received and failed saves are counted too, so that all ranks learn of them in the same step.
+        Received signals and failed saves are counted too, so that all ranks react to them in the same step.
         """
         lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in micro_batches])
         counts = {
@@ -228,7 +228,7 @@ class TrainingLoop(ABC):
         return dict(zip(counts, self.distributed.sum(*counts.values()), strict=True))
 
     def _reduce(self, losses: list[Tensor], sums: list[Tensor]) -> dict[str, float]:
-        """Metrics of all micro-batches of all ranks; of a step that is skipped the loss alone, 0."""
+        """Metrics over all micro-batches and ranks. A skipped step has its loss alone, 0."""
         if not losses:
             return {"train/loss": 0.0}
         loss, *total = self.distributed.sum(sum(loss.double() for loss in losses), *sum(sums))

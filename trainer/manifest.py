@@ -16,12 +16,12 @@ FIELDS = {"step": int, "config": dict, "versions": dict, "files": dict, "skipped
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Path of a step's checkpoint."""
     return directory / f"step_{step:08d}"
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Checkpoints of a run, whole or broken, the newest first."""
+    """Checkpoints of a run, whole or not, the newest first."""
     found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
@@ -40,7 +40,7 @@ def write_manifest(checkpoint: Path, fields: Mapping[str, Any], digests: Mapping
 
 
 def _signed(rest: bytes) -> bytes:
-    """A JSON object without its first brace, made whole by the digest of itself."""
+    """Prepend the digest of `rest`, a JSON object without its first brace, as its first field."""
     return b'{\n  "digest": "' + digest_bytes(rest).encode() + b'",' + rest
 
 
@@ -48,34 +48,34 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Read checkpoint.json.
 
     Raises:
-        ValueError: there is none, it was changed, or lacks a field; the message names the file.
+        ValueError: the file is missing, was changed, or lacks a field.
     """
     file = checkpoint / MANIFEST
     manifest = read_object(file)
     if missing := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
-        raise ValueError(f"{file} has no {', '.join(missing)}, or of another type than it should")
+        raise ValueError(f"{file}: {', '.join(missing)} missing or of the wrong type")
     for name, recorded in manifest["files"].items():
         if not (isinstance(recorded, dict) and recorded.keys() == {"bytes", "xxh3"} and Path(name).name == name):
             raise ValueError(f"{file} has no size and digest of {name!r}: an older version wrote it")
     content = file.read_bytes()
     if content != _signed(content.partition(b'",')[2]):
-        raise ValueError(f"{file} was changed: its digest is of other content")
+        raise ValueError(f"{file} was changed: its digest does not match")
     return manifest
 
 
 def check_version(checkpoint: Path) -> None:
-    """Refuse a checkpoint that a newer version wrote.
+    """Refuse a checkpoint of a newer version.
 
     Raises:
-        ValueError: one did.
+        ValueError: a newer version wrote it.
     """
     writer, reader = str(read_manifest(checkpoint)["versions"].get("diffllm")), version("diffllm")
     if Version(writer) > Version(reader):
-        raise ValueError(f"{checkpoint} was written by diffllm {writer}, this is {reader}: update to go on with it")
+        raise ValueError(f"{checkpoint} was written by diffllm {writer}, this is {reader}: update to resume it")
 
 
 def find_defect(checkpoint: Path) -> str | None:
-    """Why a directory is not a whole checkpoint, as far as names and sizes tell; None if it is one."""
+    """Return why a directory is not a whole checkpoint, judged by names and sizes; None if it is one."""
     if not checkpoint.is_dir():
         return "no such checkpoint directory"
     if checkpoint.name.endswith(UNFINISHED):
@@ -92,11 +92,11 @@ def find_defect(checkpoint: Path) -> str | None:
 
 
 def find_damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """Why files are not as they were written, None if they are. Reads all of them, or the share of one of the ranks."""
+    """Name a file whose digest is wrong, or None. Read one rank's share of the files."""
     files = read_manifest(checkpoint)["files"]
     for name in sorted(files)[rank::ranks]:
         if digest_file(checkpoint / name) != files[name]["xxh3"]:
-            return f"{name} is damaged: its digest is not that of checkpoint.json"
+            return f"{name} is damaged: its digest does not match checkpoint.json"
     return None
 
 
@@ -104,7 +104,7 @@ def check_whole(checkpoint: Path) -> None:
     """Refuse a directory that is not a whole checkpoint.
 
     Raises:
-        ValueError: it is not, the message says why; or a newer version wrote it.
+        ValueError: it is not whole, or a newer version wrote it.
     """
     if defect := find_defect(checkpoint) or find_damage(checkpoint):
         raise ValueError(f"{checkpoint}: {defect}")

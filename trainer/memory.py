@@ -16,12 +16,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes of one rank."""
+    """Bytes on one rank."""
 
-    weights: int  # this rank's share
+    weights: int  # its shard
     gradients: int
     optimizer: int
-    gathered: int  # weights of all ranks that are needed at once, and their gradients before they are reduced
+    gathered: int  # unsharded weights of one moment, and their gradients before reduction
 
     @property
     def total(self) -> int:
@@ -29,7 +29,7 @@ class StateMemory:
 
 
 def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.device) -> StateMemory:
-    """What weights, gradients and optimizer take on each of `ranks` ranks. The model may be on the meta device."""
+    """Memory of weights, gradients and optimizer on each of `ranks` ranks. The model may be on the meta device."""
     shards = max(1, ranks // config.trainer.replicate)
     layers = model.lm.get_decoder().layers
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -37,7 +37,7 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     moment = 1 if config.optim.name == "adamw_8bit" else 4
     layer = sum(p.numel() for p in layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - layer * len(layers)
-    # Embedding, head and final norm stay gathered; layers two at a time, one at work and the next on its way.
+    # Embedding, head and final norm stay gathered, and two layers at a time: the current one and the next.
     held = layer * (2 if config.trainer.reshard_after_forward else len(layers))
     root_trained = 0 if config.model.lora_rank else root
     computed = compute_dtype(config, device).itemsize
@@ -50,22 +50,22 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
 
 
 def whole_gradients(model: DiffLLM, config: Config, layout: BatchLayout) -> int:
-    """Bytes of all gradients, which every rank adds up in float32 where they are reduced only once a step."""
+    """Bytes of unsharded float32 gradients, which a rank accumulates if they are reduced once a step."""
     if config.trainer.reduce_each_micro_batch or layout.micro_batches == 1:
         return 0
     return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def check_memory(model: DiffLLM, config: Config, distributed: Distributed) -> None:
-    """Refuse a run whose state alone is more than a rank's memory.
+    """Refuse a run whose state exceeds a rank's memory.
 
     Raises:
-        ValueError: naming both and what helps.
+        ValueError: the message gives the memory needed and available, and settings that help.
     """
     device = torch.device("cpu") if config.trainer.cpu_offload else distributed.device
     state = state_memory(model, config, distributed.size, distributed.device)
     needed = state.total
-    if config.trainer.cpu_offload:  # what ranks gather and add up stays on the GPU
+    if config.trainer.cpu_offload:  # gathered weights and accumulated gradients stay on the GPU
         needed -= state.gathered
     else:
         whole = whole_gradients(model, config, batch_layout(config.data, distributed.rank, distributed.size))
@@ -97,7 +97,7 @@ def check_gathers(model: DiffLLM, config: Config, distributed: Distributed) -> N
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a rank's device: of the GPU, or its part of the host's memory."""
+    """Bytes of a rank's memory: its GPU's, or its share of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

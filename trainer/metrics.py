@@ -1,4 +1,4 @@
-"""Write metrics to metrics.jsonl, the progress bar and wandb, and sampled answers to the last two."""
+"""Log metrics to metrics.jsonl, the console and wandb, and sampled answers to the last two."""
 
 import json
 import math
@@ -16,23 +16,22 @@ from data.terminal import printable
 from trainer.config import TrainerConfig
 from trainer.distributed import Distributed
 
-WANDB_SECONDS = 20  # that wandb has to answer when a run starts
-FINISH_SECONDS = 4  # that wandb has to finish a run that failed
+WANDB_SECONDS = 20  # timeout of wandb when a run starts
+FINISH_SECONDS = 4  # timeout of wandb when a run has failed
 
 
 class ValSample(NamedTuple):
     """A validation row as text."""
 
     prompt: str
-    response: str  # sampled
-    reference: str  # the first answer of the row
+    response: str  # sampled answer
+    reference: str  # the row's first answer
 
 
 def open_metrics(path: Path, done: int) -> AppendedRecords:
-    """Open metrics.jsonl, one line a step, to go on after the first `done`.
+    """Open metrics.jsonl, one line a step, to append after step `done`.
 
-    The lines of the steps that are done again make way when the first of these comes. A run that fails before leaves
-    the file as it was.
+    The first appended line replaces the lines of later steps. A run that fails before it leaves the file unchanged.
 
     Raises:
         ValueError: a line of the file is broken; the message names it.
@@ -46,9 +45,9 @@ def open_metrics(path: Path, done: int) -> AppendedRecords:
 
 
 class MetricsLog:
-    """Takes the metrics of each step until it is closed; rank 0 alone writes anything. Collective to make.
+    """Logs the metrics of each step on rank 0. Collective to make.
 
-    After a resume the same wandb run goes on.
+    A resumed run continues its wandb run.
 
     Raises:
         ValueError: a broken metrics.jsonl, or wandb that cannot be reached.
@@ -78,10 +77,10 @@ class MetricsLog:
             self._file.close()
         ended, failed = error[0] is None, error[0] not in (None, SystemExit)
         finish = threading.Thread(
-            target=self._tell_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
+            target=self._with_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
         )
         finish.start()
-        finish.join(FINISH_SECONDS if failed else None)  # without a net it would take minutes
+        finish.join(FINISH_SECONDS if failed else None)  # without a network wandb takes minutes
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step.
@@ -92,7 +91,7 @@ class MetricsLog:
         if self._file is not None:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.append({"step": step, **numbers})
-        self._tell_wandb(lambda run: run.log(metrics, step=step))
+        self._with_wandb(lambda run: run.log(metrics, step=step))
         if self._bar is not None:
             loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -110,14 +109,14 @@ class MetricsLog:
             text = "\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts])
             tqdm.write(printable(text))
         if samples:
-            self._tell_wandb(lambda run: run.log({"val/samples": _wandb_table(step, samples)}, step=step))
+            self._with_wandb(lambda run: run.log({"val/samples": _wandb_table(step, samples)}, step=step))
 
-    def _tell_wandb(self, what: Callable[[Any], None]) -> None:
-        """A cluster that stops a job ends wandb's own process too: that must not keep a run from saving."""
+    def _with_wandb(self, call: Callable[[Any], None]) -> None:
+        """Call a function with the wandb run. Errors only end the logging: wandb's own process may be gone."""
         if self._wandb is None:
             return
         try:
-            what(self._wandb)
+            call(self._wandb)
         except Exception as error:
             self._wandb = None
             print(printable(f"wandb gets no more of this run ({error}); metrics.jsonl does"), flush=True)
@@ -133,7 +132,7 @@ def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path,
     """Start or continue the wandb run of this directory.
 
     Raises:
-        ValueError: no key, or no answer.
+        ValueError: wandb has no key or does not answer.
     """
     import wandb  # slow to import, and only needed here
 
@@ -152,7 +151,7 @@ def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path,
             settings=wandb.Settings(init_timeout=WANDB_SECONDS),
         )
     except wandb.Error as error:
-        wandb.teardown(exit_code=1)  # its last words come before the error
+        wandb.teardown(exit_code=1)  # it prints its last lines before the error
         reason = " ".join(str(error).split())
         raise ValueError(
             f"trainer.logger={config.logger}: wandb cannot be used ({reason}). `wandb login` gives it a key; "

@@ -14,12 +14,12 @@ from trainer.distributed import Distributed
 
 @dataclass
 class FailedStep:
-    """What one rank forwarded in a step that failed, and where its parameters are."""
+    """Micro-batches of one rank in a failed step, and the checkpoint with its parameters."""
 
     step: int
     rank: int
     denominator: float  # of the loss
-    dtype: torch.dtype  # that the parameters were computed in
+    dtype: torch.dtype  # of the parameters in the forward
     micro_batches: list[Batch]
     config: dict[str, Any]
     checkpoint: str  # of the step before
@@ -33,16 +33,16 @@ class FailedStep:
 
     @classmethod
     def read(cls, path: Path) -> "FailedStep":
-        """Read what `write` has written. No code in the file runs.
+        """Read a file of `write`. No code in the file runs.
 
         Raises:
-            ValueError: no such file, or another content.
+            ValueError: no such file, or a file of another kind.
         """
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a run writes them to OUTPUT_DIR/nonfinite")
         try:
             content = torch.load(path, weights_only=True)
-        except Exception as error:  # a broken file ends in whatever fails first
+        except Exception as error:  # a broken file raises many kinds of error
             raise ValueError(f"{path} cannot be read as a step that was not finite: it is broken") from error
         names = {item.name for item in fields(cls)}
         if not isinstance(content, dict) or content.keys() != names:
@@ -51,11 +51,12 @@ class FailedStep:
 
 
 def keep(failed: FailedStep, losses: list[Tensor], directory: Path, distributed: Distributed) -> str:
-    """Write the micro-batches to blame, each rank its own. Collective.
+    """Write the micro-batches at fault, one file a rank. Collective.
 
     Args:
-        failed: with all micro-batches of this rank.
-        losses: of each of them. If all on all ranks are finite, the gradient is not, and all micro-batches took part.
+        failed: holds all micro-batches of this rank.
+        losses: of each micro-batch. If all losses of all ranks are finite, the gradient is not: all micro-batches are
+            written.
 
     Returns:
         The ranks, sample indices and files.

@@ -31,16 +31,16 @@ from trainer.build import compute_dtype
 from trainer.config import Config, TrainerConfig
 from trainer.distributed import Distributed
 
-# What selective recomputation keeps: the results of these cost more time than memory.
+# Selective recomputation keeps the results of these operators: they take much time to recompute.
 KEPT_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "flash_attn::")
 
 
 def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
-    """Split the model over all ranks with FSDP2, layer by layer; gradients are summed, never averaged.
+    """Shard the model over all ranks with FSDP2, layer by layer. Gradients are summed, never averaged.
 
-    With `trainer.replicate` > 1 there are that many copies, each split over its own ranks (HSDP). In bf16 the forward
-    and backward see bf16 parameters; gradients are reduced and trained parameters kept in float32. A model whose
-    weights are on the meta device gets them from its checkpoint: each rank reads its own part.
+    With `trainer.replicate` > 1 each copy is sharded over its own ranks (HSDP). In bf16 the forward and backward use
+    bf16 parameters; trained parameters are kept, and gradients reduced, in float32. Weights on the meta device are read
+    from the model's checkpoint: each rank reads its shard.
 
     Raises:
         ValueError: `trainer.replicate` does not divide the ranks; see `read_weights` too.
@@ -50,7 +50,7 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config, distributed.device),
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the weights of the loss stay float32; states follow the embedding
+        cast_forward_inputs=False,  # loss weights stay float32; hidden states have the dtype of the embedding
     )
     split = partial(
         fully_shard,
@@ -67,7 +67,7 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
     split(model)
     for part in sharded_parts(model):
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that scales
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale in a reduction
 
     device = torch.device("cpu") if settings.cpu_offload else distributed.device
     empty = any(parameter.is_meta for parameter in model.parameters())
@@ -83,20 +83,20 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
 
 @contextmanager
 def gathered(model: DiffLLM, config: TrainerConfig) -> Iterator[None]:
-    """Hold all weights of a sharded model on every rank, so that each samples on its own. Collective to enter.
+    """Gather all weights of a sharded model on every rank, so that each samples on its own. Collective to enter.
 
-    In the block a rank may call `hidden` and `head`, but not `forward`, as often as its rows need: no call waits for
-    another rank. The weights are in the dtype of the forward. Afterwards the model is sharded and in training mode.
+    In the block a rank may call `hidden` and `head`, but not `forward`, any number of times: they wait for no other
+    rank. Weights have the dtype of the forward. Afterwards the model is sharded again and in training mode.
     """
     parts = sharded_parts(model)
-    # Registered in the block only: `forward` calls `hidden`, and FSDP would gather embedding and head once more a step.
+    # Registered in the block only: `forward` calls `hidden`, and FSDP would gather embedding and head twice a step.
     register_fsdp_forward_method(model, "hidden")
     try:
         model.set_reshard_after_forward(False)
         for part in parts:
             part.unshard()
         model.eval()  # in training mode, layers that recompute activations ignore a cache
-        with torch.compiler.set_stance("force_eager"):  # shapes change all the time: each would be compiled
+        with torch.compiler.set_stance("force_eager"):  # every new shape would be compiled
             yield
     finally:
         del model.hidden
@@ -118,10 +118,10 @@ def reshard(model: DiffLLM) -> None:
 
 
 def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:
-    """All ranks in one dimension, or in copies × shards.
+    """Mesh of all ranks, in one dimension or as replicate × shard.
 
     Raises:
-        ValueError: the copies do not divide the ranks.
+        ValueError: `replicate` does not divide the ranks.
     """
     if distributed.size % replicate:
         raise ValueError(f"trainer.replicate={replicate}: must divide the {distributed.size} ranks")
@@ -132,7 +132,7 @@ def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:
 
 
 def recompute_activations(model: DiffLLM, config: ModelConfig) -> None:
-    """Activation checkpointing as the settings say; none without `model.enable_gradient_checkpointing`."""
+    """Apply activation checkpointing if `model.enable_gradient_checkpointing` is set."""
     if not config.enable_gradient_checkpointing:
         return
     arguments = {"use_reentrant": False}
@@ -147,10 +147,10 @@ def _kept_or_not(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 
 def read_weights(model: DiffLLM, source: str) -> None:
-    """Fill a sharded model from a published checkpoint; each rank reads its own slices of the safetensors. Collective.
+    """Read the weights of a published checkpoint into a sharded model, each rank its own slices. Collective.
 
     Raises:
-        ValueError: no safetensors there, or weights that are cut short, missing, unexpected or of another shape.
+        ValueError: no safetensors, or weights that are cut short, missing, unexpected or of another shape.
     """
     directory = Path(source)
     with readable(source, "the weights"):
@@ -190,7 +190,7 @@ def _equal_in_files(directory: Path, *names: str) -> bool:
 
 
 def _published_weights(model: DiffLLM) -> dict[str, Tensor]:
-    """What a published checkpoint holds of a model, parameters and some buffers, by its names; adapters left out."""
+    """Tensors of a model that a published checkpoint holds, by published name; adapters are left out."""
     kept = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
     return {

@@ -17,10 +17,10 @@ from trainer.schema import resolve
 
 
 def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]:
-    """Run a failed step's rows again, each alone, with the parameters of the step before.
+    """Run the rows of a failed step again, one by one, with the parameters before the step.
 
     Returns:
-        A dict a row: sample_index, t, masked, loss, largest_nll and grad_norm.
+        One dict per row: sample_index, t, masked, loss, largest_nll and grad_norm.
 
     Raises:
         ValueError: no such file, or no whole checkpoint.

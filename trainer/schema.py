@@ -31,7 +31,7 @@ def tree(*objectives: type[ObjectiveConfig]) -> Iterator[tuple[str, Field]]:
 
 
 def field_names() -> list[str]:
-    """Every dotted name, with the settings of all objectives."""
+    """Every dotted name, including the settings of all objectives."""
     objectives = [objective.settings for objective in OBJECTIVES.values()]
     return list(dict.fromkeys(name for name, _ in tree(*objectives)))
 

@@ -1,4 +1,4 @@
-"""Speed of a run, and its share of the peak FLOP/s."""
+"""Speed of a run: tokens per second, model FLOP/s utilisation, memory."""
 
 import resource
 
@@ -12,10 +12,10 @@ DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 
 
 
 class Speed:
-    """Turns the counts of a step and its duration into the `perf/` metrics.
+    """Computes the `perf/` metrics from the counts and duration of a step.
 
     Args:
-        peak_tflops: peak of one device; None takes the data sheet's, if it has one for this device and dtype.
+        peak_tflops: peak of one device; None takes the data sheet's, if one is known for device and dtype.
     """
 
     def __init__(self, model: DiffLLM, distributed: Distributed, dtype: torch.dtype, peak_tflops: float | None):
@@ -24,7 +24,7 @@ class Speed:
         self.peak = peak_tflops or _data_sheet(distributed.device, dtype)
         self.per_token = sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
         self.per_masked = _flops(model.lm.lm_head.weight)
-        # Scores and sums of values, two products of 2·L²·D forward and twice that backward, in every layer.
+        # Scores and weighted values, two products of 2·L²·D each forward and twice that backward, in every layer.
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
@@ -32,9 +32,9 @@ class Speed:
         """Return the `perf/` metrics of a step.
 
         Args:
-            counts: over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and masked.
-            seconds: the step's duration, waiting included.
-            waited: seconds in which this rank waited for data.
+            counts: sums over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and masked.
+            seconds: duration of the step.
+            waited: seconds of them that this rank waited for data.
 
         Returns:
             tokens_per_second: without padding. data_wait: share of the step. memory_gib: rank 0's peak so far.

@@ -30,15 +30,15 @@ def validate(
 
 
 class ValSamples:
-    """Samples answers to the first `trainer.val_samples` validation rows, with the same draws at each call.
+    """Samples answers to the first `trainer.val_samples` validation rows, with the same draws in each call.
 
     Args:
         model: must be sharded before the first call.
-        validation: the rows, if there are any.
+        validation: rows, or None.
 
     Raises:
-        ValueError: there are no rows, a prompt and `max_new_tokens` do not fit the model's context, or no rank can hold
-            the whole model; see `special_tokens` too.
+        ValueError: no rows; a prompt and `max_new_tokens` do not fit the model's context; a rank cannot hold the whole
+            model; or see `special_tokens`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ValSamples:
         with gathered(self.model, self.config.trainer):
             sampled = generate(self.model, self.tokenizer, prompts, self.config.sampling, mine)
             responses = {response.row_id: response.text for response in sampled}
-        self.distributed.wait()  # a rank may sample for longer than a collective waits
+        self.distributed.wait()  # ranks may differ by more than the timeout of a collective
         parts = self.distributed.gather(responses)
         if not self.distributed.is_main:
             return []

@@ -135,7 +135,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(config, whole, mon
     with pytest.raises(SystemExit) as end, user_errors(debug=False):
         answer(config)
     assert end.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGINT: the same command goes on where this one was"
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGINT: run the same command to resume"
     assert not Path(config.output).exists()
     monkeypatch.undo()
     rows = Path(config.input).read_text()
