@@ -1,7 +1,6 @@
 """Adapt an autoregressive checkpoint to diffusion: `python -m diffllm.adapt Qwen/Qwen2.5-7B qwen_adapted`.
 
-Training and sampling adapt a checkpoint when they load it; for a large one it is better done once, since every rank
-loads all of it.
+Training and sampling adapt a checkpoint when they load it. Adapt a large one once: every rank would load all of it.
 """
 
 import sys
@@ -25,7 +24,7 @@ def needs_adapting(source: str | Path | CheckpointSource) -> bool:
     """Whether a checkpoint is autoregressive: a decoder of Transformers without a mask token, or a GGUF file.
 
     Raises:
-        ValueError: no checkpoint there, or an unknown family.
+        ValueError: no checkpoint, or an unknown family.
     """
     return CheckpointSource.open(source).is_autoregressive
 
@@ -36,19 +35,19 @@ def adapt(
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """Make an autoregressive checkpoint a diffusion language model, ready to be trained as one (arXiv 2410.17891).
+    """Turn an autoregressive checkpoint into a diffusion language model to be trained (arXiv 2410.17891).
 
-    Every position attends to all others; token i is still predicted at position i-1. The mask is a token of the
-    vocabulary that nothing uses, such as `<|fim_pad|>`, or one that is added: then its embedding is the mean of those
-    before it. Padding is the tokenizer's, or the end of sequence. `save_pretrained` writes what `load_model` reads.
+    Every position attends to all others; position i-1 still predicts token i. The mask is an unused token of the
+    vocabulary, such as `<|fim_pad|>`, or a new one, whose embedding is the mean of those before it. Padding is the
+    tokenizer's, or the end of sequence. `load_model` reads the files of `save_pretrained`.
 
     Args:
         source: a local directory, a hub id, or a GGUF file.
         dtype: `auto` is the checkpoint's own.
 
     Raises:
-        ValueError: no checkpoint there, an unknown family, one that cannot attend in both directions, a mask token that
-            texts or the chat template hold, or a diffusion model already.
+        ValueError: no checkpoint, an unknown family, attention that cannot be bidirectional, a mask token that texts
+            or the chat template may contain, or a diffusion model.
     """
     source = CheckpointSource.open(source)
     adapted, tokenizer, added = with_mask(source, mask_token)
@@ -65,13 +64,13 @@ def adapt(
 def with_mask(
     source: CheckpointSource, mask_token: str = MASK_TOKEN
 ) -> tuple[CheckpointSource, PreTrainedTokenizerBase, bool]:
-    """Config of an autoregressive checkpoint after adapting, its tokenizer, and whether the mask was added to it.
+    """Adapted config of an autoregressive checkpoint, its tokenizer, and whether the mask was added to it.
 
     Raises:
-        ValueError: a diffusion model already, or a mask, end or padding token that cannot serve.
+        ValueError: a diffusion model, or an unsuitable mask, end or padding token.
     """
     if not source.is_autoregressive:
-        raise ValueError(f"{source.name}: this is a diffusion model already, it can be model.path as it is")
+        raise ValueError(f"{source.name}: this is a diffusion model already; give it as model.path")
     tokenizer = load_tokenizer(source.name)
     added = name_mask(tokenizer, mask_token)
     if tokenizer.pad_token_id is None:
@@ -93,11 +92,11 @@ def with_mask(
 
 @torch.no_grad()
 def add_row(lm: PreTrainedModel, token: int) -> None:
-    """Make the rows of `token` in embedding and head the mean of those before it, and the matrices long enough."""
+    """Set the rows of `token` in embedding and head to the mean of the rows before it; lengthen both if needed."""
     rows = lm.get_input_embeddings().num_embeddings
     if token >= rows:
         lm.resize_token_embeddings(token + 1, mean_resizing=False)
-    first = min(token, rows)  # rows up to the token's that there were not are new as well
+    first = min(token, rows)  # all rows after the old ones are new
     weights = {id(weight): weight for weight in (lm.get_input_embeddings().weight, lm.get_output_embeddings().weight)}
     for weight in weights.values():
         weight[first : token + 1] = weight[:first].float().mean(0).to(weight.dtype)
@@ -105,21 +104,21 @@ def add_row(lm: PreTrainedModel, token: int) -> None:
 
 @torch.no_grad()
 def check_decoder(lm: PreTrainedModel, source: str) -> None:
-    """Refuse a decoder that stays causal, takes no mask of its own, or whose logits are more than a matrix's product.
+    """Refuse a decoder that stays causal, takes no mask, or changes logits after the head.
 
     Raises:
-        ValueError: it is one; training it as a diffusion model would fail, or silently be wrong.
+        ValueError: training the decoder as a diffusion model would fail, or be wrong in silence.
     """
     name = f"{source}: {type(lm).__name__}"
     decoder, head = lm.get_decoder(), getattr(lm, "lm_head", None)
     if not hasattr(decoder, "layers") or head is None:
-        raise ValueError(f"{name} is laid out in another way than is known here, without `layers` or `lm_head`")
+        raise ValueError(f"{name} has no `layers` or `lm_head`")
     for layer in decoder.layers:
         parts = list(layer.modules())
         if not any(hasattr(part, "is_causal") for part in parts) or any(
             isinstance(part, torch.nn.Conv1d) for part in parts
         ):
-            raise ValueError(f"{name} has layers that go from left to right whatever attends")
+            raise ValueError(f"{name} has layers that are causal without attention")
     attention = lm.config._attn_implementation
     ids = torch.arange(8)[None]
     try:
@@ -129,10 +128,10 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
         changed = decoder(input_ids=ids.masked_fill(ids == 7, 8)).last_hidden_state
         decoder(input_ids=ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
         logits = lm(input_ids=ids).logits
-    except Exception as error:  # of many kinds of decoders, each fails in its own way
-        raise ValueError(f"{name} does not attend in the way that is needed here ({first_line(error)})") from error
+    except Exception as error:  # decoders fail in many ways
+        raise ValueError(f"{name} cannot attend in both directions ({first_line(error)})") from error
     if torch.equal(states[0, 0], changed[0, 0]):
-        raise ValueError(f"{name} attends to the left only, whatever its config says")
+        raise ValueError(f"{name} attends to the left only, despite is_causal=false")
     if not torch.equal(logits, F.linear(states, head.weight)):
         raise ValueError(f"{name} scales, caps or shifts its logits, which is not supported")
     lm.set_attn_implementation(attention)
@@ -141,9 +140,9 @@ def check_decoder(lm: PreTrainedModel, source: str) -> None:
 def main(arguments: list[str]) -> None:
     parser = Parser("diffllm.adapt", __doc__)
     parser.add_argument("source", help="a local directory, a hub id or a .gguf file")
-    parser.add_argument("directory", help="to write, in the dtype of the source")
+    parser.add_argument("directory", help="of the adapted checkpoint, in the dtype of the source")
     parser.add_argument(
-        "mask_token", nargs="?", default=MASK_TOKEN, help=f"one that nothing uses, or a new one; default: {MASK_TOKEN}"
+        "mask_token", nargs="?", default=MASK_TOKEN, help=f"an unused or new token; default: {MASK_TOKEN}"
     )
     with ending_in_one_line():
         options = parser.parse_args(arguments)

@@ -8,23 +8,23 @@ from data.batches import Stream
 
 
 class AttentionAnnealing:
-    """In step s of S a position sees each one after it with probability s/S, and all those before it.
+    """Lets a position see each later position with probability s/S in step s of S, and all earlier ones.
 
-    One draw a step, by the positions of query and key: so it is the same whatever the ranks and micro-batches.
+    A step has one draw, indexed by the positions of query and key, whatever the ranks and micro-batches.
 
     Args:
-        steps: S, from which on nothing is hidden.
-        size: the longest row.
+        steps: S; from step S on attention is full.
+        size: tokens of the longest row.
     """
 
     def __init__(self, steps: int, size: int, seed: int):
         self.steps, self.size, self.seed = steps, size, seed
 
     def __call__(self, micro_batches: list[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
-        """Add pairs [B, L, L], whether the first position sees the second, while there is anything to hide.
+        """Add pairs [B, L, L], whether the first position sees the second, before step S.
 
         Args:
-            micro_batches: each with position_ids [B, L] that count the attended tokens.
+            micro_batches: each has position_ids [B, L], which count the attended tokens.
         """
         if step >= self.steps:
             return micro_batches

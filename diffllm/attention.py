@@ -1,4 +1,4 @@
-"""How a decoder's attention takes a visibility: as nothing, a mask, or one long row without padding."""
+"""Convert a visibility for the decoder's attention: to no mask, a mask, or one long row without padding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from sampling import Visibility
 
 
 def visibility_of(batch: Mapping[str, Tensor], device: torch.device) -> Visibility:
-    """Visibility that a training batch describes, on the model's device.
+    """Visibility of a training batch, on the model's device.
 
     Args:
-        batch: on the host: attention_mask [B, L], 0 at left padding, and where the batch has them document [B, L],
-            block [B, L] and pairs [B, L, L].
+        batch: on the host: attention_mask [B, L], 0 at left padding; optional document [B, L], block [B, L] and pairs
+            [B, L, L].
     """
     conditions = {name: batch[name] for name in ("document", "block", "pairs") if name in batch}
     if not bool(batch["attention_mask"].all()):
@@ -24,10 +24,10 @@ def visibility_of(batch: Mapping[str, Tensor], device: torch.device) -> Visibili
 
 
 def mask_of(visibility: Visibility, columns: Tensor | None = None) -> Tensor | None:
-    """The mask that Transformers' decoders take: None, [B, L] for padding alone, else [B, 1, Q, L]; bool.
+    """Bool mask for Transformers' decoders: None, [B, L] for padding alone, else [B, 1, Q, L].
 
     Args:
-        columns: [B, Q] positions that look, among cached ones; None for all.
+        columns: [B, Q] positions of the queries if others are cached; None for all.
     """
     if visibility.document is None and not visibility.needs_pairs:
         return visibility.attended
@@ -37,13 +37,13 @@ def mask_of(visibility: Visibility, columns: Tensor | None = None) -> Tensor | N
 def without_padding(
     visibility: Visibility, x_t: Tensor, position_ids: Tensor, flash: bool
 ) -> tuple[dict[str, Any], Tensor]:
-    """All attended tokens as one row, in which each row or document of the batch sees itself only.
+    """All attended tokens as one row, in which each row or document of the batch sees only itself.
 
     Args:
-        flash: the attention takes cumulative lengths; any other takes a mask.
+        flash: give cumulative lengths to the attention, not a mask.
 
     Returns:
-        The decoder's inputs, and the place [B, L] of each attended position in that row.
+        The decoder's inputs, and the index [B, L] of each attended position in that row.
     """
     attended = torch.ones_like(x_t, dtype=torch.bool) if visibility.attended is None else visibility.attended.bool()
     segment = torch.arange(len(x_t), device=x_t.device)[:, None].expand_as(x_t)

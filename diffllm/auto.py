@@ -1,4 +1,4 @@
-"""Published checkpoints in Transformers' Auto classes, which load and save them without remote code."""
+"""Register the families with Transformers' Auto classes, which then need no remote code."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ class DiffusionMixin(DiffusionGeneration):
         switch_off_causality(self)
 
     def denoiser(self) -> DiffLLM:
-        """This model, not a copy, as a `DiffLLM`.
+        """Return a `DiffLLM` around this model, not a copy.
 
         Raises:
             ValueError: its config has no mask or end-of-sequence token.
@@ -38,7 +38,7 @@ class DiffusionMixin(DiffusionGeneration):
         embeddings = self.get_input_embeddings()
         padding = embeddings.padding_idx
         model = DiffLLM(self, replace(source, name=None))
-        embeddings.padding_idx = padding  # training the model goes on as before
+        embeddings.padding_idx = padding  # `DiffLLM` clears it, but this model may be trained further
         return model
 
 

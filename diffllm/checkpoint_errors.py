@@ -1,4 +1,4 @@
-"""Errors of a checkpoint that cannot be read: one line with the file at fault and what to do."""
+"""Turn errors of unreadable checkpoints into one line with the faulty file and advice."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from diffllm.gguf import check_gguf, is_gguf
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TEXTS = ("merges.txt", "chat_template.jinja")
-FILES = {  # of a directory, by what is read from them
+FILES = {  # patterns by content
     "the tokenizer": ("*token*.json", "vocab.json", "chat_template.json"),
     "the weights": ("*.safetensors", "*.safetensors.index.json", GENERATION_CONFIG_NAME),
 }
@@ -23,9 +23,9 @@ MOST_NAMED = 6
 
 @contextmanager
 def readable(name: str, what: str) -> Iterator[None]:
-    """Turn any error of reading a checkpoint into a ValueError with the file at fault and what to do.
+    """Turn any error of reading a checkpoint into a ValueError with the faulty file and advice.
 
-    The libraries do not check their files: a broken one raises whatever error comes first.
+    The libraries do not check their files: a broken one raises any error.
 
     Args:
         name: a directory, a hub id or a GGUF file.
@@ -36,7 +36,7 @@ def readable(name: str, what: str) -> Iterator[None]:
         check_gguf(name)
     elif Path(name).is_file():
         raise ValueError(f"model.path={name}: a model is a directory, a hub id or a .gguf file")
-    for text in TEXTS:  # a pointer in their place would be read as text
+    for text in TEXTS:  # a git-lfs pointer would be read as text
         refuse_pointer(Path(name) / text)
     silence = None if Path(name).exists() or not HUB_ID.fullmatch(name) else ask_hub()
     try:
@@ -58,10 +58,10 @@ def _files(name: str, what: str) -> list[Path]:
 
 
 def _check_file(file: Path) -> None:
-    """Refuse a directory in the place of a file, a git-lfs pointer, or a .json file without a JSON object.
+    """Refuse a directory, a git-lfs pointer, or a .json file without a JSON object.
 
     Raises:
-        ValueError: naming it.
+        ValueError: the message names the file.
     """
     if not file.is_file():
         raise ValueError(f"{file}: is not a file")
@@ -76,7 +76,7 @@ def _check_file(file: Path) -> None:
 
 
 def _advice(name: str, reason: str) -> str:
-    """Reason for the error, and what the user can do about it."""
+    """Reason for the error, and advice."""
     path = Path(name)
     if is_gguf(name):
         return f"{reason}; it may be cut short"

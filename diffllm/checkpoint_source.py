@@ -1,4 +1,4 @@
-"""A checkpoint before its weights: where it is, and its config.json, read and checked once."""
+"""Place, config.json and family of a checkpoint; config.json is read and checked once."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from diffllm.families import FAMILIES, Family, family_of
 from diffllm.gguf import is_gguf, split_gguf
 
 ROPE = ("rope_scaling", "rope_parameters")
-ROPE_ALIASES = ("default", "su", "mrope")  # in some configurations; Transformers takes them for other types
+ROPE_ALIASES = ("default", "su", "mrope")  # of older configurations; Transformers knows them
 ROPE_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 JSON = {str: "text", dict: "an object"}
 
@@ -39,10 +39,10 @@ class CheckpointSource:
 
     @classmethod
     def open(cls, source: "str | Path | CheckpointSource") -> "CheckpointSource":
-        """Read and check config.json; a source that is open stays as it is.
+        """Read and check config.json. Return a `CheckpointSource` unchanged.
 
         Raises:
-            ValueError: no checkpoint at that place, an unknown family, or a value that config.json cannot have.
+            ValueError: no checkpoint, an unknown family, or a wrong value in config.json.
         """
         if isinstance(source, CheckpointSource):
             return source
@@ -71,10 +71,10 @@ class CheckpointSource:
 
     @cached_property
     def generation(self) -> dict[str, Any]:
-        """Its generation_config.json, empty if there is none.
+        """generation_config.json, empty without one.
 
         Raises:
-            ValueError: it is not a JSON object, or its eos_token_id is not a token or a list of tokens.
+            ValueError: it is not a JSON object, or its eos_token_id is neither a token nor a list of tokens.
         """
         if self.name is None or is_gguf(self.name):
             return {}
@@ -96,10 +96,11 @@ class CheckpointSource:
         return settings
 
     def check_ids(self) -> None:
-        """Refuse special tokens that cannot serve a diffusion model.
+        """Refuse special tokens that do not suit a diffusion model.
 
         Raises:
-            ValueError: no mask or end of sequence, one beyond the vocabulary, or a mask that is the padding or end too.
+            ValueError: no mask or end of sequence, a token beyond the vocabulary, or a mask that is also padding or
+                end.
         """
         published, name = self.published, self.name or "the model"
         if published.get("mask_token_id") is None:
@@ -120,7 +121,7 @@ class CheckpointSource:
 
 
 def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
-    """The classes of an `auto_map` by names that hold outside their repository, `REPOSITORY--file.Class`."""
+    """An `auto_map` whose classes are named with their repository, `REPOSITORY--file.Class`."""
 
     def full(name: Any) -> Any:
         if isinstance(name, list):
@@ -131,10 +132,10 @@ def on_hub(auto_map: dict[str, Any], repository: str) -> dict[str, Any]:
 
 
 def check_values(published: dict[str, Any], name: str) -> None:
-    """Refuse values of a config.json that Transformers would take, or whose error would not name them.
+    """Refuse values of a config.json that Transformers accepts, or refuses without naming them.
 
     Raises:
-        ValueError: naming the key and its value.
+        ValueError: the message names key and value.
     """
     for key, value in _numbers(published):
         if not math.isfinite(value):
@@ -144,7 +145,7 @@ def check_values(published: dict[str, Any], name: str) -> None:
             raise ValueError(f"{name}: config.json has {key}={value!r}: must be {JSON[kind]}")
     for key in ROPE:
         rope = published.get(key) or {}
-        layers = [part for part in rope.values() if isinstance(part, dict)]  # each kind of layer may have its own
+        layers = [part for part in rope.values() if isinstance(part, dict)]  # layer types may have their own
         for settings in layers or [rope]:
             _check_rope(settings, f"{name}: config.json has {key}={rope}")
 

@@ -11,18 +11,18 @@ _shape = partial(setting, from_scratch=True)
 
 @dataclass
 class ModelConfig:
-    """A checkpoint, or the shape of a model made from scratch when `path` is null.
+    """A checkpoint, or the shape of a model from scratch if `path` is null.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
     path: str | None = setting(None, path=True)  # a local directory, hub id or GGUF file; null: a model from scratch
-    # of an autoregressive checkpoint: a token that nothing uses, or one that is added; null is <|mask|>
+    # of an autoregressive checkpoint: an unused or new token; null is <|mask|>
     mask_token: str | None = None
     # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
     chat_template: str | None = setting(None, path=True)
-    chat_template_kwargs: dict[str, Any] = setting({})  # its variables, as {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = setting({})  # variables of the template, such as {enable_thinking: false}
     # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
     family: str = _shape("dream", choices=("dream", "llada"))
     hidden_size: int = _shape(128, at_least=1)
@@ -32,12 +32,12 @@ class ModelConfig:
     num_key_value_heads: int = _shape(4, at_least=1)
     max_position_embeddings: int = _shape(2048, at_least=1)
     rope_theta: float = _shape(10000.0)
-    tie_word_embeddings: bool = _shape(False)  # one matrix reads and writes tokens
-    initializer_range: float = _shape(0.02, above=0)  # standard deviation of fresh weights
+    tie_word_embeddings: bool = _shape(False)  # embedding and head share one matrix
+    initializer_range: float = _shape(0.02, above=0)  # standard deviation of initial weights
     vocab_size: int | None = _shape(None)  # null takes the tokenizer's
     # recompute activations in the backward pass instead of keeping them
     enable_gradient_checkpointing: bool = setting(False, free_when_resuming=True)
-    # then: full, whole layers | selective, all but matrix products and attention
+    # full: whole layers | selective: all but matrix products and attention
     recompute: str = setting("full", choices=("full", "selective"), free_when_resuming=True)
     # sdpa | flash_attention_2 (extra `flash`), which forwards unpadded rows
     attn_implementation: str = setting("sdpa", choices=("sdpa", "flash_attention_2"), free_when_resuming=True)
@@ -45,8 +45,8 @@ class ModelConfig:
     loss_kernel: str = setting("chunked", choices=("chunked", "liger"), free_when_resuming=True)
     compile: bool = setting(False, free_when_resuming=True)  # torch.compile each layer
     lora_rank: int = setting(0, at_least=0)  # train adapters of this rank instead of the weights; 0 trains the weights
-    lora_alpha: float = setting(16.0, above=0)  # adapters count alpha / rank times
-    target_modules: list[str] = setting(["all-linear"])  # adapted layers, or names as [q_proj,v_proj]
+    lora_alpha: float = setting(16.0, above=0)  # adapters are scaled by alpha / rank
+    target_modules: list[str] = setting(["all-linear"])  # all-linear, or names of layers such as [q_proj,v_proj]
 
     def __post_init__(self) -> None:
         check_fields(self, "model")

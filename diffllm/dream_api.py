@@ -58,7 +58,7 @@ NULL_IS_A_VALUE = ("top_p", "top_k", "alg_temp", "block_length", "cache_refresh"
 
 
 class DiffusionGeneration:
-    """Gives a model `diffusion_generate`, and refuses `generate`, which would go from left to right."""
+    """Adds `diffusion_generate` to a model. Refuses `generate`, which is autoregressive."""
 
     def denoiser(self) -> Any:
         """Return the `DiffLLM` that fills in masks."""
@@ -91,27 +91,26 @@ class DiffusionGeneration:
             generation_config: settings as an object, such as a `GenerationConfig`, or a dictionary; explicit ones win.
             generation_tokens_hook_func: `x = hook(step, x, logits)` after each step; first with (None, x, None).
             generation_logits_hook_func: `logits = hook(step, x, logits)` on [B, L, V] before anything is drawn.
-            streamer: of one row, such as Transformers' `TextDiffusionStreamer`, which shows every step.
+            streamer: shows one row, such as Transformers' `TextDiffusionStreamer`, which shows every step.
             logits_processor: called with the canvases [N, L] and logits [N, V] of N masked positions.
-            stopping_criteria: asked for each token that has nothing masked before it, with all up to it [1, n] and None
-                for the scores; what follows the end becomes end-of-sequence tokens.
-            tokenizer: the model's, whose ids alone are committed; needed only after `load_model`, which reads none.
+            stopping_criteria: called for each token without masks before it, with the tokens up to it [1, n] and None
+                for the scores. End-of-sequence tokens fill the rest of an ended row.
+            tokenizer: only its ids are committed; needed only after `load_model`, which reads no tokenizer.
             settings: max_new_tokens (256), or max_length with the prompt; steps (512), alg (`origin`), alg_temp, eps,
                 temperature, top_p, top_k; num_return_sequences of each prompt; return_dict_in_generate,
                 output_history; mask_token_id and eos_token_id in place of the model's, pad_token_id to find padding
-                without an attention_mask, bos_token_id, which nothing reads; seed, which makes the draws reproducible
-                (None takes one from torch's generator); and further fields of `sampling.SamplingConfig`, such as
-                `block_length`.
+                without an attention_mask, bos_token_id, which is ignored; seed of the draws, by default drawn from
+                torch's generator; and further fields of `sampling.SamplingConfig`, such as `block_length`.
 
         Returns:
             [B·num_return_sequences, L] tokens, or a `sampling.SampleOutput` if `return_dict_in_generate`.
 
         Raises:
-            ValueError: an unknown setting, or one of another type or outside its range; prompts that are no token ids,
-                or an attention_mask of another shape; lengths that contradict each other or do not fit the context; a
-                streamer for several rows; or a hook that changes the shape.
+            ValueError: an unknown setting, a wrong type or value; prompts that are not token ids, or an attention_mask
+                of another shape; lengths that contradict each other or exceed the context; a streamer for several
+                rows; or a hook that changes the shape.
         """
-        model, known = self.denoiser(), _given(settings)
+        model, known = self.denoiser(), _provided(settings)
         if (input_ids is None) == (inputs is None):
             raise ValueError("give the prompts once: input_ids, or inputs as the published code calls them")
         input_ids = inputs if input_ids is None else input_ids
@@ -164,10 +163,10 @@ class DiffusionGeneration:
 
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Refuse prompts that are no batch of token ids.
+    """Check prompts and their attention mask.
 
     Raises:
-        ValueError: they are not, or the attention mask is of another shape.
+        ValueError: prompts that are not token ids [B, P], or a mask of another shape.
     """
     if (
         not isinstance(input_ids, Tensor)
@@ -188,29 +187,29 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size:
 
 
 def _choose(config: Any, explicit: dict[str, Any], prompt_length: int) -> tuple[dict[str, Any], int]:
-    """Settings with their defaults, and how many new tokens they ask for.
+    """Settings with their defaults, and the number of new tokens.
 
     Raises:
-        ValueError: an unknown one, or lengths that contradict each other.
+        ValueError: an unknown setting, or lengths that contradict each other.
     """
-    given = {}
+    provided = {}
     if isinstance(config, dict):
-        given = _given(config)
+        provided = _provided(config)
     elif config is not None:
         values = config.to_diff_dict() if isinstance(config, GenerationConfig) else getattr(config, "__dict__", None)
         if values is None:
             raise ValueError(f"generation_config={config!r}: must be an object with settings, or a dictionary")
-        given = _given({name: value for name, value in values.items() if name in DEFAULTS or name in SAMPLING})
-        if "max_new_tokens" in given:  # as in the published code, whose configuration always has a max_length
-            given.pop("max_length", None)
+        provided = _provided({name: value for name, value in values.items() if name in DEFAULTS or name in SAMPLING})
+        if "max_new_tokens" in provided:  # as in the published code, whose configuration always has a max_length
+            provided.pop("max_length", None)
     new_tokens = DEFAULTS["max_new_tokens"]
-    for source in (given, explicit):
+    for source in (provided, explicit):
         new_tokens = _new_tokens(source, prompt_length, new_tokens)
-    return DEFAULTS | given | explicit, new_tokens
+    return DEFAULTS | provided | explicit, new_tokens
 
 
 def _sampling_config(chosen: dict[str, Any], new_tokens: int, rows: int) -> SamplingConfig:
-    """Settings of the sampler; a seed of None is drawn from torch's generator."""
+    """Settings of the sampler. Draw the seed from torch's generator if it is None."""
     seed = int(torch.randint(2**31, ())) if chosen["seed"] is None else chosen["seed"]
     derived = {
         "max_new_tokens": new_tokens,
@@ -221,11 +220,11 @@ def _sampling_config(chosen: dict[str, Any], new_tokens: int, rows: int) -> Samp
     return SamplingConfig(**{name: chosen[name] for name in SAMPLING if name in chosen} | derived)
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that say something: None stands for the default, but where it is a value.
+def _provided(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are None, which stands for the default unless it is a value.
 
     Raises:
-        ValueError: an unknown one, or one of another type.
+        ValueError: an unknown setting, or a wrong type.
     """
     known = list(dict.fromkeys([*DEFAULTS, *SAMPLING]))
     for name, value in settings.items():
@@ -258,7 +257,7 @@ def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
     """Return the model's special tokens, replaced by those that the settings name.
 
     Raises:
-        ValueError: one beyond the vocabulary, or a mask that is the end too.
+        ValueError: a token beyond the vocabulary, or a mask that is also the end.
     """
     special: Tokens = model.special_tokens
     mask, eos = special.mask, special.eos
@@ -278,10 +277,10 @@ def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
 def _check(
     model: Any, config: SamplingConfig, input_ids: Tensor, attention_mask: Tensor | None, streamer: BaseStreamer | None
 ) -> None:
-    """Refuse what sampling cannot do.
+    """Refuse settings that do not go together.
 
     Raises:
-        ValueError: prompts too long for the context, texts among the settings, or a streamer for several rows.
+        ValueError: prompts too long for the context, texts in the settings, or a streamer for several rows.
     """
     longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
     context = model.lm.config.max_position_embeddings

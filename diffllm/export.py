@@ -1,4 +1,4 @@
-"""Models written as published checkpoints: safetensors, config.json, generation_config.json, code and tokenizer."""
+"""Write models as published checkpoints: safetensors, config.json, generation_config.json, code and tokenizer."""
 
 import json
 import shutil
@@ -25,13 +25,13 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: str,
 ) -> None:
-    """Write a model as its source was published.
+    """Write a model in the published format of its source.
 
     Args:
         state_dict: full tensors by their names in `DiffLLM`.
-        config: that of the decoder.
-        tokens: of generation_config.json; None leaves one out.
-        max_shard_size: of a file; more of them come with an index.
+        config: of the decoder.
+        tokens: special tokens for generation_config.json; None values are left out.
+        max_shard_size: of one file; several files have an index.
     """
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,10 +56,10 @@ def write_checkpoint(
 
 
 def config_json(published: dict[str, Any], config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
-    """The published config with the keys of Transformers 4, which ignores newer ones without an error."""
+    """The published config with the keys of Transformers 4, which ignores newer keys without an error."""
     old = {"torch_dtype": dtype} if "torch_dtype" in published else {}
     rope = config.to_dict().get("rope_parameters") or {}
-    if "full_attention" in rope:  # each kind of layer has its own
+    if "full_attention" in rope:  # layer types have their own
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     if "partial_rotary_factor" in rope:
@@ -72,19 +72,19 @@ def config_json(published: dict[str, Any], config: PreTrainedConfig, dtype: str)
 
 
 def generation_json(generation: dict[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's settings with the model's tokens, and no cache: in a diffusion model later tokens change states."""
+    """The source's settings with the model's tokens and without a cache, since later tokens change earlier states."""
     settings = {name: value for name, value in generation.items() if name != "cache_implementation"}
     return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
 
 
 def copy_code(source: Path, directory: Path) -> None:
-    """Copy the Python files of a local checkpoint: its `auto_map` names some, and those import others."""
+    """Copy all Python files of a local checkpoint: those of its `auto_map` import others."""
     if source.is_dir() and source.resolve() != directory.resolve():
         for file in source.glob("*.py"):
             shutil.copy(file, directory)
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and alone in its memory: rows that do not divide by the ranks are gathered with padding behind."""
+    """A contiguous tensor alone in its storage. Gathered tensors may have padding behind them."""
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)

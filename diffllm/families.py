@@ -20,17 +20,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 
 def switch_off_causality(lm: PreTrainedModel) -> None:
-    """Let every position attend to all others, within the window where a layer has one."""
-    lm.config.is_causal = False  # what masks are made by
+    """Let every position attend to all others, within the window of layers that have one."""
+    lm.config.is_causal = False  # read when masks are made
     for module in lm.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False  # what attention goes by where there is no mask
+            module.is_causal = False  # read by attention without a mask
 
 
 def has_window(config: PreTrainedConfig) -> bool:
-    """Whether a decoder has layers that attend to the positions nearby only."""
+    """Whether a decoder has layers that attend within a window."""
     settings = config.to_dict()
-    kinds = settings.get("layer_types") or ["sliding_attention"]  # a window without them is that of every layer
+    kinds = settings.get("layer_types") or ["sliding_attention"]  # without layer types the window is every layer's
     return settings.get("sliding_window") is not None and "sliding_attention" in kinds
 
 
@@ -47,7 +47,7 @@ LLADA_KEYS = {
     "max_sequence_length": "max_position_embeddings",
     "weight_tying": "tie_word_embeddings",
     "activation_type": "hidden_act",
-    "embedding_size": "vocab_size",  # how many rows the embeddings have, at least the vocab_size
+    "embedding_size": "vocab_size",  # rows of the embedding, at least vocab_size
 }
 LLADA_REQUIRED = {
     "block_type": "llama",
@@ -67,10 +67,10 @@ class LLaDAConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LLaDAConfig":
-        """From the published keys, or Transformers' own.
+        """Read the published keys, or Transformers' own.
 
         Raises:
-            ValueError: a variant that Llama's decoder does not have.
+            ValueError: a variant that Llama's decoder lacks.
         """
         for key, value in LLADA_REQUIRED.items():
             if config_dict.get(key, value) != value:
@@ -82,29 +82,29 @@ class LLaDAConfig(LlamaConfig):
 
 @dataclass(frozen=True)
 class Family:
-    """One format of checkpoints.
+    """A format of checkpoints.
 
-    `config_keys` and `weight_names` are tables published → Transformers; `{n}` in a weight name is the layer.
+    `config_keys` and `weight_names` map published to Transformers' names; `{n}` in a weight name is the layer.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
-    shift: bool  # token i is predicted from the hidden state of i-1
-    architecture: str  # the class name in a published config.json
+    shift: bool  # the hidden state of i-1 predicts token i
+    architecture: str  # class name in a published config.json
     config_keys: dict[str, str] = field(default_factory=dict)
     weight_names: dict[str, str] = field(default_factory=dict)
-    required: dict[str, Any] = field(default_factory=dict)  # published values without which the decoder would differ
+    required: dict[str, Any] = field(default_factory=dict)  # published values that the decoder requires
 
     def config(self, published: dict[str, Any]) -> PreTrainedConfig:
         """The Transformers config of a published config.json.
 
         Raises:
-            ValueError: the config asks for a variant that the Transformers decoder does not have.
+            ValueError: a variant that the Transformers decoder lacks.
         """
         return self.config_class.from_dict({**published, "use_cache": False})
 
     def published_config(self, shape: dict[str, Any]) -> dict[str, Any]:
-        """The config.json of a model made from scratch, from Transformers' names for its shape."""
+        """The config.json of a model from scratch, from its shape by Transformers' names."""
         published_key = {ours: published for published, ours in self.config_keys.items()}
         return {
             "architectures": [self.architecture],
@@ -115,7 +115,7 @@ class Family:
         }
 
     def published_name(self, name: str) -> str:
-        """A Transformers weight name as the published checkpoint calls it."""
+        """The published name of a Transformers weight."""
         for published, ours in self.weight_names.items():
             name, count = re.subn(_pattern(ours), published.replace("{n}", r"\1"), name)
             if count:
@@ -172,18 +172,18 @@ for _family in FAMILIES.values():
 
 
 def family_of(published: dict[str, Any], source: str) -> Family:
-    """The family that a config.json belongs to, by its `model_type`.
+    """The family of a config.json, by its `model_type`.
 
     Raises:
-        ValueError: it is neither Dream's nor LLaDA's, nor that of a decoder in Transformers that takes any mask.
+        ValueError: it is neither Dream, LLaDA nor a causal decoder of Transformers that takes any mask.
     """
     model_type = published.get("model_type")
     for family in FAMILIES.values():
         if family.config_class.model_type == model_type:
             if (architectures := published.get("architectures")) not in (None, [family.architecture]):
                 raise ValueError(
-                    f"{source}: config.json has architectures={architectures}: only {family.architecture} is known of "
-                    f"model_type={model_type!r}; others shift, attend or route differently"
+                    f"{source}: config.json has architectures={architectures}: only {family.architecture} is supported "
+                    f"for model_type={model_type!r}; others shift, attend or route differently"
                 )
             return family
     if (family := _decoder_family(model_type)) is None:
@@ -203,7 +203,7 @@ def family_of(published: dict[str, Any], source: str) -> Family:
 
 @lru_cache
 def _decoder_family(model_type: str | None) -> Family | None:
-    """A decoder of Transformers as it is: shifted, as it was trained to predict the next token."""
+    """Family of a causal decoder of Transformers. It shifts: it was trained to predict the next token."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
     if not architecture.endswith("ForCausalLM"):
         return None

@@ -13,10 +13,12 @@ from sampling import Canvas, SampledRow, SamplingConfig, Tokens, fill, ids_witho
 
 @dataclass
 class Response:
-    row_id: int  # numbers the prompt
+    """A sampled response."""
+
+    row_id: int  # number of the prompt
     text: str  # up to the end-of-sequence token or stop string
     tokens: int  # up to the end-of-sequence token, which counts
-    nfe: int  # forwards of the model that it took part in
+    nfe: int  # forwards of the model with this row
     tokens_per_forward: float
 
 
@@ -27,14 +29,14 @@ def generate(
     config: SamplingConfig,
     row_ids: Sequence[int] | None = None,
 ) -> Iterator[Response]:
-    """Sample a response to every prompt; each comes when it is done, `config.batch_size` are under way.
+    """Sample a response to every prompt, `config.batch_size` at once. Yield each as soon as it is done.
 
     Args:
         prompts: token ids.
-        row_ids: number the prompts, for their draws and in their responses; by default 0 … N-1.
+        row_ids: numbers of the prompts, which key their draws and name their responses; by default 0 … N-1.
 
     Raises:
-        ValueError: a prompt and `max_new_tokens` do not fit the model's context, or see `special_tokens`.
+        ValueError: see `check_context` and `special_tokens`.
     """
     check_context(model, max(map(len, prompts), default=0), config)
     special = special_tokens(model, tokenizer, config)
@@ -46,11 +48,16 @@ def generate(
 
 
 def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, what: str = "a prompt") -> None:
-    """Refuse a prompt that leaves too little of the model's context; `what` names it.
+    """Refuse a prompt or a cache that the model cannot take.
+
+    Args:
+        what: names the prompt in the error.
 
     Raises:
-        ValueError: it does.
+        ValueError: prompt and `max_new_tokens` exceed the model's context, or see `DiffLLM.check_cache`.
     """
+    if config.cache != "none":
+        model.check_cache()
     context = model.lm.config.max_position_embeddings
     if prompt_length + config.max_new_tokens > context:
         raise ValueError(
@@ -60,17 +67,17 @@ def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, wh
 
 
 def response_of(filled: SampledRow, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
-    """A response as text, up to its end; its white space is part of it."""
+    """Decode a response up to its end, with all its white space."""
     text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
     return Response(filled.canvas.row_id, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:
-    """What the settings say of texts, in tokens.
+    """Special tokens of the model, its tokenizer, `sampling.stop` and `sampling.forbidden`.
 
     Raises:
-        ValueError: a stop string that has no tokens, or a forbidden text that is not one token.
+        ValueError: a stop string without tokens, or a forbidden text that is not one token.
     """
 
     def tokens_of(text: str, name: str) -> tuple[int, ...]:
@@ -90,9 +97,9 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
-    # Tokens that decode to another text may stand for that text: `is_complete` finds the stop string itself.
+    # Tokens that decode to another text could end a response too early: `is_complete` finds such a stop string.
     stop = [ids for text, ids in zip(config.stop, stop, strict=True) if tokenizer.decode(ids) == text]
-    # published models also end with what ended a turn or padded an answer in their training
+    # Published models also end with the token that ended a turn, or padded an answer, in their training.
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
     unnamed = ids_without_token(tokenizer, model.vocab_size)
     eos = dict.fromkeys(token for token in ends if token is not None and token not in unnamed)
@@ -101,8 +108,8 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
 
 
 def stops_in(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Callable[[np.ndarray], bool]:
-    """Find stop strings in the text of a response: there they may share tokens with what is around them."""
-    # A character has up to 4 tokens. One more keeps the blank that some tokenizers drop in front of a text.
+    """Return a function that finds stop strings in decoded responses, where they may share tokens with other text."""
+    # A character has up to 4 tokens. One more keeps a leading blank, which some tokenizers drop.
     window = 4 * max(map(len, stop)) + 1
 
     def is_complete(response: np.ndarray) -> bool:

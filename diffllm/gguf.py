@@ -1,4 +1,4 @@
-"""GGUF files: recognise and check them, and find weights that Transformers would drop."""
+"""Recognise and check GGUF files, and find weights that Transformers would drop."""
 
 import re
 from importlib.util import find_spec
@@ -12,21 +12,21 @@ ROPE_WEIGHTS = ("rope_freqs", "rope_factors")  # weights that scale rotary frequ
 
 
 class Header(NamedTuple):
-    """Contents of a GGUF file beside its weights."""
+    """Metadata of a GGUF file, and the names of its tensors."""
 
     architecture: str
-    parts: int | None  # files of the model, None for one
+    parts: int | None  # number of files of the model; None for one
     rope_scaling: str | None
     tensors: list[str]
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a checkpoint is a GGUF file, by its name."""
+    """Whether the name ends in .gguf."""
     return Path(name).suffix.lower() == ".gguf"
 
 
 def split_gguf(name: str) -> tuple[str, str | None]:
-    """Arguments of `from_pretrained`: directory or hub id, and `gguf_file`, which is None without one."""
+    """Arguments of `from_pretrained`: directory or hub id, and `gguf_file` or None."""
     path = Path(name)
     return (str(path.parent), path.name) if is_gguf(name) else (name, None)
 
@@ -35,7 +35,7 @@ def check_gguf(name: str) -> None:
     """Refuse a GGUF file before it is read.
 
     Raises:
-        ValueError: it does not exist, is a git-lfs pointer, or a package to read it is not installed.
+        ValueError: it does not exist, is a git-lfs pointer, or needs a package that is not installed.
     """
     if not Path(name).is_file():
         raise ValueError(f"model.path={name}: no such file")
@@ -56,10 +56,10 @@ def read_header(name: str) -> Header:
 
 
 def unknown_tensors(header: Header, name: str) -> list[str]:
-    """Weights that the architecture does not have; Transformers would leave them out without an error.
+    """Weights that the architecture lacks; Transformers would drop them without an error.
 
     Raises:
-        ValueError: the file is a part of a model, or scales its rotary frequencies, which Transformers would not read.
+        ValueError: the file is a part of a model, or scales rotary frequencies, which Transformers ignores.
     """
     import gguf
 

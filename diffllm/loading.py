@@ -1,4 +1,4 @@
-"""Models from checkpoints, or from scratch."""
+"""Load models from checkpoints, or make them from scratch."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,14 +28,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> DiffLLM:
-    """Load a diffusion checkpoint, published or adapted; no remote code runs.
+    """Load a diffusion checkpoint, published or adapted, without remote code.
 
     Args:
         path_or_name: a local directory or a hub id.
 
     Raises:
-        ValueError: no checkpoint there, an unknown family, no mask token (an autoregressive checkpoint: see
-            `diffllm.adapt`), or weights that are missing, unexpected or of another shape than config.json says.
+        ValueError: no checkpoint, an unknown family, no mask token (for an autoregressive checkpoint see
+            `diffllm.adapt`), or weights that are missing, unexpected or of another shape than in config.json.
     """
     source = CheckpointSource.open(path_or_name)
     source.check_ids()
@@ -47,10 +47,10 @@ def empty_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> DiffLLM:
-    """The model of a checkpoint without its weights, which are on the meta device; buffers are real.
+    """The model of a checkpoint with its weights on the meta device; buffers are real.
 
     Raises:
-        ValueError: as `load_model`, as far as config.json goes.
+        ValueError: errors of config.json, as in `load_model`.
     """
     source = CheckpointSource.open(path_or_name)
     source.check_ids()
@@ -69,14 +69,14 @@ def _on_meta(source: CheckpointSource, dtype: torch.dtype, attn_implementation: 
 
 @torch.no_grad()
 def fill_buffers(lm: PreTrainedModel) -> None:
-    """Make the buffers of a model on the meta device real: rotary frequencies, scales and the like are in no file."""
+    """Compute the buffers of a model on the meta device; no file has them, such as rotary frequencies."""
     holders = set()
     for name, buffer in list(lm.named_non_persistent_buffers()):
         path, _, own_name = name.rpartition(".")
         holders.add(module := lm.get_submodule(path))
         setattr(module, own_name, torch.empty_like(buffer, device="cpu"))
     for module in holders:
-        lm._init_weights(module)  # as Transformers does when it reads weights; those on meta take no value
+        lm._init_weights(module)  # as Transformers does; weights on meta ignore it
 
 
 def load_decoder(source: CheckpointSource, dtype: torch.dtype | str, attn_implementation: str) -> PreTrainedModel:
@@ -87,7 +87,7 @@ def load_decoder(source: CheckpointSource, dtype: torch.dtype | str, attn_implem
     """
     directory, file = split_gguf(source.name)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
-    _on_meta(source, torch.float32, attn_implementation)  # an error from here on is the weights' fault
+    _on_meta(source, torch.float32, attn_implementation)  # config errors are raised before the weights are read
     unexpected = _unknown_in_gguf(source.name) if file else []
     with readable(source.name, "the weights"):
         lm, report = source.family.model_class.from_pretrained(
@@ -115,27 +115,27 @@ def _unknown_in_gguf(name: str) -> list[str]:
 def check_weights(
     source: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]
 ) -> None:
-    """Refuse weights that are not those of config.json.
+    """Refuse weights that do not fit config.json.
 
     Args:
-        mismatched: (name, shape in the file, shape by the config).
+        mismatched: (name, shape in the file, shape by config.json).
 
     Raises:
-        ValueError: naming all of them.
+        ValueError: the message names all of them.
     """
-    shapes = [f"{name} is {tuple(there)} in the file, {tuple(here)} by the config" for name, there, here in mismatched]
+    shapes = [f"{name} is {tuple(found)} in the file, {tuple(due)} by the config" for name, found, due in mismatched]
     problems = [
         f"{kind}: {', '.join(sorted(names))}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
     if problems:
-        settings = "what the file says of itself" if is_gguf(source) else "config.json"
+        settings = "the metadata of the file" if is_gguf(source) else "config.json"
         raise ValueError(f"{source}: the weights do not fit {settings}. {'; '.join(problems)}")
 
 
 def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> DiffLLM:
-    """A model from scratch in the shape that `config` gives, the same for the same seed.
+    """A model from scratch with the shape of `config` and weights drawn from `seed`.
 
     Raises:
         ValueError: `model.vocab_size` is smaller than the tokenizer.
@@ -176,7 +176,7 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 
 @contextmanager
 def building(name: str, attn_implementation: str = "sdpa") -> Iterator[None]:
-    """Turn any error of making a model from its config into a ValueError that names the checkpoint and the cause."""
+    """Turn errors of building a model from its config into a ValueError that names checkpoint and cause."""
     try:
         yield
     except (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError):
@@ -188,6 +188,6 @@ def building(name: str, attn_implementation: str = "sdpa") -> Iterator[None]:
             f"model.attn_implementation={attn_implementation} is not installed: pip install 'diffllm[flash]', "
             "or use sdpa"
         ) from error
-    except Exception as error:  # it takes values as they come: nonsense ends in whatever fails first
+    except Exception as error:  # config values are not checked: a wrong one raises any error
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{name}: config.json does not describe a model that can be made ({reason})") from error
+        raise ValueError(f"{name}: config.json does not describe a model that can be built ({reason})") from error

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) through peft: small matrices trained beside frozen weights, and merged into them."""
+"""LoRA (arXiv 2106.09685) through peft: train low-rank matrices beside frozen weights, and merge them."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
-    """Freeze the model and put adapters beside its linear layers, the same for the same seed. Changes no output yet.
+    """Freeze the model and add adapters to its linear layers, drawn from `seed`. No output changes before training.
 
     Raises:
         ValueError: peft is not installed, or `model.target_modules` names no linear layer of the decoder.
@@ -38,18 +38,18 @@ def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
         inject_adapter_in_model(settings, decoder)
         for layer in decoder.modules():
             if isinstance(layer, LoraLayer):
-                for part in (layer.lora_A, layer.lora_B):  # peft makes them like the weights: in bf16, on meta
+                for part in (layer.lora_A, layer.lora_B):  # peft puts them on meta, in bf16, like the weights
                     part.to_empty(device="cpu").float()
                 layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def base_name(name: str) -> str | None:
-    """What a parameter was called before adapters came, None for the adapters' own."""
+    """Name of a parameter in the model without adapters; None for an adapter's."""
     return None if ".lora_" in name else name.replace(_BASE, ".")
 
 
 def merge_lora(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Full tensors of an adapted model into those of a plain one: W + alpha/rank · B·A."""
+    """Merge the full tensors of a model with adapters: W + alpha/rank · B·A."""
     merged = {}
     for name, tensor in state_dict.items():
         if (plain := base_name(name)) is None:

@@ -20,22 +20,22 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     """Restores masked tokens (`forward`) and generates by unmasking (`diffusion_generate`).
 
     Attributes:
-        lm: the Transformers decoder with its head, attending in both directions.
-        source: the checkpoint it was loaded or adapted from; without a name if it was made from scratch.
-        family: the published format it belongs to.
-        published: its config.json in that format, as `save_pretrained` writes it.
-        generation: its generation_config.json, empty if there is none.
-        mask_token_id, pad_token_id, eos_token_id: from that config.
-        unnamed_ids: those of its vocabulary that its tokenizer lacks, where that is known; they are never sampled.
-        windowed: some layers attend to the positions nearby only.
-        unpad: forward the attended tokens of all rows as one long row, without padding; as FlashAttention does best.
+        lm: the Transformers decoder with its head; attention is bidirectional.
+        source: the checkpoint of the model; a model from scratch has one without a name.
+        family: the published format.
+        published: config.json in that format; `save_pretrained` writes it.
+        generation: generation_config.json, empty without one.
+        mask_token_id, pad_token_id, eos_token_id: from config.json.
+        unnamed_ids: ids of the vocabulary without a token, if the tokenizer is known; they are never sampled.
+        windowed: some layers attend within a window.
+        unpad: forward the attended tokens of all rows as one long row, as FlashAttention prefers.
         masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
     """
 
     def __init__(self, lm: PreTrainedModel, source: CheckpointSource):
         super().__init__()
         switch_off_causality(lm)
-        # Padding is the end-of-sequence token, which is attended and trained on: its embedding learns like any other.
+        # Padding is the end-of-sequence token, which is attended and trained on: its embedding has a gradient.
         lm.get_input_embeddings().padding_idx = None
         self.lm, self.source = lm, source
         self.family, self.published, self.generation = source.family, source.published, source.generation
@@ -58,17 +58,17 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
     @property
     def ends(self) -> list[int]:
-        """The end of sequence, and what the source's generation_config.json has beside it."""
+        """End-of-sequence tokens of config.json and generation_config.json."""
         others = self.generation.get("eos_token_id") or []
         return list(dict.fromkeys([self.eos_token_id, *(others if isinstance(others, list) else [others])]))
 
     @property
     def special_tokens(self) -> Tokens:
-        """What the sampler must know of the vocabulary."""
+        """Special tokens for the sampler."""
         return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,), forbidden=self.unnamed_ids)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learn from the model's tokenizer which ids of its vocabulary have no token."""
+        """Set `unnamed_ids` from the model's tokenizer."""
         self.unnamed_ids = ids_without_token(tokenizer, self.vocab_size)
 
     def forward(
@@ -91,13 +91,13 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
             masked: [B, L] bool, the N positions to restore.
-            weights: [B, L] float32 weight of each masked token in the loss.
-            attention_mask: [B, L], 0 at left padding; None where no row is padded.
+            weights: [B, L] float32, weights of the masked tokens in the loss.
+            attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
-            focal: `token_loss` by its former name.
+            focal: former name of `token_loss`.
             visible: [B, L, L] bool, `pairs` of a visibility.
             token_loss: function of a token's nll.
-            visibility: which positions a position sees, in place of `attention_mask` and `visible`.
+            visibility: replaces `attention_mask` and `visible`.
         """
         visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
         where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
@@ -108,11 +108,11 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Raw head logits [B, L, V] as the published code returns them: not shifted, whatever the family."""
+        """Logits [B, L, V] of the head, as the published code returns them: never shifted."""
         return self.lm(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
 
     def denoise(self, x_t: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] of the clean token at each position of x_t [B, L], shifted if the family is."""
+        """Logits [B, L, V] of the clean tokens of x_t [B, L]; shifted families predict from the left neighbour."""
         every = torch.ones_like(x_t, dtype=torch.bool).nonzero(as_tuple=True)
         hidden = self.hidden(x_t, _positions(x_t, position_ids), Visibility(attended=attention_mask), *every)
         return self.head(hidden).unflatten(0, x_t.shape)
@@ -134,14 +134,19 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
         Args:
             position_ids: [B, L].
-            visibility: which positions a position sees.
-            cache: compute its columns only and take other keys and values from it; they must hold the positions, and
-                if the family shifts their left neighbours.
+            visibility: the positions that each position sees.
+            cache: holds keys and values; compute those of its columns only. The columns must contain the N positions,
+                and their left neighbours if the family shifts.
 
         Raises:
-            ValueError: the model's attention cannot follow the cache or the visibility.
+            ValueError: the model's attention supports neither this visibility nor this cache.
         """
-        self._check_attention(visibility, cache)
+        if visibility.needs_pairs and (self.unpad or self.windowed):
+            raise ValueError(
+                "visibility: blocks and pairs need model.attn_implementation=sdpa, and layers without a window"
+            )
+        if cache is not None:
+            self.check_cache()
         if self.family.shift:
             column = visibility.left_neighbour(row, column)
         decoder = self.lm.get_decoder()
@@ -159,19 +164,15 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         hidden = decoder(input_ids=x_t, attention_mask=mask, position_ids=position_ids, **kept or {})
         return hidden.last_hidden_state[row, column]
 
-    def _check_attention(self, visibility: Visibility, cache: CanvasCache | None) -> None:
-        """Refuse a visibility or a cache that the attention cannot follow.
+    def check_cache(self) -> None:
+        """Refuse to cache keys and values if the attention does not support it.
 
         Raises:
-            ValueError: naming the setting to change.
+            ValueError: the message names the setting to change.
         """
-        if visibility.needs_pairs and (self.unpad or self.windowed):
-            raise ValueError(
-                "visibility: blocks and pairs need model.attn_implementation=sdpa, and layers without a window"
-            )
-        if cache is not None and self.unpad:
+        if self.unpad:
             raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
-        if cache is not None and self.windowed:
+        if self.windowed:
             raise ValueError("sampling.cache cannot follow the window of this model's layers: set sampling.cache=none")
 
     def save_pretrained(
@@ -184,8 +185,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
         Args:
-            state_dict: full tensors by their names in this module; its own by default.
-            max_shard_size: of a file; more of them come with an index.
+            state_dict: full tensors by their names in this module; by default the module's own.
+            max_shard_size: of one file; several files have an index.
         """
         tokens = {
             "bos_token_id": self.published.get("bos_token_id"),
@@ -197,5 +198,5 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
 
 def _positions(x_t: Tensor, position_ids: Tensor | None) -> Tensor:
-    """[B, L] given positions, or else a count from the first column."""
+    """[B, L] the given position ids, or column numbers."""
     return torch.arange(x_t.shape[1], device=x_t.device).expand_as(x_t) if position_ids is None else position_ids

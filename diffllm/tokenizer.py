@@ -1,4 +1,4 @@
-"""Tokenizers: a checkpoint's own, or the built-in one."""
+"""Load, build, check and save tokenizers, and set their chat templates."""
 
 import json
 import math
@@ -22,19 +22,19 @@ from diffllm.gguf import split_gguf
 MASK_TOKEN = "<|mask|>"
 THINKING = ("<think>", "</think>")
 WORDS = ("system", "user", "assistant", "Solve")
-# By name. Gemma has no system role, so its template puts the system's words in front of the first turn's.
+# By name. Gemma has no system role: its template puts the system message before the first turn.
 CHAT_TEMPLATES = {
     file.stem: file.read_text(encoding="utf-8").removesuffix("\n")
     for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
-# Names in chat templates whose values Transformers gives, beside those of the special tokens.
+# Variables of chat templates that Transformers sets, beside the special tokens.
 OF_TRANSFORMERS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, so that any text goes through, plus whole numbers up to 999, a few words and the special tokens.
+    """A tokenizer of bytes, whole numbers up to 999, a few words and the special tokens.
 
-    ChatML template; end of sequence and padding are `<|endoftext|>`, the mask is `<|mask|>`.
+    It has the ChatML template. End of sequence and padding are `<|endoftext|>`, the mask is `<|mask|>`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = [str(number) for number in range(10, 1000)]
@@ -63,10 +63,10 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint; no remote code runs.
+    """Load a checkpoint's tokenizer, without remote code.
 
     Raises:
-        ValueError: there is none, it cannot be read, or it is code of the checkpoint's own.
+        ValueError: the tokenizer is missing, cannot be read, or needs remote code.
     """
     source = os.path.expanduser(path_or_name)
     directory, file = split_gguf(source)
@@ -79,17 +79,17 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
             if "trust_remote_code" not in str(error):
                 raise
             raise ValueError("it is code of the checkpoint's own, and remote code does not run") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what Transformers makes of missing files
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # without files Transformers makes an empty one
         raise ValueError(f"model.path={source}: no tokenizer files there")
     tokenizer.name_or_path = source
     return tokenizer
 
 
 def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
-    """Make `mask_token` the tokenizer's mask. Returns whether it had to be added to the vocabulary.
+    """Make `mask_token` the tokenizer's mask. Return whether it was added to the vocabulary.
 
     Raises:
-        ValueError: it is an ordinary token of the vocabulary, which texts may hold, or one of the chat template.
+        ValueError: texts or the chat template may contain the token.
     """
     known, special = mask_token in tokenizer.get_vocab(), tokenizer.get_added_vocab()
     template = str(tokenizer.chat_template).replace("bos_token", str(tokenizer.bos_token))
@@ -98,8 +98,8 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
         used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, *THINKING}
         unused = {token for token in special if token not in template} - used
         raise ValueError(
-            f"model.mask_token={mask_token}: {'a text' if of_texts else 'the chat template'} may hold "
-            f"it; name a special token that nothing uses ({', '.join(sorted(unused)) or 'there is none'}), or a new one"
+            f"model.mask_token={mask_token}: {'a text' if of_texts else 'the chat template'} may contain "
+            f"it; name an unused special token ({', '.join(sorted(unused)) or 'there is none'}), or a new one"
         )
     if not known and re.search(r"[\s=]", mask_token):
         raise ValueError(f"model.mask_token={mask_token}: a new token has no spaces and no =; {MASK_TOKEN} will do")
@@ -108,7 +108,7 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give the tokenizer a template of `CHAT_TEMPLATES` by its name, or that of a .jinja file.
+    """Set the chat template by a name of `CHAT_TEMPLATES`, or from a .jinja file.
 
     Raises:
         ValueError: no such file, or the vocabulary lacks a token of the named template.
@@ -131,12 +131,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
 
 
 def set_template_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Give variables of the chat template, such as `enable_thinking`, values that hold where none is given.
+    """Set defaults for variables of the chat template, such as `enable_thinking`.
 
-    They become part of the template, and so reach all that renders it, also from an exported tokenizer.
+    They become part of the template, also in an exported tokenizer.
 
     Raises:
-        ValueError: no template, a variable that it does not take, or a value that Jinja cannot write.
+        ValueError: no template, an unknown variable, or a value that Jinja cannot write.
     """
     if not values:
         return
@@ -150,19 +150,19 @@ def set_template_variables(tokenizer: PreTrainedTokenizerBase, values: Mapping[s
         if name not in taken:
             hint = nearest(name, sorted(taken)) if taken else "it takes nothing but the messages"
             raise ValueError(f"model.chat_template_kwargs={dict(values)}: the chat template takes no {name!r}; {hint}")
-    # Templates are read with trim_blocks, which drops the last newline; then the template begins a line as it did.
-    given = "".join(
+    # trim_blocks drops the last newline, so the template still begins at the start of a line.
+    defaults = "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
         for name, value in values.items()
     )
     if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = {name: given + text for name, text in tokenizer.chat_template.items()}
+        tokenizer.chat_template = {name: defaults + text for name, text in tokenizer.chat_template.items()}
     else:
-        tokenizer.chat_template = given + tokenizer.chat_template
+        tokenizer.chat_template = defaults + tokenizer.chat_template
 
 
 class _Generation(Extension):
-    """Reads `{% generation %}…{% endgeneration %}`, by which templates mark answers for Transformers."""
+    """Parses `{% generation %}…{% endgeneration %}`, which marks answers for Transformers."""
 
     tags = frozenset({"generation"})
 
@@ -172,10 +172,10 @@ class _Generation(Extension):
 
 
 def template_variables(template: str) -> set[str]:
-    """Names that a chat template takes from who renders it, beside those of Transformers.
+    """Variables of a chat template that Transformers does not set.
 
     Raises:
-        ValueError: it is no Jinja.
+        ValueError: the template is not valid Jinja.
     """
     environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     try:
@@ -185,10 +185,10 @@ def template_variables(template: str) -> set[str]:
 
 
 def _literal(value: Any) -> str:
-    """A value as Jinja writes it.
+    """A value as a Jinja literal.
 
     Raises:
-        ValueError: a number that is not finite, or a value of another type than JSON has.
+        ValueError: a number that is not finite, or a type that JSON lacks.
     """
     match value:
         case None | True | False:
@@ -205,7 +205,7 @@ def _literal(value: Any) -> str:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Write the tokenizer so that Transformers 4, which the published code runs under, reads it as well."""
+    """Write the tokenizer so that Transformers 4, which the published code needs, can read it."""
     tokenizer.save_pretrained(directory)
     path = Path(directory) / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -220,8 +220,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | Path) ->
             config["tokenizer_class"] = "Qwen2Tokenizer"
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["chat_template"] = tokenizer.chat_template  # which Transformers 4 may not look for beside it
-    for name in ("backend", "is_local", "local_files_only"):  # how it was loaded here
+    config["chat_template"] = tokenizer.chat_template  # Transformers 4 may not read a separate file
+    for name in ("backend", "is_local", "local_files_only"):  # settings of this load
         config.pop(name, None)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -234,8 +234,8 @@ def check_tokenizer(
     """Refuse a tokenizer that cannot serve a diffusion model.
 
     Raises:
-        ValueError: no mask or end-of-sequence token, another mask than the model's, one that is padding or end too, or
-            more tokens than the model's vocabulary.
+        ValueError: no mask or end-of-sequence token; a mask that differs from the model's, or is also padding or end;
+            or more tokens than the model's vocabulary.
     """
     name = tokenizer.name_or_path or "built-in"
     if mask_token_id is None:

@@ -1,4 +1,4 @@
-"""The loss: weighted cross entropy of the masked tokens, with its gradient made on the way."""
+"""The loss: weighted cross entropy of the masked tokens, with its gradient computed in the forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class LossOutput(NamedTuple):
 
 
 class TokenLoss:
-    """A function of a token's nll, with its derivative. This one is the cross entropy: the nll itself."""
+    """A function of a token's nll, and its derivative. The base class is cross entropy, the nll itself."""
 
     def __call__(self, nll: Tensor) -> Tensor:
         """[n] losses of tokens."""
@@ -32,7 +32,7 @@ class TokenLoss:
         return torch.ones_like(nll)
 
     def select(self, tokens: slice) -> "TokenLoss":
-        """The loss of some of the N tokens, for one that differs from token to token."""
+        """The loss of some of the N tokens; override it if tokens have losses of their own."""
         return self
 
 
@@ -41,7 +41,7 @@ CROSS_ENTROPY = TokenLoss()
 
 @dataclass(frozen=True)
 class Focal(TokenLoss):
-    """alpha·(1 - p)^gamma·nll with p = exp(-nll), which plays down what is known (arXiv 1708.02002, eq. 5)."""
+    """alpha·(1 - p)^gamma·nll with p = exp(-nll): likely tokens count less (arXiv 1708.02002, eq. 5)."""
 
     alpha: float
     gamma: float
@@ -52,7 +52,7 @@ class Focal(TokenLoss):
     def derivative(self, nll: Tensor) -> Tensor:
         """alpha·(1 - p)^gamma + alpha·gamma·(1 - p)^(gamma - 1)·p·nll."""
         p = torch.exp(-nll)
-        # Written with nll/(1 - p), which tends to 1 where p does, so that no gamma divides 0 by 0.
+        # nll/(1 - p) tends to 1 as p does: no gamma divides 0 by 0.
         ratio = torch.where(nll > 0, nll / -torch.expm1(-nll), 1.0)
         return self.alpha * (1 - p) ** self.gamma * (1 + self.gamma * p * ratio)
 
@@ -62,12 +62,12 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ weight·token loss through the vocabulary projection, a chunk of positions at a time.
 
-    Weights are known before the forward pass, and with them the gradient of every logit. So it is made and used while
-    the chunk's logits are there: they exist once, are never kept and never computed again. In bf16 the chunks' parts of
-    the head's gradient are added up in bf16.
+    Weights are known before the forward pass, and so is the gradient of each logit given its value. The gradients of
+    `hidden` and `head` are computed from a chunk's logits at once; logits are neither kept nor computed again. In bf16
+    the head's gradient is accumulated over chunks in bf16.
 
     Args:
-        hidden: [N, D] states that predict the masked tokens.
+        hidden: [N, D] hidden states that predict the masked tokens.
         head: [V, D] vocabulary projection.
         targets: [N] clean tokens.
         weights: [N] float32.
@@ -86,10 +86,10 @@ def weighted_sum(nll: Tensor, weights: Tensor, token_loss: TokenLoss = CROSS_ENT
 
 
 def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`masked_loss` by Liger's Triton kernel (arXiv 2410.10989), which makes the logits again in the backward pass.
+    """`masked_loss` by Liger's Triton kernel (arXiv 2410.10989), which recomputes logits in the backward pass.
 
     Raises:
-        ValueError: it is not installed, or older than 0.8.2, which scales all gradients by the first token's weight.
+        ValueError: Liger is missing, or older than 0.8.2, which scales all gradients by the first token's weight.
     """
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -99,7 +99,7 @@ def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         raise ValueError(f"model.loss_kernel=liger: {installed} gives wrong gradients: pip install 'diffllm[liger]'")
 
     def liger_loss(hidden, head, targets, weights, token_loss=CROSS_ENTROPY):
-        if not len(hidden):  # which the kernel divides by
+        if not len(hidden):  # the kernel divides by it
             return masked_loss(hidden, head, targets, weights, token_loss)
         output = liger_fused_linear_cross_entropy(
             hidden, head, targets, reduction="none", return_predicted_tokens=True, accum_dtype=torch.float32
@@ -139,7 +139,7 @@ class _MaskedLoss(torch.autograd.Function):
                 torch.mm(grad, head, out=grad_hidden[chunk])
             if head_needs:
                 grad_head = grad.T @ h if grad_head is None else grad_head.addmm_(grad.T, h)
-            del logits, p, grad  # before the next chunk's are made
+            del logits, p, grad  # free them before the next chunk
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, correct)
         return weighted_sum(nll, weights, token_loss), nll, correct

@@ -32,8 +32,8 @@ class DiffusionConfig(ObjectiveConfig):
     """
 
     objective: str = "masked"
-    # importance: stratified, and small t more often where time_reweighting=original makes them heavy, each loss term
-    # corrected | stratified over the global batch | uniform, independent draws
+    # importance: stratified, and with time_reweighting=original small t are drawn more often and weighted less |
+    # stratified over the global batch | uniform, independent draws
     t_sampler: str = setting("importance", choices=T_SAMPLERS)
     eps: float = setting(1e-3, above=0, below=1)  # t is in [eps, 1)
     # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
@@ -55,11 +55,11 @@ class DiffusionConfig(ObjectiveConfig):
 
 
 class MaskedDiffusion(Objective):
-    """Restores the tokens of x_t that are masked.
+    """Restores the masked tokens of x_t.
 
-    A row's noise is a pure function of (seed, epoch, sample index, repeat within the epoch). Unless t is drawn
-    independently, the row's place in the global batch enters too. Neither rank nor worker, micro-batch, padding or wall
-    time do, so a run sees the same x_t in any layout and after any resume.
+    A row's noise is a pure function of (seed, epoch, sample index, repeat within the epoch), and of its place in the
+    global batch if t is stratified. Rank, worker, micro-batch, padding and wall time never enter: a run sees the same
+    x_t in any layout and after any resume.
     """
 
     settings = DiffusionConfig
@@ -72,8 +72,8 @@ class MaskedDiffusion(Objective):
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
         """Add x_t, masked, t, importance and weights, [B, L] each.
 
-        importance is the density of t under U(eps, 1) over the density that t was drawn with. weights are time
-        reweighting times importance, 0 where not masked.
+        importance is the density of t under U(eps, 1) over the density of its draw. weights are time reweighting times
+        importance, 0 where not masked.
         """
         maskable = batch["maskable"]
         t = torch.empty(len(maskable), 1, dtype=torch.float64)
@@ -100,9 +100,9 @@ class MaskedDiffusion(Objective):
         }
 
     def time(self, uniform: float, slot: int, batch_size: int) -> float:
-        """t in [eps, 1) from a uniform draw, or from the draw within the slot's share of [0, 1).
+        """t in [eps, 1) from a uniform draw, stratified by the slot unless t_sampler=uniform.
 
-        The gradient of a row has a second moment near w(t)²·t where its tokens hardly correlate. The best proposal is
+        The gradient of a row has a second moment near w(t)²·t if its tokens hardly correlate. The best proposal is
         ∝ w(t)·√t; for w = 1/t, square a uniform draw.
         """
         eps = self.config.eps
@@ -113,7 +113,7 @@ class MaskedDiffusion(Objective):
         return eps + (1 - eps) * uniform
 
     def importance(self, t: Tensor) -> Tensor:
-        """Density of t under U(eps, 1) over the density that `time` draws it with: Σ weight·nll keeps its mean."""
+        """Density of t under U(eps, 1) over the density of `time`, so that Σ weight·nll keeps its mean."""
         if self._prefers_small_t:
             return 2 * t.sqrt() / (1 + self.config.eps**0.5)
         return torch.ones_like(t)
@@ -125,8 +125,8 @@ class MaskedDiffusion(Objective):
     def denominator(self, batch: Batch) -> Tensor:
         """The batch's part of the step's loss denominator, a float64 scalar.
 
-        `masked` the masked tokens, each counted with its importance · `maskable` the tokens that may be masked, as in
-        the ELBO · `sequence` the rows.
+        `masked` counts masked tokens by their importance · `maskable` the tokens that may be masked, as in the ELBO ·
+        `sequence` rows.
         """
         match self.config.loss_norm:
             case "masked":
@@ -147,7 +147,7 @@ class MaskedDiffusion(Objective):
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
         """[3 + 2·T_BUCKETS] Σ nll/t, maskable tokens, Σ correct, then nll and tokens by bucket of t.
 
-        Importance weighs every token.
+        Every masked token is weighted by its importance.
         """
         masked, device = batch["masked"], output.nll.device
         t, importance = (batch[name][masked].to(device, non_blocking=True).double() for name in ("t", "importance"))
@@ -165,11 +165,11 @@ class MaskedDiffusion(Objective):
         """Means under t ~ U(eps, 1).
 
         Returns:
-            elbo: nats a token, Σ nll/t over the masked tokens / number of response tokens: an upper bound on the
-            negative log-likelihood, one Monte-Carlo draw of t a row.
+            elbo: nats a token, Σ nll/t over masked tokens / number of response tokens: an upper bound on the negative
+            log-likelihood, with one Monte-Carlo draw of t a row.
             perplexity_bound: exp(elbo).
-            masked_accuracy: share of the masked tokens whose most likely token is the clean one.
-            nll_t_A_B: mean nll of the masked tokens with t in [A, B); left out where no token is.
+            masked_accuracy: share of masked tokens that are the most likely one.
+            nll_t_A_B: mean nll of the masked tokens with t in [A, B), if any.
         """
         weighted, tokens, correct, *by_bucket = sums
         nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]

@@ -25,7 +25,7 @@ class ObjectiveConfig:
     """
 
     objective: str = setting("")  # its name
-    # steps in which positions come to see those after them, for a model that was trained causally; 0: from the start
+    # steps over which a causal model's attention becomes bidirectional; 0: bidirectional from the start
     attention_annealing_steps: int = setting(0, at_least=0)
 
     def __post_init__(self) -> None:
@@ -33,13 +33,13 @@ class ObjectiveConfig:
 
 
 class Objective(ABC):
-    """A way to noise rows, and a loss of what the model predicts for them.
+    """Noises rows and computes a loss for them.
 
-    A corrupted batch is on the host and has, beside what the loader put in: x_t [B, L], masked [B, L] bool, the
-    positions that the loss is about, and whatever `loss` and `measure` read.
+    `corrupt` adds to a batch on the host: x_t [B, L], masked [B, L] bool, the positions of the loss, and all that
+    `loss` and `measure` read.
 
     Args:
-        seed: of the noise.
+        seed: keys the noise.
     """
 
     settings: ClassVar[type[ObjectiveConfig]]
@@ -55,7 +55,7 @@ class Objective(ABC):
         OBJECTIVES[name] = cls
 
     def for_validation(self, seed: int) -> "Objective":
-        """Objective for validation, with noise of its own."""
+        """Objective for validation, with its own noise."""
         return type(self)(self.config, self.mask_token_id, seed)
 
     @abstractmethod
@@ -63,9 +63,9 @@ class Objective(ABC):
         """Noise a batch in a loader worker: a pure function of (seed, epoch, row), whatever the layout.
 
         Args:
-            batch: input_ids [B, L], maskable [B, L] bool, attention_mask [B, L], position_ids [B, L], sample_index [B],
-                slot [B], the row's place in the global batch, batch_size [B], the rows of the global batch, and where
-                rows come more than once in an epoch repeat [B].
+            batch: input_ids, maskable (bool), attention_mask and position_ids [B, L]; sample_index [B]; slot [B], the
+                row's place in the global batch; batch_size [B], rows of the global batch; and repeat [B] if rows occur
+                more than once in an epoch.
         """
 
     @abstractmethod
@@ -74,25 +74,25 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Σ weight·token loss of a corrupted batch, before the division by the denominator of the step."""
+        """Σ weight·token loss of a corrupted batch, not yet divided by the step's denominator."""
 
     @abstractmethod
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
-        """[K] float64 sums over a batch, on the device of the output; sums add up over batches and ranks."""
+        """[K] float64 sums over a batch, on the output's device; they add up over batches and ranks."""
 
     @abstractmethod
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Figures by name from the sums of `measure`."""
+        """Metrics by name from the sums of `measure`."""
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def settings_of(objective: str) -> type[ObjectiveConfig]:
-    """The settings of an objective by its name.
+    """The settings of an objective.
 
     Raises:
-        ValueError: no objective has that name.
+        ValueError: no objective has this name.
     """
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         hint = nearest(str(objective), list(OBJECTIVES))
@@ -101,5 +101,5 @@ def settings_of(objective: str) -> type[ObjectiveConfig]:
 
 
 def build_objective(config: ObjectiveConfig, mask_token_id: int, seed: int) -> Objective:
-    """The objective that settings describe."""
+    """The objective of the settings."""
     return OBJECTIVES[config.objective](config, mask_token_id, seed)

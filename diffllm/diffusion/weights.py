@@ -16,7 +16,7 @@ def time_weights(t: Tensor, masked: Tensor, attended: Tensor, kind: str, cart_p:
     Args:
         t: [B, L] times, or [B, 1] for rows with one time.
         masked: [B, L] positions noised in x_t.
-        attended: [B, L], False at padding that is not attended.
+        attended: [B, L] bool, False at unattended padding.
         kind: one of TIME_REWEIGHTINGS.
         cart_p: parameter of CART's geometric distribution.
 
@@ -38,11 +38,11 @@ def time_weights(t: Tensor, masked: Tensor, attended: Tensor, kind: str, cart_p:
 def cart_weights(context: Tensor, p: float) -> Tensor:
     """Context-adaptive token-level reweighting (CART, Dream 7B, arXiv 2508.15487).
 
-    w_i = Σ_{j ≠ i, j in context} ½·p·(1-p)^(|i-j|-1): how much clean context stands near i, nearer counting more.
-    Two exponential scans, one from each side, so time and memory grow linearly with L.
+    w_i = Σ_{j ≠ i, j in context} ½·p·(1-p)^(|i-j|-1): the clean context near i, weighted by distance. Two exponential
+    scans, one from each side, take time and memory linear in L.
 
     Args:
-        context: [B, L] positions that carry a clean token.
+        context: [B, L] bool, positions of clean tokens.
         p: in (0, 1]; at 1 only the two direct neighbours count.
 
     Returns:
@@ -56,8 +56,8 @@ def cart_weights(context: Tensor, p: float) -> Tensor:
 def exponential_scan(c: Tensor, q: float, block: int = 128) -> Tensor:
     """y_i = Σ_{j < i} q^(i-1-j)·c_j along the last dimension of c [..., L].
 
-    A small matrix handles each block at once, and one number per row carries the past from block to block. q^0 = 1 also
-    at q = 0, so nothing needs a logarithm.
+    One matrix product handles all blocks, and one number per row carries the past from block to block. Powers avoid
+    logarithms, so that q = 0 is allowed.
     """
     length = c.shape[-1]
     c = F.pad(c, (0, -length % block)).unflatten(-1, (-1, block))  # [..., L/block, block]
@@ -66,7 +66,7 @@ def exponential_scan(c: Tensor, q: float, block: int = 128) -> Tensor:
     within = torch.where(lag >= 0, torch.tensor(q, device=c.device) ** lag.clamp(min=0), 0.0)
     decay = torch.tensor(q, device=c.device) ** k
 
-    totals = c @ decay.flip(0)  # [..., L/block] what each block leaves at its end
+    totals = c @ decay.flip(0)  # [..., L/block] value at the end of each block
     past = [torch.zeros_like(totals[..., 0])]
     for total in totals.unbind(-1)[:-1]:
         past.append(past[-1] * q**block + total)

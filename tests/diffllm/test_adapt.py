@@ -215,9 +215,9 @@ class TestWhatCannotBeAdapted:
     @pytest.mark.parametrize(
         ("model_type", "reason"),
         [
-            ("falcon", "is laid out in another way"),
+            ("falcon", "has no `layers`"),
             ("gptj", "of Transformers has no sdpa attention"),
-            ("opt", "is laid out in another way|does not attend in the way"),
+            ("opt", "has no `layers`|cannot attend in both"),
             ("gpt_oss", "of Transformers has no sdpa attention"),
         ],
     )
@@ -243,7 +243,7 @@ class TestWhatCannotBeAdapted:
         [
             ("qwen2", {}, None),
             ("gemma3_text", {"final_logit_softcapping": 30.0}, "scales, caps or shifts its logits"),
-            ("lfm2", {}, "has layers that go from left to right"),
+            ("lfm2", {}, "has layers that are causal"),
         ],
         ids=["plain", "capped", "convolutions"],
     )
@@ -259,14 +259,14 @@ class TestWhatCannotBeAdapted:
 
     def test_mask_tokens_that_cannot_serve(self, tmp_path, plain_tokenizer):
         source = str(write_decoder("qwen2", tmp_path / "source", plain_tokenizer))
-        with pytest.raises(ValueError, match=r"mask_token=Solve: a text may hold it; .*\(.*<\|mask\|>\)") as error:
+        with pytest.raises(ValueError, match=r"mask_token=Solve: a text may contain it; .*\(.*<\|mask\|>\)") as error:
             adapt(source, "Solve")
         assert "think" not in str(error.value)
-        with pytest.raises(ValueError, match=r"mask_token=</think>: a text may hold it"):
+        with pytest.raises(ValueError, match=r"mask_token=</think>: a text may contain it"):
             adapt(source, "</think>")
         with pytest.raises(ValueError, match=r"mask_token=model\.mask_token=<m>: a new token has no spaces and no ="):
             adapt(source, "model.mask_token=<m>")
-        with pytest.raises(ValueError, match=r"mask_token=<\|im_start\|>: the chat template may hold it"):
+        with pytest.raises(ValueError, match=r"mask_token=<\|im_start\|>: the chat template may contain it"):
             adapt(source, "<|im_start|>")
         with pytest.raises(ValueError, match="as mask and as padding or end"):
             adapt(source, "<|endoftext|>")

@@ -158,7 +158,7 @@ class TestBadCheckpoints:
 
     def test_another_model_of_the_same_type(self, copy):
         self.edit(copy, architectures=["DreamForCausalLM"])
-        with pytest.raises(ValueError, match=r"architectures=\['DreamForCausalLM'\]: only DreamModel is known"):
+        with pytest.raises(ValueError, match=r"architectures=\['DreamForCausalLM'\]: only DreamModel is supported"):
             load_model(copy)
 
     def test_no_mask_token(self, copy):

@@ -112,3 +112,10 @@ def test_white_space_is_part_of_a_response(merging, text):
 
 def test_the_first_of_several_stop_strings_counts(merging):
     assert respond(merging, ["a", "b", ";\n\n"], stop=["\n\n", ";\n", "b;"]).text == "a"
+
+
+@pytest.mark.parametrize("attribute", ["windowed", "unpad"])
+def test_a_cache_that_the_attention_cannot_follow_is_refused_before_the_first_forward(small_model, attribute):
+    setattr(small_model, attribute, True)
+    with pytest.raises(ValueError, match=r"sampling\.cache"):
+        generate(small_model, builtin_tokenizer(), [[70]], SamplingConfig(max_new_tokens=4, cache="dual"))

@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_are_named_at_once(reference, tmp_path):
     file = write_gguf(reference, tmp_path, edit)
     with pytest.raises(
         ValueError,
-        match=r"do not fit what the file says of itself\. missing: model\.layers\.0\.mlp\.up_proj\.weight; unexpected: "
+        match=r"do not fit the metadata of the file\. missing: model\.layers\.0\.mlp\.up_proj\.weight; unexpected: "
         r"blk\.1\.extra\.weight; of another shape: model\.layers\.1\.mlp\.up_proj\.weight is \(62, 32\) in the file",
     ):
         adapt(str(file))
