@@ -1,6 +1,6 @@
 """Score a model on a task: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
 
-`task=NAME` chooses the task. `torchrun --nproc_per_node=8 evaluate.py …` splits its questions over the ranks.
+`task=NAME` chooses the task. `torchrun --nproc_per_node=8 evaluate.py …` shares its questions among the ranks.
 """
 
 from launch.cli import entry

@@ -1,8 +1,7 @@
-"""How runs start: the command line, sampling and evaluation from it, local and cluster launchers.
+"""The command line, sampling and evaluation by it, planning, sweeps, local and cluster launchers.
 
 Raises:
-    ImportError: another project's package of the same name as one beside this one would be imported: the names are
-        common ones.
+    ImportError: a package of another project would be imported in place of `data`, `diffllm`, `sampling` or `trainer`.
 """
 
 from importlib.util import find_spec
@@ -16,4 +15,4 @@ for name in ("data", "diffllm", "sampling", "trainer"):
     if place != ROOT / name:
         raise ImportError(f"package '{name}' would come from {place}, expected {ROOT / name}")
 
-import data.terminal  # noqa: E402, F401 — before all that takes seconds to import
+import data.terminal  # noqa: E402, F401 — before imports that take seconds

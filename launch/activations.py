@@ -25,12 +25,12 @@ class PassMemory(NamedTuple):
     """Bytes of a micro-batch's forward and backward pass, beyond parameters and their gradients."""
 
     kept: int  # from the forward for the backward pass
-    loss: int  # more at most while the loss is made, with the gradient of the head
-    backward: int  # more at most while the layers are differentiated, and computed again if they are
+    loss: int  # peak beyond `kept` in the loss, with the gradient of the head
+    backward: int  # peak beyond `kept` in the backward pass of the layers, with recomputation
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors that are made inside; tensors `outside` are not counted."""
+    """Counts the bytes of live tensors that are made in the block, without tensors `outside`."""
 
     def __init__(self, outside: Iterable[Tensor]):
         super().__init__()
@@ -54,13 +54,13 @@ class LiveBytes(TorchDispatchMode):
 def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -> PassMemory:
     """Memory of a micro-batch of `rows`, computed in `dtype`.
 
-    Runs three layers, since each keeps as much as the next, on a fake CPU, whose attention keeps no L×L scores either.
+    Runs three layers, since all keep equally much, on a fake CPU, whose attention keeps no L×L scores, as on a GPU.
     """
     model, length, layers = copy.deepcopy(model), config.data.max_length, model.lm.config.num_hidden_layers
-    decoder, begun = model.lm.get_decoder(), []
+    decoder, at_layer = model.lm.get_decoder(), []
     decoder.layers = decoder.layers[:3]
     for layer in decoder.layers:
-        layer.register_forward_pre_hook(lambda *_: begun.append(live.now))
+        layer.register_forward_pre_hook(lambda *_: at_layer.append(live.now))
     with FakeTensorMode():
         model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype)).train()
         model.lm.tie_weights()
@@ -73,7 +73,7 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -
             embedded = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype)
             embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
             positions = torch.empty(rows, length, dtype=torch.long)
-            # FlashAttention gets rows without padding instead of a mask.
+            # FlashAttention gets unpadded rows, no mask.
             unpadded = "flash" in config.model.attn_implementation
             mask = None if unpadded else torch.empty(rows, 1, length, length, dtype=torch.bool)
             output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
@@ -86,5 +86,5 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -
             model.masked_loss(hidden, model.lm.lm_head.weight, index, weights)[0].backward()
             loss, live.peak = live.peak - kept, live.now
             states.backward(hidden.grad)
-    others = (layers - 3) * (begun[2] - begun[1]) if layers > 3 else 0
+    others = (layers - 3) * (at_layer[2] - at_layer[1]) if layers > 3 else 0
     return PassMemory(kept + others, loss, live.peak - kept)

@@ -22,9 +22,9 @@ def answer(config: Config) -> None:
     """Answer `prompt` or fill in `template` on the terminal, or answer every row of the file `input` into `output`.
 
     Raises:
-        ValueError: not one of the three; see `answer_prompt`, `fill_template` and `answer_file`.
+        ValueError: none or several of the three; see `answer_prompt`, `fill_template` and `answer_file`.
     """
-    if sum(given is not None for given in (config.prompt, config.template, config.input)) != 1:
+    if [config.prompt, config.template, config.input].count(None) != 2:
         raise ValueError("give one of prompt=…, template=… or input=FILE.jsonl output=FILE.jsonl")
     if config.template is not None:
         fill_template(config)
@@ -56,7 +56,7 @@ def answer_prompt(config: Config) -> None:
 
 
 def fill_template(config: Config) -> None:
-    """Print `config.template` with its slots, such as `<|mask:12|>`, filled in; it is raw text, not a chat.
+    """Fill the slots of `config.template`, such as `<|mask:12|>`, and print it. The template is raw text, not a chat.
 
     Raises:
         ValueError: an output, several ranks, no checkpoint, or a template without slots or too long for the model.
@@ -87,11 +87,11 @@ def check_alone(what: str) -> None:
 def answer_file(config: Config) -> None:
     """Write the rows of `config.input` to `config.output`, each with its `response`, `nfe` and `tokens_per_forward`.
 
-    A `response` that a row has already is kept as its `reference`. After an interruption the same command resumes.
+    A row's own `response` becomes its `reference`. After an interruption the same command resumes.
 
     Raises:
-        ValueError: no output, or one that exists; a row that is no prompt; no checkpoint; or see `answer_all`. Nothing
-            was sampled.
+        ValueError: before any sampling: no output, or one that exists; a row without a prompt; no checkpoint; or see
+            `answer_all`.
     """
     if config.output is None or Path(config.output).suffix != ".jsonl":
         raise ValueError(f"input={config.input} with output={config.output}: give output=FILE.jsonl")
@@ -119,10 +119,10 @@ def answer_file(config: Config) -> None:
 
 
 def _digest(rows: list[PlacedRow]) -> str:
-    """Digest of what the rows hold.
+    """Digest of the rows.
 
     Raises:
-        ValueError: a row that JSON cannot hold.
+        ValueError: a row that cannot be written as JSON.
     """
     content = sha1()
     for row, place in rows:
@@ -134,7 +134,7 @@ def _digest(rows: list[PlacedRow]) -> str:
 
 
 def with_fields(row: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
-    """A row with further fields. Its own of the same names stay: a response as `reference`, others as `input_NAME`."""
+    """A row with added fields. Its own fields of these names become `reference` (a response) or `input_NAME`."""
     kept = {name: value for name, value in row.items() if name not in added}
     for name in (name for name in row if name in added):
         other = "reference" if name == "response" else f"input_{name}"

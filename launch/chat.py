@@ -1,7 +1,7 @@
 """A chat on the terminal that shows every step of the canvas."""
 
 import re
-import readline  # noqa: F401 — lets `input` edit its line and recall those before
+import readline  # noqa: F401 — gives `input` line editing and a history
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -65,12 +65,12 @@ class Chat:
 
     Args:
         console: shows it.
-        read: gives the next line of the user; EOFError ends the chat.
+        read: returns the next line of the user; EOFError ends the chat.
 
     Attributes:
-        config: of the next response.
+        config: settings of the next response.
         system: the system message, "" for none.
-        turns: messages of user and assistant by turns.
+        turns: alternating messages of user and assistant.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class Chat:
         self.turns: list[Message] = []
 
     def run(self) -> None:
-        """Take lines until /quit or the end of the input."""
+        """Read lines until /quit or the end of the input."""
         interrupted = False
         while True:
             try:
-                if interrupted:  # printed inside the try block, where another Ctrl-C does no harm
-                    self.show("\nstopped: what has no complete response is not kept. /quit or Ctrl-D leaves")
+                if interrupted:  # printed in the try block, where another Ctrl-C does no harm
+                    self.show("\nstopped: a turn without a complete response is not kept. /quit or Ctrl-D leaves")
                 interrupted = False
                 line = self.read().strip()
                 if line == "/quit":
@@ -104,7 +104,7 @@ class Chat:
                 interrupted = True
 
     def take(self, line: str) -> None:
-        """Carry out a command or respond to a message. Print an error and go on."""
+        """Carry out a command or respond to a message. Print errors."""
         try:
             if line.startswith("/"):
                 self.command(line)
@@ -137,7 +137,7 @@ class Chat:
                 raise ValueError(f"{name}: no such command; {nearest(name, COMMANDS)}")
 
     def turn(self, text: str) -> None:
-        """Respond to a message of the user. Both are kept when the response is complete.
+        """Respond to a message of the user. Keep both if the response is complete.
 
         Raises:
             ValueError: the conversation does not fit the model's context.
@@ -155,7 +155,7 @@ class Chat:
         self.turns += [user, Message(role="assistant", content=response.text)]
 
     def respond(self, prompt: list[int]) -> Response:
-        """Sample a response to token ids, showing every step. A turn's number is the name of its draws."""
+        """Sample a response to token ids and show every step. The turn's number keys its draws."""
         special = special_tokens(self.model, self.tokenizer, self.config)
         canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
@@ -187,11 +187,11 @@ class Chat:
         Raises:
             ValueError: no such field, or a value that it refuses.
         """
-        given = re.fullmatch(r"(?:sampling\.)?(\w+)(?:\s*=\s*|\s+)(.+)", argument)
-        if given is None:
+        parts = re.fullmatch(r"(?:sampling\.)?(\w+)(?:\s*=\s*|\s+)(.+)", argument)
+        if parts is None:
             raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
-        name, value = given.groups()
-        # Lists of texts stay out: their escapes are replaced already.
+        name, value = parts.groups()
+        # Lists of texts are left out: `resolve` would replace their escapes again.
         others = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
         try:
             change = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
@@ -210,5 +210,5 @@ class Chat:
         self.console.print(table)
 
     def show(self, text: str, style: str = "dim") -> None:
-        """Print a message of the program, in another style than the model's."""
+        """Print a message of the program in its own style."""
         self.console.print(Text(printable(text)), style=style, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The command line of the root scripts: Hydra composes, `resolve` checks, one function runs."""
+"""The command line of the root scripts: Hydra composes, `resolve` checks, a function runs."""
 
 import os
 import re
@@ -39,36 +39,36 @@ from trainer.schema import field_names, resolve
 CONF = ROOT / "conf"
 
 
-def plain(schema: type) -> DictConfig:
+def defaults(schema: type) -> DictConfig:
     """Defaults of a dataclass as plain values."""
     return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
-# Plain values, not the dataclasses: a wrong one is then reported by `resolve`, the same way wherever it came from.
-DEFAULTS = plain(Config)
-OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # its names are those of the template
-del DEFAULTS.diffusion  # each of its choices begins with the defaults of its objective
+# Plain values, not the dataclasses: `resolve` then reports a wrong value the same way, whatever its source.
+DEFAULTS = defaults(Config)
+OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # the template decides its names
+del DEFAULTS.diffusion  # each choice begins with the defaults of its objective
 ConfigStore.instance().store("defaults", DEFAULTS)
 for name, objective in OBJECTIVES.items():
-    settings = plain(objective.settings)
+    settings = defaults(objective.settings)
     OmegaConf.set_struct(settings, False)  # settings of another objective are refused by `resolve`
     ConfigStore.instance().store(name, settings, group="diffusion")
 OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
 
 
 def run_name(overrides: str) -> str:
-    """A directory name out of a command line, the same on every rank; long ones end in a hash."""
+    """Directory name of a command line, the same on every rank. A long one ends in a hash."""
     if not overrides:
         return "default"
-    name = re.sub(r"[^\w.+-]", "-", overrides.replace(",", "__"))  # as it can be typed on the next command line
+    name = re.sub(r"[^\w.+-]", "-", overrides.replace(",", "__"))  # characters that need no quotes
     return name if len(name) <= 100 else f"{name[:91]}_{sha1(overrides.encode()).hexdigest()[:8]}"
 
 
 def entry(run: Callable[[Config], None]) -> Callable[[], None]:
-    """Make a root script's main function out of one that takes the resolved configuration.
+    """Make a root script's main function from a function of the resolved configuration.
 
-    What the user got wrong ends the process with a message and exit code 1. A sweep of train.py starts processes for
-    each job; one of another script has all its jobs in this process.
+    A user's mistake ends the process with a message and exit code 1. A sweep of train.py starts processes for each job;
+    a sweep of another script runs its jobs in this process.
     """
 
     debug = "HYDRA_FULL_ERROR" in os.environ
@@ -86,13 +86,13 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
     def main() -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()  # else Hydra prints its attempts
+        hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
         sys.argv[1:] = map(quote_text, sys.argv[1:])
-        Deadline.armed = run.__module__ == "__main__"  # not in a process that has other work
+        Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
         try:
             with Deadline.on_error(), user_errors(debug), reported():
                 check_arguments(sys.argv[1:])
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing them
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
                 composed()
         except BaseException as error:
             if run.__module__ == "__main__" and Sweep.directory is None:
@@ -104,15 +104,15 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """End the process with a message and exit code 1 on an error that explains itself, with 130 on Ctrl-C.
+    """End the process with a message and exit code 1 on an expected error, with 130 on Ctrl-C.
 
-    Before the ranks know each other they fail alike: local rank 0 prints at once, the others after 2 s, if still alive.
-    torchrun repeats the error at the end of its report. In debug mode the whole traceback is shown.
+    Before the process group exists all ranks fail alike: local rank 0 prints at once, the others after SPEAK_SECONDS,
+    if still alive. torchrun repeats the error at the end of its report. Debug mode shows the traceback.
     """
     try:
         with running():
             yield
-    except KeyboardInterrupt as error:  # with advice, where something can be done
+    except KeyboardInterrupt as error:  # its arguments are advice
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -123,8 +123,8 @@ def user_errors(debug: bool) -> Iterator[None]:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0" and not FirstError.claimed:
             time.sleep(SPEAK_SECONDS)
-        own = type(error) is ValueError  # whose lines are meant; those of libraries are joined
-        message = printable(str(error).replace("\n", "\n  ") if own else " ".join(str(error).split()))
+        ours = type(error) is ValueError  # only our own errors have meaningful lines
+        message = printable(str(error).replace("\n", "\n  ") if ours else " ".join(str(error).split()))
         if (full := find_full_disk(error)) and full not in message:
             message = f"{full}: {message}"
         report_to_torchrun(f"error: {message}")
@@ -136,25 +136,27 @@ def user_errors(debug: bool) -> Iterator[None]:
 
 
 def quote_text(argument: str) -> str:
-    """Let `prompt=…` and the like be any text; Hydra's grammar would read its commas, brackets and equals signs."""
+    """Quote texts such as that of `prompt=…`, which Hydra's grammar would parse."""
     name, _, text = argument.partition("=")
     if name not in ("prompt", "template", "model.mask_token") or text == "null":
         return argument
-    if name == "model.mask_token" and re.fullmatch(r"(['\"]).*\1", text):  # a sweep passes it on as Hydra wrote it
+    if name == "model.mask_token" and re.fullmatch(r"(['\"]).*\1", text):  # Hydra quoted it for a job of a sweep
         return argument
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # nothing is interpolated: OmegaConf halves backslashes before ${
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation: OmegaConf halves backslashes before ${
     text = re.sub(r'(\\*)("|\Z)', lambda end: 2 * end[1] + (end[2] and '\\"'), text)  # and Hydra those before quotes
     return f'{name}="{text}"'
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Refuse names that no group, choice or field has, with the nearest one that exists.
+    """Refuse unknown groups, choices and settings, and name the nearest known one.
 
     Raises:
         ValueError: an unknown name, or a sweep started by torchrun.
     """
     if {"-m", "--multirun"} & set(arguments) and ranks_from_environment()[1] > 1:
-        raise ValueError("a sweep is started by `python train.py -m …`: under torchrun its ranks would part ways")
+        raise ValueError(
+            "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
+        )
     choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
     choices["diffusion"] += OBJECTIVES
     names = sorted({*choices, *field_names()})
@@ -165,8 +167,8 @@ def check_arguments(arguments: list[str]) -> None:
             override = OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise ValueError(
-                f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}. Quote what has signs or "
-                "spaces in it, and once more for the shell: 'NAME=\"VALUE\"'"
+                f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}. Quote a value with signs or "
+                "spaces, and once more for the shell: 'NAME=\"VALUE\"'"
             ) from error
         key = override.key_or_group
         if key in ("hydra/launcher", "hydra/sweeper"):
@@ -185,7 +187,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 def check_plugin(group: str, name: str) -> None:
     """Refuse a launcher or sweeper that is not installed."""
-    Plugins.instance()  # finds those that are
+    Plugins.instance()  # registers installed plugins
     installed = [file.removesuffix(".yaml") for file in ConfigStore.instance().list(group) if file.endswith(".yaml")]
     if name not in installed:
         raise ValueError(

@@ -26,7 +26,7 @@ def evaluate(config: Config) -> None:
     """Answer every test question of a task over all ranks. Rank 0 writes `trainer.output_dir`/evaluation.json.
 
     Raises:
-        ValueError: an unknown task, one whose answers are not generated, or see `questions_of` and `answer_all`.
+        ValueError: an unknown task, a task of another kind than generate, or see `questions_of` and `answer_all`.
     """
     task = find_task(config.task.name or ("rows" if config.data.val_files else "equations"))(config.data)
     if task.kind != "generate":
@@ -39,7 +39,8 @@ def evaluate(config: Config) -> None:
             print(printable(task.bad.text()))
 
         def write(responses: list[Response], tokens_per_second: float | None) -> None:
-            right = [task.score(each.row, given.text) == 1 for each, given in zip(questions, responses, strict=True)]
+            pairs = zip(questions, responses, strict=True)
+            right = [task.score(question.row, response.text) == 1 for question, response in pairs]
             scores = {
                 "questions": len(questions),
                 "skipped": task.bad.count,

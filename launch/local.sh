@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: launch/local.sh train.py experiment=quickstart …
-# One rank a GPU, as many as the largest power of two, or two CPU ranks where there is no GPU; RANKS=N overrides.
-# With RESTARTS=N, ranks are started again up to N times when one of them dies, and go on from the newest checkpoint.
+# One rank a GPU, for the largest power of two of them, or two CPU ranks without a GPU; RANKS=N overrides.
+# RESTARTS=N restarts the ranks up to N times when one of them dies; they resume from the newest checkpoint.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -11,7 +11,7 @@ ranks=${RANKS:-$ranks}
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 fi
-# torch 2.13: else ranks that are started again find what those before them left in the store.
+# torch 2.13: else restarted ranks find old values in the store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-trap '' USR1 # which torchrun would die of; ranks that are sent it save and stop
+trap '' USR1 # torchrun would die of it; ranks save and stop
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" "$@"

@@ -1,10 +1,10 @@
-"""What a run needs, before there is a GPU: `python -m launch.plan model=dream_7b gpus=8 gpu_memory=80`.
+"""Predict memory and time of a run without a GPU: `python -m launch.plan model=dream_7b gpus=8 gpu_memory=80`.
 
 Takes the settings of train.py and those of `Machine`. Predicts the memory of each GPU, the largest micro-batch, and the
 time of a step at a given MFU. The exit code is 1 if the run does not fit.
 
-State comes from `trainer.memory`. Activations and logits are counted in a forward and backward pass over tensors
-without data, in the worst case: rows of data.max_length, all of it masked, some rows padded. model.compile would need
+`trainer.memory` computes the state. Activations and logits are counted in a forward and backward pass over tensors
+without data, in the worst case: rows of data.max_length, all tokens masked, some rows padded. model.compile would need
 less, and model.loss_kernel=liger is planned as chunked.
 """
 
@@ -42,12 +42,12 @@ MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA c
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
 CUDA = torch.device("cuda")
 SHAPES = Path(__file__).with_name("shapes.yaml")
-UNREAD_IDS = {"mask_token_id": 0, "eos_token_id": 1}  # a model needs them, a plan does not
+UNREAD_IDS = {"mask_token_id": 0, "eos_token_id": 1}  # a model must have them, a plan does not use them
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for."""
+    """GPUs to plan for."""
 
     gpus: int = 8
     gpu_memory: float = 80.0  # GiB of each
@@ -65,18 +65,18 @@ class Machine:
 def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[str, tuple[int, ...]]:
     """Bytes of a GPU in each of PHASES, and their totals.
 
-    Gradients come as activations go: the backward pass needs most in the last layer or, at its end, in the first.
+    In the backward pass gradients grow as activations shrink: the peak is at the last layer or at the first.
     """
     dtype, head = compute_dtype(config, CUDA), model.lm.lm_head.weight
     passed = pass_memory(model, config, layout.micro_batch_size, dtype)
     state = state_memory(model, config, layout.ranks, CUDA)
     if config.trainer.cpu_offload:
         state = replace(state, weights=0, gradients=0, optimizer=0)
-    # Gradients of the micro-batches before: this GPU's share, or unreduced ones, which are whole.
+    # Gradients of earlier micro-batches: sharded, or whole if they are reduced once a step.
     summed = whole_gradients(model, config, layout) or (state.gradients if layout.micro_batches > 1 else 0)
     # PyTorch's AdamW copies a moment to compute its step.
     updating = state.optimizer + (state.gradients if config.optim.name == "adamw" else 0)
-    # The gradient of the head is counted with the gathered weights.
+    # The gathered weights include the gradient of the head.
     logits = passed.loss - (head.numel() * dtype.itemsize if head.requires_grad else 0)
     one_layer = passed.kept // model.lm.config.num_hidden_layers + passed.backward
     parts = {
@@ -91,12 +91,12 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
 
 
 def largest_micro_batch(model: DiffLLM, config: Config, layout: BatchLayout, usable: float) -> int:
-    """Rows of which all fits into `usable` bytes; 0 if not even one does."""
+    """Largest number of rows that fits into `usable` bytes; 0 if one row does not."""
 
     def totals(rows: int) -> tuple[int, ...]:
         return memory_table(model, config, replace(layout, micro_batch_size=rows))["total"]
 
-    # From so many tokens on memory grows evenly: chunks of logits are many, activations outweigh a weight's gradient.
+    # From so many tokens on memory is linear: logits have many chunks, activations outweigh a weight's gradient.
     tokens = max(8 * LOGITS_PER_CHUNK / model.lm.config.vocab_size, 4 * model.lm.config.hidden_size)
     rows = math.ceil(tokens / config.data.max_length)
     once, twice = totals(rows), totals(2 * rows)
@@ -115,11 +115,11 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
     Raises:
         ValueError: an unknown name, or a value outside its range.
     """
-    names, own, settings = [field.name for field in fields(Machine)], {}, []
+    names, machine_values, settings = [field.name for field in fields(Machine)], {}, []
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name in names:
-            own[name] = value
+            machine_values[name] = value
         elif name not in field_names() and get_close_matches(name, names):
             raise ValueError(f"{argument}: no such setting; {nearest(name, names)}")
         elif "=" not in argument:
@@ -127,7 +127,7 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
         else:
             settings.append(argument)
     check_arguments(settings)
-    machine = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), own))
+    machine = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), machine_values))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", ["trainer.experiment_name=plan", *settings], return_hydra_config=True)
     with open_dict(composed):
@@ -136,12 +136,12 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
 
 
 def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
-    """The model without weights, and the file that gives its shape.
+    """The model on the meta device, and the file with its shape.
 
     Raises:
-        ValueError: no file gives it, or its context is shorter than data.max_length.
+        ValueError: no file has the shape, or the context is shorter than data.max_length.
     """
-    attention = "sdpa"  # FlashAttention keeps the same tensors, and need not be installed where a run is planned
+    attention = "sdpa"  # FlashAttention keeps the same tensors, and may not be installed here
     if config.model.path is None:
         file = f"conf/model/{choice}.yaml"
         with torch.device("meta"):
@@ -193,7 +193,7 @@ def remedies(config: Config, layout: BatchLayout, largest: int) -> list[str]:
 
 
 def plan(arguments: list[str]) -> bool:
-    """Print what a command line needs; whether it fits."""
+    """Print the plan of a command line. Return whether the run fits."""
     machine, config, choice = read_arguments(arguments)
     layout, length = batch_layout(config.data, 0, machine.gpus), config.data.max_length
     if machine.gpus % config.trainer.replicate:

@@ -1,7 +1,7 @@
-"""Sweeps of train.py: each job is a run of its own on all devices of a machine; at the end, a table of all jobs.
+"""Sweeps of train.py: each job is one run on all devices of a machine; a table of all jobs ends the sweep.
 
-Hydra's sweeper chooses the jobs and its launcher starts them. A job's directory holds what the trainer writes, what
-the run printed (`output.log`) and how it ended (`job.json`).
+Hydra's sweeper chooses the jobs and its launcher starts them. A job's directory holds the files of the trainer, the
+output of the run (`output.log`) and its status (`job.json`).
 """
 
 import csv
@@ -29,11 +29,11 @@ from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # its further lines are indented
+ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # further lines are indented
 
 
 class Sweep(Callback):
-    """Hydra calls it in the process that the user started, before any job."""
+    """Hydra calls it before the first job, in the process of the user's command."""
 
     directory: ClassVar[Path | None] = None  # of the sweep that this process runs
 
@@ -45,8 +45,8 @@ def train_job(debug: bool) -> float | None:
     """Run train.py with the overrides of this job on all devices of this machine.
 
     Returns:
-        The last val/elbo, or train/loss where nothing was validated, for a sweeper to minimise. None for a job that
-        failed: the optuna sweeper then counts a failed trial and goes on, whereas NaN would end it.
+        The last val/elbo, or train/loss without validation, for a sweeper to minimise. None for a failed job: the
+        optuna sweeper counts a failed trial, whereas NaN would end the sweep.
     """
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
@@ -54,7 +54,7 @@ def train_job(debug: bool) -> float | None:
     command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *overrides, f"trainer.output_dir={output_dir}"]
     environment = os.environ | {"PYTHON": sys.executable}
     if not debug:
-        environment.pop("HYDRA_FULL_ERROR", None)  # which the sweep has set for itself
+        environment.pop("HYDRA_FULL_ERROR", None)  # the sweep's own setting
     job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
     record, log, start = directory / "job.json", directory / "output.log", time.perf_counter()
     write_object(record, job)
@@ -66,8 +66,8 @@ def train_job(debug: bool) -> float | None:
             raise KeyboardInterrupt
         raise SystemExit(128 + stopped)
     if exit_code:
-        said = ERROR.search(log.read_text(errors="replace"))  # the first is the cause
-        cause = said[0].removeprefix("error: ") if said else f"exit code {exit_code}, see {log}"
+        found = ERROR.search(log.read_text(errors="replace"))  # the first error is the cause
+        cause = found[0].removeprefix("error: ") if found else f"exit code {exit_code}, see {log}"
         job["error"] = " ".join(cause.split())
     write_object(record, job)
     metrics = last_metrics(directory)
@@ -75,16 +75,16 @@ def train_job(debug: bool) -> float | None:
 
 
 def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, signal.Signals | None]:
-    """Run a command; copy what it prints to stderr and into a file.
+    """Run a command; copy its output to stderr and into a file.
 
-    The command leads a process group of its own, so that it receives each signal once: torchrun does not survive a
-    second one while it ends its ranks. A second signal kills it; its ranks then end by themselves.
+    The command leads its own process group and receives each signal once: torchrun does not survive a second signal
+    while it ends its ranks. A second signal kills it; its ranks then end by themselves.
 
     Returns:
-        Its exit code, and the signal that this process received meanwhile.
+        Its exit code, and the signal that this process received meanwhile, if any.
 
     Raises:
-        OSError: the copy cannot be written; the command was killed.
+        OSError: the file cannot be written; the command is killed.
     """
     received: list[signal.Signals] = []
 
@@ -98,9 +98,9 @@ def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tu
     with log.open("wb") as copy, subprocess.Popen(command, env=environment, **settings, **pipes) as process:
         before = {}
         try:
-            if threading.current_thread() is threading.main_thread():  # not in a launcher that has threads
+            if threading.current_thread() is threading.main_thread():  # a launcher may run jobs in threads
                 before |= {number: signal.signal(number, forward) for number in FORWARDED}
-            while piece := process.stdout.read1():  # not by lines: a progress bar is a single one
+            while piece := process.stdout.read1():  # not by lines: a progress bar is one line
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
                 with writing(log):
@@ -121,7 +121,7 @@ def _end_with_parent() -> None:
 
 
 def last_metrics(run: Path) -> dict[str, float | None]:
-    """The last values of train/loss and of all that validation measures, as far as the run came."""
+    """The last values of train/loss and of the validation metrics."""
     last = {}
     for record in read_records(run / "metrics.jsonl").objects:
         last |= record
@@ -129,7 +129,7 @@ def last_metrics(run: Path) -> dict[str, float | None]:
 
 
 def results(sweep: Path) -> list[dict[str, Any]]:
-    """A row for each job: its number, the overrides that not all jobs have, how it ended, its last metrics."""
+    """One row per job: number, varied overrides, status, last metrics."""
     jobs = [read_object(file) | {"metrics": last_metrics(file.parent)} for file in sweep.rglob("job.json")]
     return [
         {"job": job["job"]}
@@ -142,7 +142,7 @@ def results(sweep: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Report the sweep that runs inside, if one does, however it ends; exit with 1 if a job failed."""
+    """Report a sweep that runs in the block, also after an error. Exit with 1 if a job failed."""
     Sweep.directory, rows = None, []
     try:
         yield
@@ -154,7 +154,7 @@ def reported() -> Iterator[None]:
 
 
 def report(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write results as CSV and print them as a table, then a line for each job that failed."""
+    """Write results as CSV and print them as a table, then one line for each failed job."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with whole_file(file) as lines:
         writer = csv.DictWriter(lines, names, lineterminator="\n")

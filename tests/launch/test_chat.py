@@ -176,7 +176,7 @@ def test_ctrl_c_ends_a_response_and_not_the_chat(talk, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(chat_module, "fill", interrupted)
-        assert talk.hear("Never mind").count("stopped: what has no complete response is not kept") == 1
+        assert talk.hear("Never mind").count("stopped: a turn without a complete response is not kept") == 1
     assert talk.turns == said
     shown = talk.hear(KeyboardInterrupt(), KeyboardInterrupt(), "And then?")
     assert shown.count("/quit or Ctrl-D leaves") == 2

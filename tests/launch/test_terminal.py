@@ -20,7 +20,7 @@ from diffllm import adapt
 from diffllm.generate import Response
 from launch import answers, cli, evaluation
 from launch.chat import Chat
-from sampling import SamplingConfig
+from sampling import SamplingConfig, StepEvent
 from trainer import evaluation as engine
 from trainer import export, replay
 from trainer.config import Config
@@ -111,13 +111,9 @@ def test_a_chat(small_model, tokenizer, monkeypatch, text):
     assert_shown(text, console.file.getvalue())
 
     tokens = np.array(tokenizer(text)["input_ids"])
-    row = SimpleNamespace(
-        canvas=SimpleNamespace(prompt_length=0),
-        tokens=tokens,
-        changed=np.zeros(len(tokens), dtype=bool),
-        special=SimpleNamespace(mask=tokenizer.mask_token_id),
-    )
-    assert_shown(text, chat.draft(row).plain)
+    none = np.empty(0, dtype=int)
+    event = StepEvent(0, 0, tokens, tokens == tokenizer.mask_token_id, 0, none, none, None, none, 1)
+    assert_shown(text, chat.draft(event).plain)
 
 
 @hostile
