@@ -48,24 +48,25 @@ class BatchLayout:
 
 
 class BatchSource(Protocol):
-    """What the training loop needs of its batches."""
+    """Batches for the training loop."""
 
     layout: BatchLayout
+    steps_per_epoch: int | None  # None for a stream, whose length is unknown
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches, step by step."""
 
     def identity(self) -> tuple[int, str]:
-        """Number of rows, 0 if it is unknown, and a fingerprint of the rows, their order and the tokenizer."""
+        """Number of rows, 0 if unknown, and a fingerprint of the rows, their order and the tokenizer."""
 
     def epoch(self, step: int) -> float:
         """Passes over the rows after `step` steps."""
 
     def position(self, step: int) -> dict[str, int]:
-        """Where to resume after `step` steps, beyond the step number; empty if the number is enough.
+        """State to resume after `step` steps; empty if the step number is enough.
 
         Args:
-            step: the steps done at the last item of `loader`, or one less.
+            step: number of steps at the last item of `loader`, or one less.
         """
 
     def resume(self, position: dict[str, int]) -> None:
@@ -73,13 +74,13 @@ class BatchSource(Protocol):
 
 
 class TrainBatches(Dataset):
-    """Item s holds the micro-batches that this rank forwards in optimizer step s.
+    """Dataset whose item s holds this rank's micro-batches of optimizer step s.
 
-    Each epoch visits the rows in a new order; the few that do not fill a global batch are left out of it. An epoch of a
-    mixture has the same number of rows; a row can occur several times, each time with other noise.
+    Each epoch visits the rows in a new order and leaves out those that do not fill a global batch. An epoch of a
+    mixture has as many rows; a row can occur several times, each time with other noise.
 
     Raises:
-        ValueError: there are fewer rows than a global batch has.
+        ValueError: fewer rows than a global batch.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class TrainBatches(Dataset):
 def group_by_length(
     order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator, pool: int = 50
 ) -> np.ndarray:
-    """Reorder rows so that rows of like length share a batch.
+    """Reorder rows so that rows of similar length share a batch.
 
     Sorts each `pool` successive batches by length and cuts them into batches again. Shuffles the batches, and the rows
     within each: a rank forwards neighbouring rows, and all ranks should have equal work.

@@ -1,8 +1,8 @@
 """Cut the rows of a batch to their widths, and pad them.
 
-The width of a row is the number of its positions after the prompt. The response fills the first of them,
-end-of-sequence tokens the rest. The model attends to these tokens and trains on them: so it learns to stop. A negative
-width cuts into the prompt.
+The width of a row is the number of its positions after the prompt. The response fills the first positions,
+end-of-sequence tokens the rest. The model attends to these tokens and is trained on them, so that it learns to stop. A
+negative width cuts into the prompt.
 """
 
 import numpy as np

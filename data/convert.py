@@ -11,19 +11,19 @@ from data.readers import PlacedRow
 
 Row = dict[str, Any]
 
-OTHER_FORMS = ("messages", "prompt")  # of the same row, which would be taken before the one that is made
-# Attempts of two models in s1K-1.1, of which one is taken.
+OTHER_FORMS = ("messages", "prompt")  # fields that `to_chat` would prefer to the converted ones
+# s1K-1.1 has attempts of two models; one is used.
 S1K_ATTEMPTS = [f"{model}_{part}" for model in ("deepseek", "gemini") for part in ("thinking_trajectory", "attempt")]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class RawSet:
-    """A kind of set.
+    """A format of raw rows.
 
     Attributes:
-        convert: a training row from a raw one; raises KeyError, TypeError or ValueError where that cannot be.
-        hub_id: where it is published, if it is one set.
+        convert: makes a training row from a raw one; raises KeyError, TypeError or ValueError for a wrong row.
+        hub_id: of the format's only set, if any.
     """
 
     convert: Callable[[Row], Row]
@@ -31,7 +31,7 @@ class RawSet:
 
 
 def from_s1k(row: Row) -> Row:
-    """s1K (arXiv 2501.19393), s1K-1.1 with its separate columns, or rows that have their `<think>` already."""
+    """Convert s1K (arXiv 2501.19393), s1K-1.1 with its separate columns, or rows that have `<think>` already."""
     if THINK in (_optional(row, "answer") or ""):
         return _others(row, *OTHER_FORMS)
     if "deepseek_thinking_trajectory" in row:
@@ -52,7 +52,7 @@ def from_s1k(row: Row) -> Row:
 
 
 def from_gsm8k(row: Row) -> Row:
-    """GSM8K (arXiv 2110.14168): the worked answer is the thinking, without the calculator's marks."""
+    """Convert GSM8K (arXiv 2110.14168): the worked answer becomes the thinking, without the calculator's marks."""
     thinking, found, answer = _text(row, "answer").rpartition("####")
     if not found:
         raise ValueError("field 'answer' has no #### before the final answer")
@@ -67,15 +67,15 @@ def from_gsm8k(row: Row) -> Row:
 
 
 def _without_marks(line: str) -> str:
-    # Behind the last >> no mark can end: to look for its end from each << there would take quadratic time.
+    # No mark ends after the last >>. A search there from each << would take quadratic time.
     marked, end, rest = line.rpartition(">>")
     return re.sub("<<.*?>>", "", marked + end) + rest
 
 
 def from_alpaca(row: Row) -> Row:
-    """An instruction, with an input behind it if there is one, and an output; `system` and `history` come before.
+    """Convert instruction, optional input and output; `system` and `history` come before.
 
-    Dolly calls the input `context` and the output `response`.
+    Dolly names the input `context` and the output `response`.
     """
     output = _either(row, "output", "response")
     for name in ("instruction", output):
@@ -90,10 +90,7 @@ def from_alpaca(row: Row) -> Row:
 
 
 def from_messages(row: Row) -> Row:
-    """Chats, whose further fields (of Tulu: id and source) are kept; ShareGPT's names are translated.
-
-    A text in `system` comes before them.
-    """
+    """Convert chats, with ShareGPT's names translated and further fields kept. A text in `system` comes first."""
     names = ("messages", "conversations") if row.get("conversations") is None else ("conversations", "messages")
     field = _either(row, *names)
     turns = row[field]
@@ -111,7 +108,7 @@ def from_messages(row: Row) -> Row:
 
 
 def from_prompt_response(row: Row) -> Row:
-    """Rows as Dream's published trainer takes them: the prompt a text or messages, and a response."""
+    """Convert rows of Dream's published trainer: a prompt, as text or messages, and a response."""
     answer = _either(row, "response", COMPLETION)
     for name in ("prompt", answer):
         if not isinstance(row[name], list):
@@ -120,7 +117,7 @@ def from_prompt_response(row: Row) -> Row:
 
 
 def _from_sharegpt(turn: Row, number: int) -> Row:
-    """A turn under the names of messages; its further fields are kept."""
+    """A turn with the field names of messages; further fields are kept."""
     try:
         content = turn["value"] if isinstance(turn["value"], list) else _text(turn, "value")
         return {**_others(turn, "from", "value"), "role": _text(turn, "from"), "content": content}
@@ -147,8 +144,8 @@ def _text(row: Row, name: str) -> str:
     """A field that must be text.
 
     Raises:
-        KeyError: it is missing.
-        ValueError: it is something else.
+        KeyError: the field is missing.
+        ValueError: the field has another type.
     """
     if not isinstance(row[name], str):
         raise ValueError(f"field '{name}' must be text, not {kind_of(row[name])}")
@@ -179,10 +176,10 @@ def _pairs(row: Row) -> list[list[str]]:
 
 
 def _either(row: Row, name: str, other: str) -> str:
-    """The one of two names of the same field that a row has.
+    """The name, of two for one field, that a row has.
 
     Raises:
-        ValueError: it has both, and they differ.
+        ValueError: the row has both, with different values.
     """
     if is_given(row.get(name)) and is_given(row.get(other)) and row[name] != row[other]:
         raise ValueError(f"fields '{name}' and '{other}' differ: keep one of them")
@@ -216,13 +213,13 @@ class _ReadRow(dict):
 
 
 def convert(placed: PlacedRow, raw_set: RawSet, add_unused: Callable[[Iterable[str]], None] | None = None) -> Row:
-    """A training row that `to_chat` takes.
+    """Convert a row, and check that `to_chat` accepts the result.
 
     Args:
-        add_unused: takes the columns that hold something and were neither read nor are trained on.
+        add_unused: takes the names of columns with values that were neither read nor kept for training.
 
     Raises:
-        ValueError: a field is missing or not what the set says; the message names the place.
+        ValueError: a field is missing or wrong; the message names the place.
     """
     row, place = _ReadRow(placed.row), placed.place
     try:

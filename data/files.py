@@ -14,16 +14,14 @@ from data.parquet import ROWS_AT_ONCE, read_parquet, too_large
 from data.readers import PlacedRow, read_json, read_jsonl
 from data.storage import ask_hub, read_object, refuse_pointer
 
-# By the end of a file's name; each yields the readable rows, the others go to `bad`.
+# By suffix. A reader yields readable rows and adds the others to `bad`.
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream; one that is cut between batches would be read as if whole
-ENDS = 2**20  # bytes at both ends of a file
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; without the check a cut stream would look whole
+ENDS = 2**20  # bytes at each end of a file
 SPLITS = "train|test|validation|valid|val|dev"
-SHARD = re.compile(rf"((?:{SPLITS})\w*)-\d{{5}}-of-\d{{5}}")  # the name of a file by the hub's custom, with its split
+SHARD = re.compile(rf"((?:{SPLITS})\w*)-\d{{5}}-of-\d{{5}}")  # the hub's names of files, with their split
 SPLIT = re.compile(rf"(?<![a-z])({SPLITS})(?![a-z])")  # in any other name
-UNREAD = re.compile(
-    r"\.(ndjson|(jsonl|json|parquet)\.(bz2|gz|xz|zip|zst))"
-)  # ends of names of files that hold rows too
+UNREAD = re.compile(r"\.(ndjson|(jsonl|json|parquet)\.(bz2|gz|xz|zip|zst))")  # suffixes of unread files with rows
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")  # owner/name, configuration, split
 
 
@@ -31,7 +29,7 @@ def read_rows(names: Iterable[str | Path]) -> list[PlacedRow]:
     """All rows of all files, in order.
 
     Raises:
-        ValueError: see `iterate`, or rows that are not readable, named as `BadRows` does.
+        ValueError: see `iterate`, or unreadable rows, see `BadRows`.
     """
     bad = BadRows()
     rows = [placed for name in names for placed in iterate(name, bad)]
@@ -40,16 +38,15 @@ def read_rows(names: Iterable[str | Path]) -> list[PlacedRow]:
 
 
 def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[PlacedRow]:
-    """The readable rows of a file, of the files in a folder, or of a data set of the hub; the others go to `bad`.
+    """Yield the readable rows of a file, a folder or a hub data set; add the others to `bad`.
 
     Args:
-        name: a .jsonl, .json or .parquet file, a folder of such files or one that `datasets` saved, of several splits
-            with one of them as in `folder:test`, or a hub id, with a configuration and a split other than `train` as in
-            `openai/gsm8k/main:test`.
-        stream: read a data set of the hub from there, without a copy here.
+        name: a .jsonl, .json or .parquet file; a folder of such files, or saved by `datasets`, with a split as in
+            `folder:test` if it has several; or a hub id, with configuration and split as in `openai/gsm8k/main:test`.
+        stream: read a hub data set without a local copy.
 
     Raises:
-        ValueError: there is no such file, it is empty, of another kind, or not readable as a whole.
+        ValueError: a file that is missing, empty, of another kind, or unreadable as a whole.
     """
     found, bad_before = 0, bad.count
     for rows in _readers(name, stream):
@@ -61,10 +58,10 @@ def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[Pl
 
 
 def digest(name: str | Path) -> str:
-    """Digest of the content that `iterate` reads; for a folder, also of its file names.
+    """Digest of the content that `iterate` reads, and of the file names of a folder.
 
     Raises:
-        ValueError: as `iterate`.
+        ValueError: see `iterate`.
     """
     path, split = _place(name)
     if not path.exists():
@@ -77,12 +74,12 @@ def digest(name: str | Path) -> str:
 
 
 def outline(name: str | Path) -> list[tuple[str, int, str]]:
-    """Name, size, and digest of the first and last bytes of each file, in a time that does not grow with the file.
+    """Name, size, and digest of the first and last bytes of each file, in constant time.
 
     Empty for a hub id, whose rows may change.
 
     Raises:
-        ValueError: there is no such file, and it is no hub id either.
+        ValueError: neither a file nor a hub id.
     """
     path, split = _place(name)
     if not path.exists():
@@ -100,7 +97,7 @@ def outline(name: str | Path) -> list[tuple[str, int, str]]:
 
 
 def _place(name: str | Path) -> tuple[Path, str | None]:
-    """Path of a name, with `~` expanded, and the split of a folder that it names."""
+    """Path of a name, with `~` expanded, and its split of a folder, if any."""
     name = os.path.expanduser(name)
     path = Path(name)
     folder, colon, split = name.rpartition(":")
@@ -128,10 +125,10 @@ def _readers(name: str | Path, stream: bool) -> list[Callable[[BadRows], Iterato
 
 
 def _files(folder: Path, split: str | None = None) -> list[Path]:
-    """The files in a folder that hold its rows, or those of a split.
+    """The files with a folder's rows, or with those of a split.
 
     Raises:
-        ValueError: there are none, more than one set, or some that cannot be read.
+        ValueError: no files, several sets, or files that cannot be read.
     """
     if _is_saved(folder):
         return sorted(folder.rglob("*.arrow"))
@@ -144,9 +141,9 @@ def _files(folder: Path, split: str | None = None) -> list[Path]:
     if split is None and len(names) > 1:
         raise ValueError(f"{folder}: {_several(folder, names)}")
     if split is not None and split not in names:
-        raise ValueError(f"{folder}: no file of the folder is of a split {split}; {_several(folder, names)}")
-    asked = [file for file in every if split is None or splits[file] == split]
-    if unread := [str(file) for file in asked if UNREAD.search(file.name.lower())]:
+        raise ValueError(f"{folder}: no file of the folder belongs to a split {split}; {_several(folder, names)}")
+    of_split = [file for file in every if split is None or splits[file] == split]
+    if unread := [str(file) for file in of_split if UNREAD.search(file.name.lower())]:
         raise ValueError(
             f"{folder}: {listed(unread)} would be left out, as data files end in {', '.join(READERS)}; convert them, "
             "or name the files to read"
@@ -187,8 +184,8 @@ def _read_dataset(name: str, dataset: Any, bad: BadRows) -> Iterator[PlacedRow]:
 
 
 def _measured(dataset: Any) -> Iterator[dict[str, Any] | str]:
-    """Yield the rows of a data set; in place of a row that is too large, the reason."""
-    if not hasattr(dataset, "select"):  # a stream: its rows are Python objects already
+    """Yield the rows of a data set, or the reason for a row that is too large."""
+    if not hasattr(dataset, "select"):  # the rows of a stream are Python objects already
         yield from dataset
         return
     for start in range(0, len(dataset), ROWS_AT_ONCE):
@@ -205,15 +202,15 @@ def _dataset_errors() -> tuple[type[Exception], ...]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether `datasets` saved a folder, which may have lost a file since."""
+    """Whether `datasets` saved a folder, even if a file is missing."""
     return (folder / "dataset_info.json").exists() or ((folder / "state.json").exists() and any(folder.glob("*.arrow")))
 
 
 def _saved(folder: Path) -> Any:
-    """A data set that `datasets` saved.
+    """A data set saved by `datasets`.
 
     Raises:
-        ValueError: a file of it is missing, cut short or no JSON object.
+        ValueError: a file is missing, cut short or not a JSON object.
     """
     from datasets import load_from_disk  # slow to import, and seldom needed
 
@@ -225,7 +222,7 @@ def _saved(folder: Path) -> Any:
                 raise ValueError(f"{file}: it is cut short; copy it again")
     try:
         return load_from_disk(str(folder))
-    except Exception as error:  # it takes its files as they come
+    except Exception as error:  # it does not check its files
         for name in ("dataset_info.json", "state.json"):
             _object(folder / name)
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -236,7 +233,7 @@ def _splits(folder: Path) -> list[str]:
     """The splits of several data sets saved in one folder.
 
     Raises:
-        ValueError: its file does not name them.
+        ValueError: dataset_dict.json does not name them.
     """
     splits = _object(folder / "dataset_dict.json").get("splits")
     if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
@@ -248,17 +245,17 @@ def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it is something else, or a git-lfs pointer.
+        ValueError: the file has other content, or is a git-lfs pointer.
     """
     refuse_pointer(file)
     return read_object(file)
 
 
 def _hub_id(name: str) -> tuple[str, str | None, str]:
-    """Owner and name, configuration and split of a data set of the hub.
+    """Owner and name, configuration and split in a hub id.
 
     Raises:
-        ValueError: it cannot be one.
+        ValueError: not a hub id.
     """
     found = HUB_ID.fullmatch(name)
     if not found or Path(name).suffix in READERS:
@@ -268,21 +265,21 @@ def _hub_id(name: str) -> tuple[str, str | None, str]:
 
 
 def _hub(name: str, stream: bool = False) -> Any:
-    """A data set of the hub.
+    """A hub data set.
 
     Raises:
-        ValueError: no such file here, and no such data set there, or no hub.
+        ValueError: neither a local file nor a data set of the hub, or the hub does not answer.
     """
     identity, configuration, split = _hub_id(name)
     from datasets import config, load_dataset
 
-    silence = ask_hub()
-    if silence:
+    no_answer = ask_hub()
+    if no_answer:
         config.HF_HUB_OFFLINE = True
     try:
         return load_dataset(identity, configuration, split=split, streaming=stream)
     except _dataset_errors() as error:
         raise ValueError(
             f"{name}: no such file or folder in {Path.cwd()}, and the hub does not give that data set "
-            f"({silence or error})"
+            f"({no_answer or error})"
         ) from error

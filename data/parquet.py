@@ -26,7 +26,7 @@ MAX_COLUMN, MAX_RATIO = 2**26, 100
 
 
 def read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
-    """Yield the readable rows of a Parquet file; the others go to `bad`.
+    """Yield the readable rows of a Parquet file; add the others to `bad`.
 
     Raises:
         ValueError: the file as a whole cannot be read.
@@ -46,10 +46,10 @@ def read_parquet(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
 
 
 def _batches(file: Path, metadata: pq.FileMetaData, group: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a row group a few megabytes at a time, dictionaries not unpacked.
+    """Yield the rows of a row group in batches of a few megabytes, with dictionaries packed.
 
     Raises:
-        ValueError: a column unpacks to far more than it takes in the file.
+        ValueError: a column unpacks to more than MAX_RATIO times its bytes in the file.
     """
     row_group = metadata.row_group(group)
     columns = [row_group.column(number) for number in range(row_group.num_columns)]
@@ -60,7 +60,7 @@ def _batches(file: Path, metadata: pq.FileMetaData, group: int) -> Iterator[pa.R
         if max(unpacked, column.num_values * max(VALUE, leaf.length)) > max(MAX_COLUMN, MAX_RATIO * packed):
             raise ValueError(
                 f"{file}: column {leaf.path} unpacks to more than {MAX_RATIO} times its {packed:,} bytes in row group "
-                f"{group + 1}; write the file anew, in smaller row groups"
+                f"{group + 1}; write the file again, in smaller row groups"
             )
         if leaf.physical_type != "BYTE_ARRAY" or encodings.isdisjoint(REPEATING):
             continue
@@ -75,7 +75,7 @@ def _batches(file: Path, metadata: pq.FileMetaData, group: int) -> Iterator[pa.R
 
 
 def _rows(batch: pa.RecordBatch, name: str, before: int, bad: BadRows) -> Iterator[PlacedRow]:
-    """Yield the readable rows of a batch; the others go to `bad`. Row numbers start at `before` + 1."""
+    """Yield the readable rows of a batch; add the others to `bad`. Row numbers start at `before` + 1."""
     reasons = too_large(pa.Table.from_batches([batch]))
     for i in range(len(batch)):
         place = f"{name}:{before + i + 1}"
@@ -105,15 +105,15 @@ def too_large(rows: pa.Table) -> dict[int, str]:
 
 
 def _measure(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """[n] bytes, and [n] characters of the longest text, of each value with all that it holds."""
+    """[n] bytes of each value with its content, and [n] characters of its longest text."""
     kind, sizes, longest = array.type, np.full(len(array), VALUE), np.zeros(len(array), np.int64)
     if isinstance(array, pa.ExtensionArray):
         return _measure(array.storage)
     if pa.types.is_dictionary(kind):
-        there = array.indices.is_valid().to_numpy(zero_copy_only=False)
+        valid = array.indices.is_valid().to_numpy(zero_copy_only=False)
         used, indices = np.unique(array.indices.drop_null().to_numpy(), return_inverse=True)
         for values, measured in zip((sizes, longest), _measure(array.dictionary.take(pa.array(used))), strict=True):
-            values[there] = measured[indices]
+            values[valid] = measured[indices]
     elif pa.types.is_struct(kind):
         for field in array.flatten():
             field_sizes, field_longest = _measure(field)

@@ -1,7 +1,7 @@
 """Convert raw sets to training rows: `python -m data.prepare gsm8k train.jsonl raw/train.jsonl`.
 
 Reads files, folders or hub ids, or generates a task. Writes a .jsonl file of rows with question and answer, prompt and
-response, or messages, and says what became of every row.
+response, or messages, and reports on all rows.
 """
 
 import json
@@ -25,7 +25,7 @@ ROWS = 1000
 
 
 def main(arguments: list[str]) -> None:
-    hub_logging.set_verbosity_error()  # else its attempts to reach the hub come before what they came to
+    hub_logging.set_verbosity_error()  # without it the hub's attempts precede their result
     with ending_in_one_line("stopped by SIGINT, nothing is written"):
         options = _parser().parse_args(arguments)
         print(prepare(options).text())
@@ -36,7 +36,7 @@ def prepare(options: Namespace) -> Report:
     """Write the rows, all or none.
 
     Raises:
-        ValueError: the output exists, there is nothing to read, or rows cannot be used.
+        ValueError: the output exists, no rows, or rows that cannot be used.
     """
     output = Path(options.output)
     if output.exists():
@@ -68,8 +68,8 @@ def _lines(options: Namespace, bad: BadRows, report: Report) -> Iterator[str]:
             raise ValueError(f"{options.name} is generated: there is nothing to read, leave {options.sources[0]} out")
         yield from map(_line, generate(options.name, ROWS if options.rows is None else options.rows, options.seed or 0))
         return
-    if given := [name for name in ("rows", "seed") if getattr(options, name) is not None]:
-        raise ValueError(f"--{given[0]} is of a generated task ({', '.join(DIFFICULTY)}), {options.name} is read")
+    if unused := [name for name in ("rows", "seed") if getattr(options, name) is not None]:
+        raise ValueError(f"--{unused[0]} is for generated tasks ({', '.join(DIFFICULTY)}); {options.name} is read")
     raw_set = RAW_SETS[options.name]
     sources = options.sources or [raw_set.hub_id]
     if sources == [None]:
@@ -101,9 +101,9 @@ def _parser() -> Parser:
         "sources", nargs="*", help=".jsonl, .json or .parquet files, folders or hub ids; default: the hub's"
     )
     parser.add_argument(
-        "--on-bad-row", choices=["error", "skip"], default="error", help="of rows that cannot be used; default: error"
+        "--on-bad-row", choices=["error", "skip"], default="error", help="for rows that cannot be used; default: error"
     )
-    parser.add_argument("--rows", type=int, help=f"of a generated task, by default {ROWS:,}")
+    parser.add_argument("--rows", type=int, help=f"number of a generated task's; default: {ROWS:,}")
     parser.add_argument("--seed", type=int, help="of a generated task")
     return parser
 

@@ -1,4 +1,4 @@
-"""Read the rows of .jsonl and .json files, each with the place it came from."""
+"""Read the rows of .jsonl and .json files, each with its place."""
 
 import json
 import re
@@ -12,14 +12,14 @@ MAX_LINE = 2**24  # bytes of a row; a longer line of a .jsonl file has lost its 
 
 
 class PlacedRow(NamedTuple):
-    """A row and where it stands, as `file:line`, for the messages about it."""
+    """A row, and its place as `file:line` for error messages."""
 
     row: dict[str, Any]
     place: str
 
 
 def read_jsonl(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
-    """Yield the readable rows of a file with a JSON object a line; the others go to `bad`."""
+    """Yield the readable rows of a file with one JSON object per line; add the others to `bad`."""
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_LINE):
@@ -60,10 +60,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
-    """Yield the readable rows of a file with a list in JSON; the others go to `bad`.
+    """Yield the readable rows of a file with a JSON list; add the others to `bad`.
 
     Raises:
-        ValueError: it is something else, or cut short.
+        ValueError: the content is not a JSON list, or cut short.
     """
     content, number = file.read_bytes(), 0
     try:
@@ -76,10 +76,10 @@ def read_json(file: Path, bad: BadRows) -> Iterator[PlacedRow]:
 
 
 def _elements(text: str) -> Iterator[str]:
-    """The elements of a JSON list, as they are written.
+    """Yield the text of each element of a JSON list.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not a JSON list.
     """
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
     at = space.match(text).end()

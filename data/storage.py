@@ -19,8 +19,8 @@ from huggingface_hub import constants, get_session, is_offline_mode
 
 FULL_DISK = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk is full, as far as the user's quota goes",
-    errno.EFBIG: "the disk is full, as far as the limit on the size of a file goes (ulimit -f)",
+    errno.EDQUOT: "the disk is full: the user's quota is used up",
+    errno.EFBIG: "the disk is full: the limit on the size of a file is reached (ulimit -f)",
 }
 POINTER = b"version https://git-lfs.github.com/spec/"  # first bytes of a git-lfs pointer
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
@@ -28,7 +28,7 @@ HUB_SECONDS = 10  # to wait for the hub's answer
 
 
 class DigestedFile(BufferedWriter):
-    """A new binary file whose XXH3 digest is made while it is written."""
+    """A new binary file whose XXH3 digest is computed during the write."""
 
     failure: OSError | None = None  # torch replaces it by an error without its cause
 
@@ -62,7 +62,7 @@ def digest_file(path: Path) -> str:
 
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that appears under its name when the block ends; what was there before stays until then.
+    """Open a file that gets its name when the block ends. An older file of that name stays until then.
 
     Args:
         mode: `w` for UTF-8 text, `wb` for bytes.
@@ -89,11 +89,11 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Make a directory to write in, which takes the name `path` when the block ends.
 
     Args:
-        replace: take the place of what is there.
+        replace: replace an older directory.
 
     Raises:
         ValueError: `path` exists and is not empty, unless `replace`.
-        OSError: it cannot be written, as on a full disk; what was there before is untouched.
+        OSError: it cannot be written, as on a full disk; an older directory is kept.
     """
     path = Path(path).expanduser().resolve()
     if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -110,7 +110,7 @@ def whole_directory(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Give a directory its name; a directory that has it makes way and is deleted afterwards."""
+    """Rename a directory to its name, then delete an older one of that name."""
     replaced = path.with_name(path.name + REPLACED)
     remove(replaced)
     if path.exists():
@@ -120,7 +120,7 @@ def publish(unfinished: Path, path: Path) -> None:
 
 
 def unfinished_of(path: Path) -> Path:
-    """The name of a file or directory while it is written."""
+    """Name of a file or directory during the write."""
     return path.with_name(path.name + UNFINISHED)
 
 
@@ -149,7 +149,7 @@ def lock_file(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a directory with all that is in it, as far as that can be done."""
+    """Delete a file, a link, or a directory with its content as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,11 +158,11 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name the file or directory, and the cause, where writing it fails.
+    """Name the file or directory and the cause if writing fails.
 
     Raises:
-        OSError: in the place of what the operating system, Arrow, safetensors or torch raised. An error of another file
-            that was read meanwhile stays as it is.
+        OSError: in place of an error of the operating system, Arrow, safetensors or torch. Errors of other files pass
+            unchanged.
     """
     try:
         yield
@@ -175,9 +175,9 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def find_full_disk(error: BaseException | None) -> str | None:
-    """Words for a full disk if an error, or one that it came from, is one; None otherwise.
+    """Message of a full disk if it caused an error; None otherwise.
 
-    torch and safetensors raise errors of their own, which hold the text of the system's.
+    Errors of torch and safetensors contain the text of the system's error.
     """
     while error is not None:
         for number, words in FULL_DISK.items():
@@ -188,16 +188,16 @@ def find_full_disk(error: BaseException | None) -> str | None:
 
 
 def refuse_links(*paths: Path) -> None:
-    """Refuse names that a run would write through, or could not write at all.
+    """Refuse paths that a run must not write through, or cannot replace.
 
     Raises:
-        ValueError: one is a symbolic link, or neither a file nor a directory.
+        ValueError: a path is a symbolic link, or neither a file nor a directory.
     """
     for path in paths:
         if path.is_symlink():
             raise ValueError(
-                f"{path} is a symbolic link to {os.readlink(path)}: a run replaces what it writes, it does not write "
-                "through links. Delete the link, or name another directory"
+                f"{path} is a symbolic link to {os.readlink(path)}: a run does not write through links. "
+                "Delete the link, or name another directory"
             )
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is neither a file nor a directory: delete it, or name another directory")
@@ -207,11 +207,11 @@ class Records(NamedTuple):
     """The content of a .jsonl file."""
 
     objects: list[dict[str, Any]]
-    ends: list[int]  # bytes of the file up to the end of each
+    ends: list[int]  # offset in bytes of the end of each
 
 
 def read_records(path: Path) -> Records:
-    """Read JSON objects, one a line; an end that a kill or a power cut has torn is left out, and noted on stderr.
+    """Read JSON objects, one a line. Drop a last line that a kill or power cut has cut short, and say so on stderr.
 
     Raises:
         ValueError: another line is not a JSON object; the message names it.
@@ -243,11 +243,10 @@ def _without_torn_end(content: bytes) -> bytes:
 
 
 class AppendedRecords:
-    """A .jsonl file that is appended to.
+    """A .jsonl file to append to.
 
     Args:
-        keep: bytes of the file that stay; the others make way when the first record comes, not before. By default all
-            whole lines.
+        keep: bytes of the file that stay; the first record replaces the rest. By default all whole lines stay.
 
     Raises:
         ValueError: it is a symbolic link.
@@ -268,17 +267,17 @@ class AppendedRecords:
             OSError: it cannot be written, or the file was deleted.
         """
         try:
-            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
-            there = False
-        if not there:
-            raise OSError(f"{self.path} was deleted or replaced while it was written to; start the same command again")
+            is_same = False
+        if not is_same:
+            raise OSError(f"{self.path} was deleted or replaced during the run; start the same command again")
         line = (json.dumps(record) + "\n").encode()
         with writing(self.path):
             if self._keep is not None:
                 self._file.truncate(self._keep)
                 self._keep = None
-            while line:  # a nearly full disk takes a part, and refuses the next
+            while line:  # a nearly full disk takes a part, then raises
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -287,15 +286,15 @@ class AppendedRecords:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that git-lfs has not fetched.
+    """Refuse a git-lfs pointer.
 
     Raises:
-        ValueError: it is a pointer.
+        ValueError: git-lfs has not fetched the file.
     """
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
-                raise ValueError(f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` brings it")
+                raise ValueError(f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` fetches it")
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
@@ -312,7 +311,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: there is none, or something else; the message names the file.
+        ValueError: the file is missing or has other content; the message names it.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -325,7 +324,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @cache
 def ask_hub() -> str | None:
-    """Why the hub does not answer; None if it does, or if the user has set the libraries offline.
+    """Return the error of a hub that does not answer; None if it answers, or if the user has set the libraries offline.
 
     The libraries would retry for minutes, so a silent hub switches them offline for the rest of the process.
     """
@@ -333,7 +332,7 @@ def ask_hub() -> str | None:
         return None
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of the HTTP library that huggingface_hub happens to use
+    except Exception as error:  # errors of the HTTP library of huggingface_hub
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT}: {first_line(error)}"
     return None

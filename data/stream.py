@@ -1,6 +1,6 @@
 """Batches of rows that are read during training, for data that is too large to be tokenized first.
 
-Every rank reads all rows in the order of the files, and shuffles them within windows. So a batch does not depend on the
+Every rank reads all rows in the order of the files and shuffles them within windows. A batch does not depend on the
 number of ranks, and a run resumes at the exact row.
 """
 
@@ -37,14 +37,16 @@ class Position:
 
 
 class StreamedBatches(IterableDataset):
-    """The micro-batches that this rank forwards in the optimizer steps after the start, or after a resumed position.
+    """This rank's micro-batches of successive optimizer steps.
 
     Attributes:
-        report: on the rows that were read since this run started.
+        report: on the rows read since this run started.
 
     Raises:
-        ValueError: while the rows are read, as `rows_of_files`, at the window with the error.
+        ValueError: during the iteration, at the window with the error; see `rows_of_files`.
     """
+
+    steps_per_epoch = None
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class StreamedBatches(IterableDataset):
                 yield to_device_ready(micro_batches)
 
     def __iter__(self) -> Iterator[tuple[list[Batch], Position, Report] | Exception]:
-        """Yield (micro-batches, position, report); yield an error, since a worker would raise it with its traceback."""
+        """Yield (micro-batches, position, report), or an error: a worker would add its traceback to a raised one."""
         try:
             yield from self._steps()
         except (ValueError, OSError) as error:
@@ -122,7 +124,7 @@ class StreamedBatches(IterableDataset):
             position = Position(position.epoch + 1, 0, 0, position.seen)
 
     def identity(self) -> tuple[int, str]:
-        """0 for the number of rows, which is unknown, and a digest of the files' outlines and of the tokenizer.
+        """0, as the number of rows is unknown, and a digest of the files' outlines and the tokenizer.
 
         Raises:
             ValueError: a file is missing.
@@ -139,7 +141,7 @@ class StreamedBatches(IterableDataset):
         return float(self._last.epoch)
 
     def position(self, step: int) -> dict[str, int]:
-        """Where to resume after `step` steps: those done at the last item of `loader`, or one less."""
+        """Position after `step` steps, the number of steps at the last item of `loader` or one less."""
         return asdict(self._positions[step])
 
     def resume(self, position: dict[str, int]) -> None:

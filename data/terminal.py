@@ -1,7 +1,7 @@
 """Escape control characters for the terminal, and end commands with one line.
 
-Each package with commands imports it first: their other imports take seconds, and a SIGINT during them must not become
-a traceback, or be lost in a library that catches whatever it meets.
+Packages with commands import this module first: their other imports take seconds. A SIGINT during them must neither
+print a traceback nor be caught by a library.
 """
 
 import os
@@ -24,12 +24,12 @@ _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code 
 
 
 def printable(text: object) -> str:
-    r"""Text in which characters that would command a terminal, or reorder what it shows, are written as `\x1b`."""
+    r"""Escape characters that control a terminal, or reorder its text, as `\x1b`."""
     return str(text).translate(_ESCAPES)
 
 
 def for_stdout(text: str) -> str:
-    """Text as it goes to stdout: printable on a terminal, exact into a file or a pipe."""
+    """Text for stdout: escaped on a terminal, exact in a file or pipe."""
     return printable(text) if sys.stdout.isatty() else text
 
 
@@ -38,11 +38,11 @@ def _stop_at_once(number: int, frame: object) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, f"{STOPPED}\n".encode())
     finally:
-        os._exit(128 + number)  # an exception could be caught by what is being imported
+        os._exit(128 + number)  # a module being imported could catch an exception
 
 
 def _starts_command() -> bool:
-    """Whether this process was started to run one of the commands; other programs keep their SIGINT."""
+    """Whether this process runs one of the commands; other programs keep their SIGINT."""
     if sys.argv[:1] == ["-m"]:  # while Python imports the package of the module
         return any(argument.removeprefix("-m") in MODULES for argument in sys.orig_argv)
     script = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
@@ -51,7 +51,7 @@ def _starts_command() -> bool:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Run a command after its imports: SIGINT raises KeyboardInterrupt, a reader that leaves ends it by SIGPIPE."""
+    """Run a command after its imports. SIGINT raises KeyboardInterrupt; a closed output ends the process by SIGPIPE."""
     starting = signal.getsignal(signal.SIGINT) is _stop_at_once
     if starting:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,7 +59,7 @@ def running() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # at exit it would be too late to handle
+            sys.stdout.flush()  # at exit an error could not be handled
     except BrokenPipeError:
         if not any(map(_unread, (1, 2))):  # it was another pipe
             raise
@@ -71,14 +71,14 @@ def running() -> Iterator[None]:
 
 
 def _unread(descriptor: int) -> bool:
-    """Whether it is a pipe whose reader has left."""
+    """Whether a descriptor is a pipe without a reader."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def table(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as lines of aligned cells: the first column to the left, the others to the right. None is an empty cell."""
+    """Rows as lines of aligned cells, the first column left, the others right. None is an empty cell."""
 
     def text(cell: object) -> str:
         return "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else printable(cell)
@@ -90,7 +90,7 @@ def table(rows: Iterable[Sequence[object]]) -> str:
 
 
 class Parser(ArgumentParser):
-    """Parses the arguments of `python -m MODULE`; its errors do not command the terminal."""
+    """Parses the arguments of `python -m MODULE`, and escapes its errors."""
 
     def __init__(self, module: str, description: str | None):
         super().__init__(f"python -m {module}", description=description, formatter_class=RawDescriptionHelpFormatter)
@@ -101,10 +101,10 @@ class Parser(ArgumentParser):
 
 @contextmanager
 def ending_in_one_line(stopped: str = STOPPED) -> Iterator[None]:
-    """Run a command: an error that explains itself ends it with one line and exit code 1, Ctrl-C with 130.
+    """Run a command. An expected error ends it with one line and exit code 1, Ctrl-C with 130.
 
     Args:
-        stopped: the line after Ctrl-C.
+        stopped: message after Ctrl-C.
     """
     try:
         with running():

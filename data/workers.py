@@ -1,4 +1,4 @@
-"""Worker processes that prepare batches ahead of time, and end with their rank."""
+"""Prepare batches ahead of time in worker processes, which end with their rank."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ PREFETCH = 4  # items that each worker prepares ahead of time
 
 
 def to_numpy(micro_batches: list[Batch]) -> list[dict[str, np.ndarray]]:
-    """Convert to arrays: they pass between processes in a quarter of the time that tensors of this size need."""
+    """Convert to arrays, which pass between processes four times faster than tensors of this size."""
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in micro_batches]
 
 
@@ -33,13 +33,13 @@ def to_device_ready(micro_batches: list[dict[str, np.ndarray]]) -> list[Batch]:
 def from_workers(
     dataset: Dataset, workers: int, steps: range | None = None, pack: Callable[[Any], Any] = to_numpy
 ) -> Iterator[Any]:
-    """Yield the items of a dataset, made ahead of time in worker processes, or in this process for 0 workers.
+    """Yield the items of a dataset, prepared ahead of time in worker processes, or in this process for 0 workers.
 
-    The workers end when the iteration is closed or fails, whatever they are doing. Otherwise a traceback could hold the
-    iterator up to the end of the process, which would then wait for workers that wait for the process.
+    The workers are killed when the iteration is closed or fails. Otherwise a traceback could keep the iterator alive to
+    the end of the process, which would wait for workers that wait for the process.
 
     Args:
-        steps: the items of a map-style dataset, in order.
+        steps: indices of the items of a map-style dataset, in order.
         pack: applied to each item in the worker.
     """
     loader = DataLoader(
@@ -63,8 +63,8 @@ def from_workers(
 def _follow_rank(worker: int) -> None:
     """Ignore the signals that a cluster sends to all processes, and end with the rank.
 
-    A rank that is asked to stop needs batches until its step ends. A worker does not notice that its rank was killed:
-    it waits for room in a pipe whose other end it holds open itself.
+    A rank that stops needs batches until its step ends. A worker does not notice that its rank was killed: it waits for
+    room in a pipe whose other end it holds open itself.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -77,7 +77,7 @@ def _follow_rank(worker: int) -> None:
 
 
 def _kill_workers(iterator: Any) -> None:
-    """Kill the workers of a loader's iterator: torch would wait 5 s for each, and then leave it alive."""
+    """Kill the workers of a loader's iterator: torch would wait 5 s for each and leave it alive."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None  # torch's handler raises an error
     try:

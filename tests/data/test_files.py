@@ -77,7 +77,7 @@ def test_a_folder_of_several_splits(tmp_path):
         write(tmp_path / f"{split}-00000.jsonl", json.dumps(ROW | {"source": split}))
     with pytest.raises(ValueError, match=rf"name one of its splits: {tmp_path}:test or {tmp_path}:train$"):
         read_rows([tmp_path])
-    with pytest.raises(ValueError, match=rf"no file of the folder is of a split dev; name one .*{tmp_path}:test"):
+    with pytest.raises(ValueError, match=rf"no file of the folder belongs to a split dev; name one .*{tmp_path}:test"):
         read_rows([f"{tmp_path}:dev"])
     [placed] = read_rows([f"{tmp_path}:test"])
     assert placed.row["source"] == "test"
