@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,10 @@ class Response:
     tokens: int  # up to the end-of-sequence token, which counts
     nfe: int  # forwards of the model with this row
     tokens_per_forward: float
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of the response in result files."""
+        return {"response": self.text, "nfe": self.nfe, "tokens_per_forward": self.tokens_per_forward}
 
 
 def generate(

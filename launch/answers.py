@@ -108,9 +108,7 @@ def answer_file(config: Config) -> None:
     def write(responses: list[Response], _: float | None) -> None:
         with whole_file(output) as lines:
             for placed, response in zip(rows, responses, strict=True):
-                nfe, tokens_per_forward = response.nfe, response.tokens_per_forward
-                added = {"response": response.text, "nfe": nfe, "tokens_per_forward": tokens_per_forward}
-                lines.write(json.dumps(with_fields(placed.row, added)) + "\n")
+                lines.write(json.dumps(with_fields(placed.row, response.fields())) + "\n")
 
     with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config, distributed.device)

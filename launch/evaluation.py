@@ -1,7 +1,6 @@
 """evaluate.py: score the responses of a model to the questions of a task."""
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
 from trainer.distributed import init_distributed
 from trainer.evaluation import Question, answer_all, questions_of
+from trainer.manifest import versions
 
 SHOWN = 6
 
@@ -70,14 +70,13 @@ def _record(
     return {
         "scores": scores,
         "config": to_dict(config),
-        "versions": {name: version(name) for name in ("diffllm", "torch", "transformers")},
+        "versions": versions(),
         "answers": [
             {
                 "prompt": question.messages,
                 "expected": task.reference(question.row),
-                "response": response.text,
+                **response.fields(),
                 "right": ok,
-                "nfe": response.nfe,
             }
             for question, response, ok in zip(questions, responses, right, strict=True)
         ],

@@ -1,7 +1,6 @@
 """Identity of a run: a checkpoint of another run in the same directory is refused."""
 
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from data import BatchSource, errors
 from trainer.checkpoint import find_newest
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed
-from trainer.manifest import candidates, check_version, check_whole, read_manifest
+from trainer.manifest import candidates, check_version, check_whole, read_manifest, versions
 from trainer.schema import differences
 
 
@@ -29,8 +28,7 @@ class Identity:
 
     def manifest(self, **progress: Any) -> dict[str, Any]:
         """Fields of checkpoint.json."""
-        versions = {name: version(name) for name in ("diffllm", "torch", "transformers")}
-        return {**asdict(self), "config": to_dict(self.config), "versions": versions, **progress}
+        return {**asdict(self), "config": to_dict(self.config), "versions": versions(), **progress}
 
     def check(self, path: Path) -> None:
         """Refuse a checkpoint of another run.

@@ -15,6 +15,11 @@ MANIFEST = "checkpoint.json"
 FIELDS = {"step": int, "config": dict, "versions": dict, "files": dict, "skipped_steps": int}
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {name: version(name) for name in ("diffllm", "torch", "transformers")}
+
+
 def path_of(directory: Path, step: int) -> Path:
     """Path of a step's checkpoint."""
     return directory / f"step_{step:08d}"
