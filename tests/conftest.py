@@ -1,4 +1,4 @@
-"""What several tests share. The environment is set before torch is imported."""
+"""Shared fixtures. The environment is set before torch is imported."""
 
 import json
 import os

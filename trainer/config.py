@@ -64,7 +64,7 @@ class TrainerConfig:
     resume: str = setting("auto", path=True)
     # console, wandb; metrics.jsonl is always written
     logger: list[str] = setting(["console"], choices=("console", "wandb"))
-    async_checkpoints: bool = True  # write them while training goes on, from a copy in the host's memory
+    async_checkpoints: bool = True  # write a copy in the host's memory while training continues
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
     max_nonfinite_steps: int = setting(10, at_least=0)  # more skipped ones than this end the run
@@ -143,7 +143,7 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
         config.micro_batch_size_per_gpu,
         config.gradient_accumulation_steps,
     )
-    given = (
+    numbers = (
         f"data.train_batch_size={total}, data.micro_batch_size_per_gpu={micro}, "
         f"data.gradient_accumulation_steps={accumulation}, ranks={ranks}"
     )
@@ -157,7 +157,7 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
         accumulation = total // (micro * ranks)
     if micro * accumulation * ranks != total:
         raise ValueError(
-            f"{given}: train_batch_size must be micro_batch_size_per_gpu × gradient_accumulation_steps × ranks; "
+            f"{numbers}: train_batch_size must be micro_batch_size_per_gpu × gradient_accumulation_steps × ranks; "
             "change one, or leave one out to derive it"
         )
     return BatchLayout(rank=rank, ranks=ranks, micro_batch_size=micro, micro_batches=accumulation)

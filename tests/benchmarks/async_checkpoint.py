@@ -1,4 +1,4 @@
-"""What a save costs the trainer: `python -m tests.benchmarks.async_checkpoint [DIRECTORY]`.
+"""Cost of a save for the trainer: `python -m tests.benchmarks.async_checkpoint [DIRECTORY]`.
 
 Saves the state of a model of some hundred MB several times, blocking and in the background, with a forward and backward
 pass after each as in training. Prints the medians of 5 of the time in which the trainer stands still.

@@ -1,4 +1,4 @@
-"""What digests cost: `python -m tests.benchmarks.checkpoint_digest [GIB] [DIRECTORY]`.
+"""Cost of digests: `python -m tests.benchmarks.checkpoint_digest [GIB] [DIRECTORY]`.
 
 Writes tensors with DCP as it is and with digests made while writing, in turn, and checks the digests afterwards. Prints
 medians of 5 in GB/s; files that were just written come from memory, so the check is not bound by the disk.

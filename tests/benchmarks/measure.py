@@ -22,7 +22,7 @@ def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """How far the process's resident memory rises above what it holds before (Linux); one call warms up."""
+    """Peak of the process's resident memory above its level before (Linux); one call warms up."""
     work()
     return peak_of(work)
 
@@ -30,7 +30,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def peak_of(work: Callable[[], object]) -> int:
     """The same of the first call."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # makes the peak start anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before

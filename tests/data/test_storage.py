@@ -1,4 +1,4 @@
-"""What is written is whole or not there, and what is broken is named."""
+"""Files are whole or absent, and errors name broken ones."""
 
 import errno
 import os
@@ -165,7 +165,7 @@ def test_links_and_devices_are_refused(tmp_path):
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    """Where an unfinished file or directory would stand, and where is appended."""
+    """Paths of unfinished files and directories, and of appended files."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / "a.json.unfinished").symlink_to(precious)

@@ -1,4 +1,4 @@
-"""A stream gives the same batches in any layout, and goes on exactly where it was left."""
+"""A stream gives the same batches in any layout, and resumes at the exact row."""
 
 import json
 from dataclasses import replace

@@ -12,7 +12,7 @@ from tests.data.rows import MESSAGES, prepared, row
 
 
 class TestSeveralTurns:
-    # as some checkpoints have it: the next answer is begun whether or not that is asked for
+    # as in some checkpoints: the template begins the next answer even without add_generation_prompt
     UNASKED = CHAT_TEMPLATES["llama3"].replace("{% if add_generation_prompt %}", "{{ '").replace("{% endif %}", "' }}")
 
     @pytest.fixture(params=["chatml", "llama3", "llada", "unasked"])

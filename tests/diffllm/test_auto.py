@@ -1,4 +1,4 @@
-"""Transformers' Auto classes on published checkpoints: no remote code runs and nothing is asked."""
+"""Transformers' Auto classes load published checkpoints without remote code or a question."""
 
 import json
 import shutil

@@ -99,7 +99,7 @@ def test_tokens_in_place_of_the_models(small_model):
 
 
 def generated_like(model, prompt, mask):
-    """What a model gives whose own mask is another token."""
+    """Output of a model whose own mask is another token."""
     before, model.mask_token_id = model.mask_token_id, mask
     try:
         return model.diffusion_generate(prompt, **SETTINGS).tolist()

@@ -1,4 +1,4 @@
-"""What is written: shards, types, code beside the weights, and keys that other tools read."""
+"""Exports: shards, dtypes, code beside the weights, and keys that other tools read."""
 
 import json
 import os

@@ -15,7 +15,7 @@ PROMPT = "Hi\n"
 
 
 class Scripted:
-    """Is sure of one response, whatever it is asked."""
+    """Predicts one response to every prompt."""
 
     device, mask_token_id, pad_token_id = torch.device("cpu"), None, None
     lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))

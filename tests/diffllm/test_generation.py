@@ -1,4 +1,4 @@
-"""What `diffusion_generate` takes from Transformers: streamers, logits processors and stopping criteria."""
+"""`diffusion_generate` with streamers, logits processors and stopping criteria of Transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the published Dream and LLaDA code gives, bitwise where the kernels are the same."""
+"""Results of the published Dream and LLaDA code, bitwise equal with the same kernels."""
 
 import json
 

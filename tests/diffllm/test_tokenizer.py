@@ -38,7 +38,7 @@ def test_chat_template_is_chatml():
 
 
 def render(template, generation=True):
-    """What a named template makes of a chat, with a tokenizer that has its tokens."""
+    """Text of a chat in a named template, with a tokenizer that has its tokens."""
     tokenizer = builtin_tokenizer()
     markers = ("<|begin_of_text|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     tokenizer.add_special_tokens({"additional_special_tokens": markers})

@@ -48,7 +48,7 @@ def config(checkpoint, tmp_path) -> Config:
 
 @pytest.fixture
 def whole(config, tmp_path) -> bytes:
-    """What a run without interruption writes."""
+    """Output of a run without interruption."""
     config = replace(config, output=str(tmp_path / "whole" / "out.jsonl"))
     answer(config)
     assert [file.name for file in Path(config.output).parent.iterdir()] == ["out.jsonl"]

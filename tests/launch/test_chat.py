@@ -30,7 +30,7 @@ class Talk(Chat):
         return line
 
     def hear(self, *lines: str | BaseException) -> str:
-        """What the chat shows for these lines."""
+        """Output of the chat for these lines."""
         self.lines = iter(lines)
         self.console.file.seek(0)
         self.console.file.truncate()

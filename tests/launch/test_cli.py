@@ -1,4 +1,4 @@
-"""What a user types and reads: exit codes, one clear line, and what the scripts write."""
+"""The command line: exit codes, one-line errors, files of the scripts."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What launch/ has for clusters, as far as it can be checked without one."""
+"""Cluster files of launch/, as far as they can be checked without a cluster."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ class Script:
 
 @pytest.fixture
 def slurm(tmp_path) -> Script:
-    """slurm.sbatch on the first of two nodes; what is asked of `scontrol requeue` goes to requeued.txt."""
+    """slurm.sbatch on the first of two nodes; `scontrol requeue` writes its arguments to requeued.txt."""
     script = Script(tmp_path, SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_CPUS_PER_TASK="4")
     script.stand_in("python", PRINT_ARGUMENTS)
     script.stand_in("srun", RUN_ARGUMENTS)

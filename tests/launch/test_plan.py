@@ -24,7 +24,7 @@ from trainer.parallel import recompute_activations
 COMMAND = ["model=dream_7b", "gpus=8", "gpu_memory=80", "data.max_length=2048", "data.micro_batch_size_per_gpu=4"]
 ROWS, LENGTH = 4, 256
 RECOMPUTED = {"hidden_size": 128, "num_key_value_heads": 2, "vocab_size": 2000, "enable_gradient_checkpointing": True}
-# Where activations of many layers, logits, or the layer that is computed again weigh most.
+# Shapes whose peak is in activations of many layers, logits, or a recomputed layer.
 SHAPES = {
     "layers": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 2},
     "logits": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 50_000},
@@ -54,7 +54,7 @@ def measured(shape: dict) -> int:
 
 @pytest.fixture(scope="module")
 def peaks():
-    """What each shape takes, measured in a process that gives freed memory back at once."""
+    """Memory of each shape, measured in a process that returns freed memory at once."""
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as process:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
         return dict(zip(SHAPES, process.map(measured, SHAPES.values()), strict=True))

@@ -131,7 +131,7 @@ def whole(cluster) -> Path:
 
 
 def warn(cluster: Cluster, job: str, run: Path) -> None:
-    """What Slurm does before the time limit."""
+    """Warn the job as Slurm does before the time limit."""
     cluster("scancel", "--batch", "--signal=USR1", job)
 
 

@@ -1,4 +1,4 @@
-"""How commands end before they have begun: SIGINT while they import, and readers of their output that leave."""
+"""SIGINT during the imports of a command, and closed outputs."""
 
 import os
 import signal
@@ -108,7 +108,7 @@ def test_how_else_a_command_ends(code, end):
 @pytest.mark.slow
 @every_command
 def test_sigint_at_many_moments(command, tmp_path):
-    """One command has ended before the last of them; a run that trains says it as it saves."""
+    """A command may end before the last SIGINT; a training run prints its message when it saves."""
     for tenths in (3, 6, 10, 15, 20, 25, 30, 35, 40, 50, 60):
         more = [f"trainer.output_dir={tmp_path}"] if command[0] == "train.py" else []
         process = start([*command, *more])

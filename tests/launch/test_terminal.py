@@ -1,4 +1,4 @@
-"""What models, rows and file names hold does not command the terminal, whichever way it gets there."""
+"""Control characters of models, rows and file names never reach the terminal."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""How many tokens are committed."""
+"""Number of committed tokens."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_linear_commits_the_share_of_the_time_step():
 
 
 def test_cosine_commits_few_tokens_first():
-    """What is left after step i of 10 is near cos(π/2 · i/10)."""
+    """The masked share after step i of 10 is near cos(π/2 · i/10)."""
     left = 1000 - np.cumsum(commits(1000, 10, "cosine"))
     expected = [1000 * math.cos(math.pi / 2 * i / 10) for i in range(1, 11)]
     assert left[:-1].tolist() == pytest.approx(expected[:-1], abs=10)

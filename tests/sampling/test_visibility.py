@@ -1,4 +1,4 @@
-"""Which positions a position sees."""
+"""Visibility: the positions that a position sees."""
 
 import pytest
 import torch

@@ -68,7 +68,7 @@ class Run:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
     def wait_for(self, condition, seconds: float = 120) -> None:
-        """Until something is so, while the run goes on."""
+        """Wait for a condition during the run."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.text
@@ -76,7 +76,7 @@ class Run:
             time.sleep(0.02)
 
     def seconds_to_end(self, most: float) -> float:
-        """How long it takes until no process is left."""
+        """Seconds until no process is left."""
         started = time.monotonic()
         while (taken := time.monotonic() - started) < most:
             self.process.poll()

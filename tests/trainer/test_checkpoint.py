@@ -198,7 +198,7 @@ def test_a_save_waits_for_the_one_before(small_run, monkeypatch):
 
 
 def test_what_is_saved_is_the_state_of_the_step(small_run):
-    """Training goes on while a checkpoint is written, from a copy."""
+    """Training continues while a copy is written."""
     blocking = train(small_run("blocking", trainer__save_checkpoint_steps=3, trainer__async_checkpoints=False))
     asynchronous = train(small_run("asynchronous", trainer__save_checkpoint_steps=3, trainer__keep_checkpoints=9))
     for step in ("step_00000009", "step_00000012"):
@@ -247,7 +247,7 @@ def test_a_finished_run_only_exports_again(small_run, finished_run):
 
 
 def test_a_checkpoint_that_is_being_written_survives_an_error(small_run, monkeypatch):
-    """What fails in the step after a save does not take the save with it."""
+    """An error in the step after a save does not stop the save."""
 
     def failing(self, step, *rest):
         if step == 5:

@@ -66,7 +66,7 @@ def test_whatever_is_raised_ends_the_run(tmp_path, ranks, place, how, rank, argu
 
 @pytest.mark.slow
 def test_torchrun_starts_it_again(tmp_path):
-    """Where it was asked to; the second attempt does not fail."""
+    """Fails at the given place in the first attempt only."""
     script = ROOT / "tests" / "trainer" / "failing.py"
     settings = ["trainer.max_steps=6", "trainer.save_checkpoint_steps=1", "trainer.output_dir=run", *SMALL]
     command = [*TORCHRUN, "--max-restarts=1", script, "clip", "error", "1", *settings]

@@ -1,4 +1,4 @@
-"""Signals end a run where a step ends, with a checkpoint, and the same command goes on."""
+"""A signal ends a run after the current step, with a checkpoint; the same command resumes."""
 
 import multiprocessing
 import os

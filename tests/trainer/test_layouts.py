@@ -37,7 +37,7 @@ def test_workers_change_not_a_bit(small_run):
 
 
 def test_ranks_change_nothing_and_checkpoints_move_between_them(small_run, train_on_two_ranks):
-    """Two ranks in several ways as one rank; half a run on two ranks goes on on one."""
+    """Two ranks in several layouts equal one rank; one rank resumes a run of two."""
     settings = {"data__resp_cutoff_ratio": 0.5, "trainer__val_check_interval": 25, "trainer__max_steps": 50}
     alone = train(small_run("alone", **settings))
     half = {"trainer__save_checkpoint_steps": 25, **settings}

@@ -1,4 +1,4 @@
-"""What a run reports at every step, and what its figures mean."""
+"""Metrics of every step, and their meaning."""
 
 import pytest
 import torch

@@ -80,7 +80,7 @@ def test_raise_names_the_rows_and_loses_nothing(small_run, fails, monkeypatch, k
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_in_the_first_step_nothing_is_lost_either(small_run, fails, monkeypatch, nonfinite):
-    """What is saved then is a state that no step has changed: the first that counts is Adam's first."""
+    """The checkpoint of step 0 has unchanged moments: the first applied step is Adam's first."""
     config = settings(trainer__nonfinite=nonfinite)
     whole = train(small_run("whole", **config))
     with monkeypatch.context():
@@ -99,7 +99,7 @@ def test_in_the_first_step_nothing_is_lost_either(small_run, fails, monkeypatch,
 
 
 def adam_steps(run):
-    """How often Adam has stepped, as each parameter's state says."""
+    """Adam's step counts in the states of all parameters."""
     directory = run / "checkpoints" / "step_00000006"
     metadata = SafeReader(directory).read_metadata().state_dict_metadata
     steps = {name: torch.tensor(0.0) for name in metadata if name.endswith(".step")}

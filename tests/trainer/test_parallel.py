@@ -43,7 +43,7 @@ def sharded_copy(small_run, path, **changes):
 
 
 def test_sharded_weights_and_rotary_frequencies_are_those_of_the_file(small_run, pretrained):
-    """Frequencies are in no file: every road has to make them."""
+    """No file holds the frequencies: each way of loading computes them."""
     whole = load_model(pretrained)
     sharded, tensors = sharded_copy(small_run, pretrained)
     assert tensors.keys() == dict(whole.named_parameters()).keys()

@@ -1,4 +1,4 @@
-"""The road for real models, on one that is small enough: SmolLM2-135M-Instruct becomes a diffusion model."""
+"""Adapt, train and export a real model that is small enough: SmolLM2-135M-Instruct."""
 
 import json
 from pathlib import Path

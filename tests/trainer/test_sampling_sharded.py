@@ -1,4 +1,4 @@
-"""Each rank samples its own prompts from a sharded model, and training goes on as if it had not."""
+"""Each rank samples its own prompts from a sharded model, and training is not affected."""
 
 from contextlib import suppress
 from dataclasses import replace

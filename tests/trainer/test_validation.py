@@ -49,7 +49,7 @@ def test_validation_runs_when_due_and_at_the_end(small_run):
 
 @pytest.fixture
 def tables(monkeypatch):
-    """What wandb gets as tables, by step."""
+    """Tables logged to wandb, by step."""
     logged = []
 
     class Wandb:
