@@ -111,21 +111,10 @@ class DiffusionGeneration:
                 rows; or a hook that changes the shape.
         """
         model, known = self.denoiser(), _provided(settings)
-        if (input_ids is None) == (inputs is None):
-            raise ValueError("give the prompts once: input_ids, or inputs as the published code calls them")
-        input_ids = inputs if input_ids is None else input_ids
-        _check_prompts(input_ids, attention_mask, model.vocab_size)
-        chosen, new_tokens = _choose(generation_config, known, input_ids.shape[1])
-        special = _special_tokens(model, chosen)
-        if tokenizer is not None:
-            special = replace(special, forbidden=ids_without_token(tokenizer, model.vocab_size))
-        pad = chosen["pad_token_id"]
-        if attention_mask is None and pad is not None and (input_ids[:, 0] == pad).any():
-            warnings.warn("input_ids begins with padding: give attention_mask, or it is attended", stacklevel=2)
-        if (copies := chosen["num_return_sequences"]) < 1:
-            raise ValueError(f"num_return_sequences={copies}: must be at least 1")
-        input_ids = input_ids.repeat_interleave(copies, 0)
-        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+        prompts = _check_prompts(input_ids, inputs, attention_mask, model.vocab_size)
+        chosen, new_tokens = _choose(generation_config, known, prompts.shape[1])
+        special = _special_tokens(model, chosen, tokenizer)
+        input_ids, attention_mask = _copies(prompts, attention_mask, chosen)
         config = _sampling_config(chosen, new_tokens, len(input_ids))
         _check(model, config, input_ids, attention_mask, streamer)
         show = None
@@ -162,12 +151,17 @@ class DiffusionGeneration:
         )
 
 
-def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Check prompts and their attention mask.
+def _check_prompts(
+    input_ids: Tensor | None, inputs: Tensor | None, attention_mask: Tensor | None, vocab_size: int
+) -> Tensor:
+    """Check prompts and their attention mask. Return the prompts.
 
     Raises:
         ValueError: prompts that are not token ids [B, P], or a mask of another shape.
     """
+    if (input_ids is None) == (inputs is None):
+        raise ValueError("give the prompts once: input_ids, or inputs as the published code calls them")
+    input_ids = inputs if input_ids is None else input_ids
     if (
         not isinstance(input_ids, Tensor)
         or input_ids.ndim != 2
@@ -184,6 +178,22 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}: must be that of input_ids, {list(input_ids.shape)}"
         )
+    return input_ids
+
+
+def _copies(input_ids: Tensor, attention_mask: Tensor | None, chosen: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Repeat prompts and mask `num_return_sequences` times.
+
+    Raises:
+        ValueError: less than once.
+    """
+    pad, copies = chosen["pad_token_id"], chosen["num_return_sequences"]
+    if attention_mask is None and pad is not None and (input_ids[:, 0] == pad).any():
+        warnings.warn("input_ids begins with padding: give attention_mask, or it is attended", stacklevel=3)
+    if copies < 1:
+        raise ValueError(f"num_return_sequences={copies}: must be at least 1")
+    mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+    return input_ids.repeat_interleave(copies, 0), mask
 
 
 def _choose(config: Any, explicit: dict[str, Any], prompt_length: int) -> tuple[dict[str, Any], int]:
@@ -253,8 +263,8 @@ def _new_tokens(settings: dict[str, Any], prompt_length: int, default: int) -> i
     return new_tokens
 
 
-def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
-    """Return the model's special tokens, replaced by those that the settings name.
+def _special_tokens(model: Any, chosen: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Tokens:
+    """Special tokens of the model, its tokenizer and the settings, which take precedence.
 
     Raises:
         ValueError: a token beyond the vocabulary, or a mask that is also the end.
@@ -271,6 +281,8 @@ def _special_tokens(model: Any, chosen: dict[str, Any]) -> Tokens:
                 raise ValueError(f"{name}={token!r}: must be a token below {model.vocab_size}")
     if mask in eos:
         raise ValueError(f"mask_token_id={mask}: is eos_token_id too")
+    if tokenizer is not None:
+        special = replace(special, forbidden=ids_without_token(tokenizer, model.vocab_size))
     return replace(special, mask=mask, eos=eos)
 
 
