@@ -158,6 +158,11 @@ def check_arguments(arguments: list[str]) -> None:
             "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
         )
     choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
+    if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
+        raise ValueError(
+            f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} already chooses the defaults of that objective; give "
+            f"the file another name, and begin it with `defaults: [{taken[0]}]`"
+        )
     choices["diffusion"] += OBJECTIVES
     names = sorted({*choices, *field_names()})
     for argument in arguments:

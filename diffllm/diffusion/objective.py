@@ -1,7 +1,7 @@
 """The protocol of an objective: noise rows, compute a loss, measure.
 
 Trainer, loader, validation and metrics know this protocol alone. To add an objective, write a file with a subclass of
-`ObjectiveConfig` and one of `Objective` into this package, and choices for it into `conf/diffusion/`.
+`ObjectiveConfig` and one of `Objective` into this package: its name becomes a choice of the group `diffusion`.
 """
 
 from abc import ABC, abstractmethod

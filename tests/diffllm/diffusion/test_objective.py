@@ -87,6 +87,14 @@ def test_its_fields_are_known_and_those_of_others_refused():
         resolve(compose("config", ["diffusion.every=3", "trainer.experiment_name=x"]))
 
 
+def test_a_choice_with_the_name_of_an_objective_would_include_itself(monkeypatch, tmp_path):
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion" / "by_place.yaml").write_text("defaults: [by_place]\n")
+    monkeypatch.setattr("launch.cli.CONF", tmp_path)
+    with pytest.raises(ValueError, match=r"conf/diffusion/by_place\.yaml: .*another name"):
+        check_arguments([])
+
+
 @pytest.mark.parametrize("name", ["blocks", None, ["masked"]])
 def test_an_unknown_objective_is_named_with_those_that_exist(name):
     with pytest.raises(ValueError, match=r"diffusion\.objective=.*masked"):
