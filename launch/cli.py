@@ -160,8 +160,8 @@ def check_arguments(arguments: list[str]) -> None:
     choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
     if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
         raise ValueError(
-            f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the choice of that objective's defaults; give the "
-            f"file another name, and begin it with `defaults: [{taken[0]}]`"
+            f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the objective with its defaults; give the file "
+            f"another name, and begin it with `defaults: [{taken[0]}]`"
         )
     choices["diffusion"] += OBJECTIVES
     names = sorted({*choices, *field_names()})

@@ -45,8 +45,8 @@ def train_job(debug: bool) -> float | None:
     """Run train.py with the overrides of this job on all devices of this machine.
 
     Returns:
-        The last val/elbo, or train/loss without validation, for a sweeper to minimise. None for a failed job: the
-        optuna sweeper counts a failed trial, whereas NaN would end the sweep.
+        The first validation metric, such as val/elbo, or train/loss without validation, for a sweeper to minimise. None
+        for a failed job: the optuna sweeper counts a failed trial, whereas NaN would end the sweep.
     """
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
@@ -71,7 +71,8 @@ def train_job(debug: bool) -> float | None:
         job["error"] = " ".join(cause.split())
     write_object(record, job)
     metrics = last_metrics(directory)
-    return None if job["error"] else metrics.get("val/elbo", metrics.get("train/loss"))
+    validated = [value for name, value in metrics.items() if name.startswith("val/")]
+    return None if job["error"] else validated[0] if validated else metrics.get("train/loss")
 
 
 def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, signal.Signals | None]:

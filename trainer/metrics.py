@@ -17,6 +17,7 @@ from trainer.config import TrainerConfig
 from trainer.distributed import Distributed
 
 WANDB_SECONDS = 20  # timeout of wandb when a run starts
+SHOWN = 3  # validation metrics on the console
 FINISH_SECONDS = 4  # timeout of wandb when a run has failed
 
 
@@ -96,11 +97,9 @@ class MetricsLog:
             loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
             self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update()
-            if "val/elbo" in metrics:
-                self._bar.write(
-                    f"step {step}: train loss {loss:.4f}, val elbo {metrics['val/elbo']:.4f} nats/token (perplexity ≤ "
-                    f"{metrics['val/perplexity_bound']:.3f}), masked accuracy {metrics['val/masked_accuracy']:.1%}"
-                )
+            validated = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("val/")]
+            if validated:
+                self._bar.write(f"step {step}: train/loss {loss:.4g}, {', '.join(validated[:SHOWN])}")
 
     def log_samples(self, step: int, samples: Sequence[ValSample]) -> None:
         """Print the sampled answers of a validation, and send them to wandb as the table `val/samples`."""

@@ -82,7 +82,7 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Metrics by name from the sums of `measure`."""
+        """Metrics by name from the sums of `measure`. The first one judges a model: lower is better."""
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}

@@ -57,13 +57,15 @@ def known(monkeypatch):
     ConfigStore.instance().store("by_third", {"defaults": ["by_place"], "every": 3}, group="diffusion")
 
 
-def test_it_is_trained_and_validated_in_any_layout(small_run):
+def test_it_is_trained_and_validated_in_any_layout(small_run, capsys):
     def run(name, **changes):
         config = small_run(name, **changes)
         config.diffusion = ByPlaceConfig()
         return metrics(train(config))
 
-    one = run("one")
+    one = run("one", trainer__logger=["console"])
+    assert "step 12: train/loss" in (shown := capsys.readouterr().out)
+    assert "val/nll" in shown
     assert run("split", data__micro_batch_size_per_gpu=2)[-1]["train/nll"] == pytest.approx(one[-1]["train/nll"])
     assert one[-1]["train/loss"] < one[0]["train/loss"]
     assert {"train/nll", "val/nll"} <= one[-1].keys()
