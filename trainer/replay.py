@@ -20,7 +20,7 @@ def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]
     """Run the rows of a failed step again, one by one, with the parameters before the step.
 
     Returns:
-        One dict per row: sample_index, t, masked, loss, largest_nll and grad_norm.
+        One dict per row: sample_index, t if the objective has it, masked, loss, largest_nll and grad_norm.
 
     Raises:
         ValueError: no such file, or no whole checkpoint.
@@ -49,7 +49,7 @@ def _run(model: DiffLLM, objective: Objective, row: Batch, denominator: float) -
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return {
         "sample_index": int(row["sample_index"]),
-        "t": float(row["t"].amax()),
+        **({"t": float(row["t"].amax())} if "t" in row else {}),  # not every objective has times
         "masked": int(row["masked"].sum()),
         "loss": float(loss.detach()),
         "largest_nll": float(output.nll.amax()) if len(output.nll) else 0.0,

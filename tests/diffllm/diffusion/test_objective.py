@@ -12,6 +12,9 @@ from diffllm.attention import visibility_of
 from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig
 from launch.cli import CONF, check_arguments
 from tests.trainer.runs import metrics, train
+from trainer.config import to_dict
+from trainer.nonfinite import FailedStep
+from trainer.replay import replay
 from trainer.schema import field_names, resolve
 
 
@@ -70,6 +73,19 @@ def test_it_is_trained_and_validated_in_any_layout(small_run, capsys):
     assert one[-1]["train/loss"] < one[0]["train/loss"]
     assert {"train/nll", "val/nll"} <= one[-1].keys()
     assert "train/elbo" not in one[-1]
+
+
+def test_a_step_of_it_that_was_not_finite_is_replayed(small_run, tmp_path):
+    config = small_run(trainer__max_steps=1)
+    config.diffusion = ByPlaceConfig()
+    checkpoint = train(config) / "checkpoints" / "step_00000001"
+    ids = torch.tensor([[70, 71, 72, 73]])
+    rows = {"input_ids": ids, "maskable": ids > 70, "position_ids": ids - 70, "attention_mask": torch.ones_like(ids)}
+    batch = ByPlace(config.diffusion, 1, 0).corrupt(rows | {"sample_index": torch.tensor([5])}, 0)
+    failed = FailedStep(2, 0, 1.0, torch.float32, [batch], to_dict(config), str(checkpoint))
+    [row] = replay(failed.write(tmp_path))
+    assert (row["sample_index"], row["masked"]) == (5, 1)
+    assert row["loss"] > 0
 
 
 def test_a_choice_of_the_command_line_brings_its_settings():
