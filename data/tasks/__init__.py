@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from data.errors import nearest
+from data.errors import nearest, twice
 from data.tasks.base import Task
 
 
@@ -11,11 +11,14 @@ def find_task(name: str) -> type[Task]:
     """Return the task with this name.
 
     Raises:
-        ValueError: no module of this package defines it.
+        ValueError: no module of this package defines it, or two tasks have one name.
     """
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    types = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    tasks = {each.name: each for each in types if issubclass(each, Task) and "name" in vars(each)}
-    if name not in tasks:
-        raise ValueError(f"task.name={name}: no such task; {nearest(name, sorted(tasks))}")
-    return tasks[name]
+    types = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    tasks = [each for each in types if issubclass(each, Task) and "name" in vars(each)]
+    by_name = {each.name: each for each in tasks}
+    if len(by_name) < len(tasks):
+        raise ValueError(f"data/tasks: task name {twice(each.name for each in tasks)}")
+    if name not in by_name:
+        raise ValueError(f"task.name={name}: no such task; {nearest(name, sorted(by_name))}")
+    return by_name[name]

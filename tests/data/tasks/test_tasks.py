@@ -20,6 +20,12 @@ def test_tasks_are_found_by_their_names():
         find_task("equatons")
 
 
+def test_two_tasks_cannot_have_one_name(monkeypatch):
+    monkeypatch.setattr("data.tasks.rows.Other", type("Other", (Rows,), {"name": "equations"}), raising=False)
+    with pytest.raises(ValueError, match="equations given twice"):
+        find_task("rows")
+
+
 @pytest.mark.parametrize(
     ("text", "error"), [("import nowhere", ImportError), ("from data.tasks.base import Task\nclass A(Task): ...", None)]
 )
