@@ -8,14 +8,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 from data.batches import TrainBatches  # noqa: E402
 from trainer import dcp, fsdp_sft_trainer, manifest, validation  # noqa: E402
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer  # noqa: E402
 
 PLACES = {
-    "start": (fsdp_sft_trainer, "build_model"),
+    "start": (fsdp_sft_trainer, "build_trainable"),
     "rows": (fsdp_sft_trainer, "build_batches"),
     "worker": (TrainBatches, "__getitem__"),
     "loss": (FSDPSFTTrainer, "compute_loss"),

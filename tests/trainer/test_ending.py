@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.trainer.failing import PLACES
 from tests.trainer.processes import SMALL, TORCHRUN, Run, failing, lines, training
 from trainer.distributed import Distributed, _portable, init_distributed, locked
 
@@ -56,6 +57,13 @@ FAILURES = [
     pytest.param(2, "publish", "disk", 0, (), marks=SLOW),
     pytest.param(2, "export", "disk", 0, (), marks=SLOW),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_places_exist(place):
+    """Most tests that use them are slow."""
+    owner, name = PLACES[place]
+    assert callable(getattr(owner, name))
 
 
 @pytest.mark.parametrize(("ranks", "place", "how", "rank", "arguments"), FAILURES)
