@@ -62,9 +62,9 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ weight·token loss through the vocabulary projection, a chunk of positions at a time.
 
-    Weights are known before the forward pass, and so is the gradient of each logit given its value. The gradients of
-    `hidden` and `head` are computed from a chunk's logits at once; logits are neither kept nor computed again. In bf16
-    the head's gradient is accumulated over chunks in bf16.
+    Weights are known before the forward pass, so it also computes the gradients of `hidden` and `head` from each
+    chunk's logits. Logits are neither kept nor recomputed. In bf16 the head's gradient is accumulated over chunks in
+    bf16.
 
     Args:
         hidden: [N, D] hidden states that predict the masked tokens.
