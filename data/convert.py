@@ -67,7 +67,7 @@ def from_gsm8k(row: Row) -> Row:
 
 
 def _without_marks(line: str) -> str:
-    # No mark ends after the last >>. A search there from each << would take quadratic time.
+    # No mark ends after the last >>. A search for one from each << would take quadratic time.
     marked, end, rest = line.rpartition(">>")
     return re.sub("<<.*?>>", "", marked + end) + rest
 

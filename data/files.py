@@ -54,7 +54,7 @@ def iterate(name: str | Path, bad: BadRows, stream: bool = False) -> Iterator[Pl
             found += 1
             yield placed
     if not found and bad.count == bad_before:
-        raise ValueError(f"{name}: there are no rows in it")
+        raise ValueError(f"{name}: it has no rows")
 
 
 def digest(name: str | Path) -> str:

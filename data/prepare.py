@@ -65,7 +65,7 @@ def _lines(options: Namespace, bad: BadRows, report: Report) -> Iterator[str]:
         if options.rows is not None and options.rows < 1:
             raise ValueError(f"--rows {options.rows}: must be at least 1")
         if options.sources:
-            raise ValueError(f"{options.name} is generated: there is nothing to read, leave {options.sources[0]} out")
+            raise ValueError(f"{options.name} is generated: leave {options.sources[0]} out")
         yield from map(_line, generate(options.name, ROWS if options.rows is None else options.rows, options.seed or 0))
         return
     if unused := [name for name in ("rows", "seed") if getattr(options, name) is not None]:

@@ -1,6 +1,6 @@
 """Diffusion language models: objectives, families and the model itself."""
 
-import data.terminal  # noqa: F401 — first, see there
+import data.terminal  # noqa: F401 — first: see its docstring
 import diffllm.auto  # noqa: F401 — registers the families with Transformers
 from diffllm.config import ModelConfig
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion

@@ -49,7 +49,7 @@ def readable(name: str, what: str) -> Iterator[None]:
         if 0 < len(files) <= MOST_NAMED:
             reason += f" from {', '.join(file.name for file in files)}"
         if silence:
-            reason = f"there is no answer ({silence}); {reason}"
+            reason = f"the hub does not answer ({silence}); {reason}"
         raise ValueError(f"model.path={name}: {_advice(name, reason)}") from error
 
 
@@ -83,12 +83,12 @@ def _advice(name: str, reason: str) -> str:
     if path.is_dir() and not (path / "config.json").exists():
         below = [str(file.parent) for file in sorted(path.glob("*/config.json"))]
         hint = f"did you mean {' or '.join(below)}?" if below else "give one that holds a model"
-        return f"there is no config.json in it; {hint}"
+        return f"it has no config.json; {hint}"
     if path.exists():
         return reason
     if not HUB_ID.fullmatch(name):
         return "no such directory, and no hub id either"
     return (
-        f"there is no directory {path.resolve()}; from the hub, or what is kept of it in {constants.HF_HUB_CACHE}, "
-        f"{reason}. Give the path of a directory: `hf download {name} --local-dir DIR` makes one where there is a hub"
+        f"no directory {path.resolve()}; from the hub or its cache {constants.HF_HUB_CACHE}: {reason}. Give the path "
+        f"of a directory, such as `hf download {name} --local-dir DIR` makes"
     )

@@ -51,7 +51,7 @@ class CheckpointSource:
         with readable(name, "config.json"):
             published, _ = PreTrainedConfig.get_config_dict(directory, gguf_file=file)
             if not published:
-                raise OSError("it is empty, or there is none")
+                raise OSError("it is empty or missing")
         if not isinstance(published, dict):
             raise ValueError(f"{name}: config.json is not a JSON object")
         check_values(published, name)

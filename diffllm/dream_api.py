@@ -302,7 +302,7 @@ def _check(
             f"of {context} tokens"
         )
     if config.stop or config.forbidden:
-        raise ValueError("stop and forbidden are text: give stopping_criteria and logits_processor here")
+        raise ValueError("stop and forbidden are texts: give stopping_criteria and logits_processor instead")
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"streamer: shows one row, input_ids has {len(input_ids)}")
 

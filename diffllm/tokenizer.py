@@ -80,7 +80,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
                 raise
             raise ValueError("it is code of the checkpoint's own, and remote code does not run") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # without files Transformers makes an empty one
-        raise ValueError(f"model.path={source}: no tokenizer files there")
+        raise ValueError(f"model.path={source}: no tokenizer files")
     tokenizer.name_or_path = source
     return tokenizer
 
@@ -99,7 +99,7 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
         unused = {token for token in special if token not in template} - used
         raise ValueError(
             f"model.mask_token={mask_token}: {'a text' if of_texts else 'the chat template'} may contain "
-            f"it; name an unused special token ({', '.join(sorted(unused)) or 'there is none'}), or a new one"
+            f"it; name an unused special token ({', '.join(sorted(unused)) or 'none'}), or a new one"
         )
     if not known and re.search(r"[\s=]", mask_token):
         raise ValueError(f"model.mask_token={mask_token}: a new token has no spaces and no =; {MASK_TOKEN} will do")

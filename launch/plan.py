@@ -141,7 +141,7 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
     Raises:
         ValueError: no file has the shape, or the context is shorter than data.max_length.
     """
-    attention = "sdpa"  # FlashAttention keeps the same tensors, and may not be installed here
+    attention = "sdpa"  # FlashAttention keeps the same tensors, and may not be installed
     if config.model.path is None:
         file = f"conf/model/{choice}.yaml"
         with torch.device("meta"):

@@ -28,7 +28,7 @@ def needs_refresh(row: RowState) -> bool:
 def computed(row: RowState) -> np.ndarray:
     """[L] positions that the row's next forward computes without a refresh.
 
-    The left neighbour of each candidate is among them: models with shifted logits predict from there.
+    The left neighbour of each candidate is among them: models with shifted logits predict from it.
     """
     step, active = row.step, np.zeros(len(row), dtype=bool)
     active[row.masked(step.end)] = True

@@ -1,3 +1,3 @@
 """FSDP2 training: optimizer, checkpoints, metrics and the loop."""
 
-import data.terminal  # noqa: F401 — first, see there
+import data.terminal  # noqa: F401 — first: see its docstring

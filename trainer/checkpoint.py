@@ -182,7 +182,7 @@ class Checkpoints:
             if self.state.distributed.is_main:
                 self._discard()
             newest = next((path for path in candidates(self.directory) if find_defect(path) is None), None)
-            advice = "Free space there" if find_full_disk(error) else "Remove the cause"
+            advice = "Free space" if find_full_disk(error) else "Remove the cause"
             raise OSError(
                 f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: {newest}. "
                 f"{advice} and start again to resume from it"

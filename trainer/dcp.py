@@ -1,6 +1,6 @@
 """Write with torch.distributed.checkpoint and digests; read without running code from a file.
 
-DCP pickles its `.metadata` and every entry that is not a tensor; a stranger's checkpoint could hold any code there. So
+DCP pickles its `.metadata` and every entry that is not a tensor; a stranger's checkpoint could hold any code. So
 only tensors are saved, an unpickler that knows DCP's own classes reads `.metadata`, and nothing else is unpickled.
 """
 

@@ -122,7 +122,7 @@ class MetricsLog:
 
 
 def _wandb_table(step: int, samples: Sequence[ValSample]) -> Any:
-    import wandb  # slow to import, and only needed here
+    import wandb  # slow to import, and rarely needed
 
     return wandb.Table(["step", *ValSample._fields], [[step, *sample] for sample in samples])
 
@@ -133,7 +133,7 @@ def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path,
     Raises:
         ValueError: wandb has no key or does not answer.
     """
-    import wandb  # slow to import, and only needed here
+    import wandb  # slow to import, and rarely needed
 
     id_file = directory / "wandb_id"
     if not done or not id_file.is_file():

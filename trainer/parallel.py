@@ -159,7 +159,7 @@ def read_weights(model: DiffLLM, source: str) -> None:
         reader = HuggingFaceStorageReader(str(directory))
         saved = {name: tuple(item.size) for name, item in reader.read_metadata().state_dict_metadata.items()}
     if not saved:
-        raise ValueError(f"model.path={source}: no .safetensors files there; train from a checkpoint that has them")
+        raise ValueError(f"model.path={source}: no .safetensors files; train from a checkpoint that has them")
 
     weights = _published_weights(model)
     unexpected = saved.keys() - weights.keys()

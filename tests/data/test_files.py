@@ -33,7 +33,7 @@ def test_jsonl_and_parquet_rows_come_in_order_with_their_place(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "no such file or folder"),
-        ("empty.jsonl", "", "there are no rows in it"),
+        ("empty.jsonl", "", "it has no rows"),
         ("bad.jsonl", '{"question": "a"}\n{"question": \n', r"bad\.jsonl:2: not JSON"),
         ("list.jsonl", "[1]\n", r"list\.jsonl:1: a row is a JSON object, this is list"),
         ("rows.csv", "a,b\n", r"end in \.jsonl, \.json, \.parquet"),

@@ -143,12 +143,12 @@ class TestBadCheckpoints:
             load_model(tmp_path / "nowhere")
 
     def test_what_is_no_model(self, copy, tmp_path):
-        with pytest.raises(ValueError, match=rf"{tmp_path}: there is no config\.json in it; did you mean {copy}\?"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}: it has no config\.json; did you mean {copy}\?"):
             load_model(tmp_path)
         with pytest.raises(ValueError, match=r"config\.json: a model is a directory, a hub id or a \.gguf file"):
             load_model(copy / "config.json")
         (copy / "config.json").unlink()
-        with pytest.raises(ValueError, match=rf"{copy}: there is no config\.json in it; give one that holds a model"):
+        with pytest.raises(ValueError, match=rf"{copy}: it has no config\.json; give one that holds a model"):
             load_model(copy)
 
     def test_unknown_family(self, copy):
@@ -214,7 +214,7 @@ class TestBadCheckpoints:
             load_model(tmp_path / "copy")
 
     def test_no_tokenizer(self, copy):
-        with pytest.raises(ValueError, match="no tokenizer files there"):
+        with pytest.raises(ValueError, match="no tokenizer files"):
             load_tokenizer(copy)
 
 

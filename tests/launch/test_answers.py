@@ -189,7 +189,7 @@ def test_mistakes_are_named_before_anything_is_sampled(config, sampled, tmp_path
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("")
-    refused(r"rows\.jsonl: there are no rows in it", input=str(rows))
+    refused(r"rows\.jsonl: it has no rows", input=str(rows))
     rows.write_text('{"question": "Hi"}\n\n{"question": "' + "Hi" * 1024 + '"}\n')
     refused(r"rows\.jsonl:3: a prompt of 2\d+ tokens and .*=12 do not fit .* context of 2048", input=str(rows))
     rows.write_text('{"question": "Hi"}\n{"id": 1}\n')

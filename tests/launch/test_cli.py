@@ -240,7 +240,7 @@ def test_train_sample_evaluate(script, tmp_path):
         (["prompt=Hi", "input=a.jsonl"], ["one of prompt="]),
         (["input=a.jsonl"], ["output=FILE.jsonl"]),
         (["input=a.jsonl", "output=b.jsonl"], ["a.jsonl", "no such file or folder"]),
-        (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer files there"]),
+        (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer files"]),
         (["prompt=Hi", "model.path=Dream-org/Dream-v0-Base-7B"], ["no directory", "hub", "hf download"]),
         (["prompt=Hi", "model.path=nowhere.gguf"], ["model.path=nowhere.gguf: no such file"]),
         (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}/x/y"], ["dream_tiny/x/y: no such directory"]),

@@ -96,7 +96,7 @@ class TestWeightsThatDoNotFit:
 
     def test_no_safetensors(self, small_run, pretrained):
         (pretrained / "model.safetensors").rename(pretrained / "model.bin")
-        with pytest.raises(ValueError, match=r"no \.safetensors files there"):
+        with pytest.raises(ValueError, match=r"no \.safetensors files"):
             sharded_copy(small_run, pretrained)
 
     def test_a_hub_that_cannot_be_reached(self, small_model):
