@@ -158,7 +158,7 @@ def _optional(row: Row, name: str) -> str | None:
 
 
 def _only(row: Row, name: str) -> str:
-    """The text of a list that must hold one."""
+    """The only text of a list."""
     texts = row[name]
     if not isinstance(texts, list):
         raise ValueError(f"field '{name}' must be a list of one text, not {kind_of(texts)}")

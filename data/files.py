@@ -26,7 +26,7 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::(\w+))?")  # owner/nam
 
 
 def read_rows(names: Iterable[str | Path]) -> list[PlacedRow]:
-    """All rows of all files, in order.
+    """Read the rows of all files, in order.
 
     Raises:
         ValueError: see `iterate`, or unreadable rows, see `BadRows`.

@@ -237,7 +237,7 @@ def read_records(path: Path) -> Records:
 
 
 def _without_torn_end(content: bytes) -> bytes:
-    """Whole lines; a power cut can leave NULs behind them."""
+    """Whole lines; a power cut can leave NULs after them."""
     written = content.rstrip(b"\0")
     return written[: written.rfind(b"\n") + 1]
 
