@@ -66,7 +66,7 @@ class BatchSource(Protocol):
         """State to resume after `step` steps; empty if the step number is enough.
 
         Args:
-            step: number of steps at the last item of `loader`, or one less.
+            step: number of steps after the last item of `loader`, or before it.
         """
 
     def resume(self, position: dict[str, int]) -> None:
@@ -74,10 +74,10 @@ class BatchSource(Protocol):
 
 
 class TrainBatches(Dataset):
-    """Dataset whose item s holds this rank's micro-batches of optimizer step s.
+    """Dataset whose item s holds this rank's micro-batches of the step that follows s optimizer steps.
 
     Each epoch visits the rows in a new order and leaves out those that do not fill a global batch. An epoch of a
-    mixture has as many rows; a row can occur several times, each time with other noise.
+    mixture has as many rows as all sources together; a row can occur several times, each time with other noise.
 
     Raises:
         ValueError: fewer rows than a global batch.
@@ -193,7 +193,7 @@ def group_by_length(
 
 
 def mix(source: np.ndarray, weights: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """[rows] sample indices drawn from each source by its weight: all its rows in turn, in random order.
+    """[rows] sample indices, as many of each source as its weight gives. All its rows are used before any repeats.
 
     Args:
         source: [rows] index of each row's source.
@@ -229,8 +229,8 @@ def _repeats(order: np.ndarray) -> np.ndarray:
 class ValBatches:
     """Validation batches of one rank, the same at every iteration: uncut rows with the noise of epoch 0.
 
-    Every rank has the same number of batches, since all ranks forward together. Fill the last batches with the first
-    row, unmasked.
+    Every rank has the same number of batches, since all ranks forward together. Places left in the last batches hold
+    the first row with nothing to mask.
     """
 
     def __init__(self, rows: TokenRows, layout: BatchLayout, eos_token_id: int, noise: Noise):

@@ -18,7 +18,7 @@ class Response:
 
     row_id: int  # number of the prompt
     text: str  # up to the end-of-sequence token or stop string
-    tokens: int  # up to the end-of-sequence token, which counts
+    tokens: int  # up to and including the token that ends the response
     nfe: int  # forwards of the model with this row
     tokens_per_forward: float
 
@@ -102,7 +102,7 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
-    # Tokens that decode to another text could end a response too early: `is_complete` finds such a stop string.
+    # Tokens that do not decode to their stop string could match another text: `is_complete` finds such a string.
     stop = [ids for text, ids in zip(config.stop, stop, strict=True) if tokenizer.decode(ids) == text]
     # Published models also end with the token that ended a turn, or padded an answer, in their training.
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]

@@ -64,7 +64,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
     @property
     def special_tokens(self) -> Tokens:
-        """Special tokens for the sampler."""
+        """Special tokens of `diffusion_generate`: the end is config.json's alone, as in the published code."""
         return Tokens(mask=self.mask_token_id, eos=(self.eos_token_id,), forbidden=self.unnamed_ids)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,11 +94,16 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             weights: [B, L] float32, weights of the masked tokens in the loss.
             attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
-            focal: former name of `token_loss`.
-            visible: [B, L, L] bool, `pairs` of a visibility.
+            focal: former name of `token_loss`; wins if both are given.
+            visible: [B, L, L] bool, whether the first position sees the second.
             token_loss: function of a token's nll.
-            visibility: replaces `attention_mask` and `visible`.
+            visibility: in place of `attention_mask` and `visible`.
+
+        Raises:
+            ValueError: `visibility` together with one of them, or see `hidden`.
         """
+        if visibility is not None and (attention_mask is not None or visible is not None):
+            raise ValueError("visibility is given, leave out attention_mask and visible")
         visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
         where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
         hidden = self.hidden(x_t, _positions(x_t, position_ids), visibility, *where)
@@ -139,7 +144,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
                 and their left neighbours if the family shifts.
 
         Raises:
-            ValueError: the model's attention supports neither this visibility nor this cache.
+            ValueError: the model's attention does not support this visibility or this cache.
         """
         if visibility.needs_pairs and (self.unpad or self.windowed):
             raise ValueError(

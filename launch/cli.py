@@ -53,7 +53,6 @@ for name, objective in OBJECTIVES.items():
     settings = defaults(objective.settings)
     OmegaConf.set_struct(settings, False)  # settings of another objective are refused by `resolve`
     ConfigStore.instance().store(name, settings, group="diffusion")
-OmegaConf.register_new_resolver("run_name", lambda overrides: run_name(overrides))
 
 
 def run_name(overrides: str) -> str:
@@ -62,6 +61,9 @@ def run_name(overrides: str) -> str:
         return "default"
     name = re.sub(r"[^\w.+-]", "-", overrides.replace(",", "__"))  # characters that need no quotes
     return name if len(name) <= 100 else f"{name[:91]}_{sha1(overrides.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("run_name", run_name)
 
 
 def entry(run: Callable[[Config], None]) -> Callable[[], None]:
@@ -106,8 +108,9 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
 def user_errors(debug: bool) -> Iterator[None]:
     """End the process with a message and exit code 1 on an expected error, with 130 on Ctrl-C.
 
-    Before the process group exists all ranks fail alike: local rank 0 prints at once, the others after SPEAK_SECONDS,
-    if still alive. torchrun repeats the error at the end of its report. Debug mode shows the traceback.
+    Errors before the process group exists usually hit all ranks. Local rank 0 prints its error at once, the others
+    after SPEAK_SECONDS, when torchrun has usually ended them. torchrun repeats the error at the end of its report.
+    Debug mode shows the traceback.
     """
     try:
         with running():
@@ -172,8 +175,8 @@ def check_arguments(arguments: list[str]) -> None:
             override = OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise ValueError(
-                f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}. Quote a value with signs or "
-                "spaces, and once more for the shell: 'NAME=\"VALUE\"'"
+                f"{argument}: cannot be read as NAME=VALUE, {str(error).splitlines()[0]}. Put a value with signs or "
+                "spaces in double quotes, and once more for the shell: 'NAME=\"VALUE\"'"
             ) from error
         key = override.key_or_group
         if key in ("hydra/launcher", "hydra/sweeper"):

@@ -4,8 +4,9 @@ Attention in both directions makes every position depend on every other, so a ca
 refreshed. The kinds differ only in which positions a step computes:
 
 `prefix` the open block and all that follows (Fast-dLLM, arXiv 2505.22618) · `dual` the open block alone (ibid.) ·
-`delayed` all masked positions, and those that the step before changed (dKV-Cache, arXiv 2505.15781). The first forward
-of a block and every `cache_refresh`-th forward compute all positions; `cache_refresh=1` is exact.
+`delayed` all masked positions (dKV-Cache, arXiv 2505.15781). The first forward
+of a block and every `cache_refresh`-th forward compute all positions; with 1 every forward does, which is exact.
+All kinds compute candidates and their left neighbours, and positions that the step before changed.
 """
 
 from collections.abc import Sequence
@@ -55,11 +56,11 @@ class CanvasCache(Cache):
     def __init__(self):
         super().__init__(layers=[])
         self.kept: list[list[Tensor]] = []  # of each layer, keys and values
-        self.width = self.rows_kept = 0
+        self.width = self.n_rows = 0
         self.rows = self.columns = self.place = None
 
     def arrange(self, kept: Sequence[int | None], width: int) -> None:
-        """Reorder rows as the batch did: row i was row kept[i], or is new (None). Pad or cut rows to `width`."""
+        """Reorder rows as the batch did; pad or cut them to `width`. kept[i] is the old index of row i, None if new."""
         old = [i for i, before in enumerate(kept) if before is not None]
         before = [kept[i] for i in old]
         for layer in self.kept:
@@ -77,7 +78,7 @@ class CanvasCache(Cache):
             rows: [b] indices in the batch.
             active: [b, L] bool, positions to compute; None for all.
         """
-        self.rows, self.rows_kept = rows, batch_size
+        self.rows, self.n_rows = rows, batch_size
         if active is None:
             self.columns = self.place = None
             return
@@ -91,7 +92,7 @@ class CanvasCache(Cache):
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object):
         """Store keys and values [b, H, Q, D] of the computed columns; return those of all columns [b, H, L, D]."""
         if layer_idx == len(self.kept):
-            empty = key.new_zeros(self.rows_kept, key.shape[1], self.width, key.shape[3])
+            empty = key.new_zeros(self.n_rows, key.shape[1], self.width, key.shape[3])
             self.kept.append([empty, empty.clone()])
         return tuple(self._replace(kept, new) for kept, new in zip(self.kept[layer_idx], (key, value), strict=True))
 
@@ -100,7 +101,7 @@ class CanvasCache(Cache):
             kept[self.rows] = new
             return new
         kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
-        return kept if len(self.rows) == self.rows_kept else kept[self.rows]
+        return kept if len(self.rows) == self.n_rows else kept[self.rows]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -77,12 +77,12 @@ class RowState:
         length = self.config.block_length or len(self)
         ends = [*range(self.canvas.prompt_length + length, len(self), length), len(self)]
         masked = self.masked()
-        first = min(self.canvas.prompt_length, *masked[:1])
+        first = min([self.canvas.prompt_length, *masked[:1]])
         blocks = zip([first, *ends[:-1]], ends, strict=True)
         return [(start, end) for start, end in blocks if ((start <= masked) & (masked < end)).any()]
 
     def _plan(self) -> Iterator[Step]:
-        """Yield each step after the one before it was carried out. Steps that change nothing are left out."""
+        """Yield steps lazily: each depends on the tokens after the one before. Leave out steps that change nothing."""
         config, number = self.config, 0
         blocks = self._blocks()
         for (start, end), block_steps in zip(blocks, share_steps(config.steps, len(blocks)), strict=True):
@@ -147,7 +147,7 @@ class RowState:
         self.commit_entropy[self.committed] = entropy[chosen]
 
     def _least_probable(self, step: Step, draws: np.ndarray) -> np.ndarray:
-        """Positions to mask again: as many as ReMDM-cap, drawn as ReMDM-conf does by softmax(-commit_prob)."""
+        """Positions to mask again, drawn without replacement with weights softmax(-commit_prob), as in ReMDM-conf."""
         committed = self._committed(step.end)
         order = np.argsort(self.commit_prob[committed] - gumbel(draws[committed]), kind="stable")
         return committed[order[: step.n_remask]]

@@ -32,7 +32,7 @@ class SampledRow:
     canvas: Canvas
     tokens: list[int]  # [L] the whole row
     response: list[int]  # after the prompt, before the end-of-sequence token
-    new_tokens: int  # filled in, up to the end-of-sequence token, which counts
+    new_tokens: int  # filled in, up to and including the token that ends the response
     nfe: int  # forwards of the model with this row
     history: list[np.ndarray] | None  # [L] each, after every step
 
@@ -114,7 +114,7 @@ def fill_with_hooks(
         logits_hook: `logits = hook(step, x, logits)` on all logits [B, L, V] before tokens are drawn.
 
     Raises:
-        ValueError: a hook returned another shape.
+        ValueError: a hook returned another shape, or rows need different numbers of steps.
     """
 
     def call(hook, name: str, step: int | None, logits: Tensor | None, before: Tensor) -> Tensor:
@@ -129,7 +129,9 @@ def fill_with_hooks(
     rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
     batch = Batch(model, config, special)
     batch.set_rows(rows)
-    while rows[0].step is not None:
+    while any(row.step is not None for row in rows):
+        if any(row.step is None for row in rows):
+            raise ValueError("hooks need rows with equally many steps: let all rows have masks in the same blocks")
         step, logits = rows[0].step.number, batch.logits()
         if logits_hook is not None:
             logits = call(logits_hook, "logits_hook", step, logits, logits)
@@ -216,9 +218,9 @@ def sample(
 
 
 def _check_hooks(config: SamplingConfig, watchers: dict[str, Any]) -> None:
-    if any(watcher is not None for watcher in watchers.values()):
-        raise ValueError(f"hooks go without {', '.join(watchers)}")
+    if others := [name for name, watcher in watchers.items() if watcher is not None]:
+        raise ValueError(f"tokens_hook and logits_hook go without {', '.join(others)}: leave it out")
     if config.cache != "none":
         raise ValueError(f"sampling.cache={config.cache}: hooks see all logits, set sampling.cache=none")
     if config.adaptive:
-        raise ValueError(f"sampling.transfer={config.transfer}: hooks need a scheduled one ({', '.join(SCHEDULED)})")
+        raise ValueError(f"sampling.transfer={config.transfer}: hooks need one of {', '.join(SCHEDULED)}")

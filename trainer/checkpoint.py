@@ -35,12 +35,12 @@ from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
 from trainer.distributed import Distributed
 from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
 
-LAST_SAVE_SECONDS = 4  # that a failing run waits for a running save
+LAST_SAVE_SECONDS = 4  # how long a failing run waits for an unfinished save
 
 
 @dataclass
 class TrainingState:
-    """State that a step changes. Data position and learning rate are functions of the step number in the manifest.
+    """State that a step changes. The rest follows from the step number, and the position of a stream, in the manifest.
 
     Frozen weights are left out: the run reads them from their source. So are the optimizer's hyperparameters, which
     the configuration holds.
@@ -51,7 +51,7 @@ class TrainingState:
     distributed: Distributed
 
     def __post_init__(self) -> None:
-        """Create the optimizer's moments, as torch would when they are first read, and undo the step that it counts."""
+        """Create zero moments: torch would create them at the first read, by a step that counts."""
         get_optimizer_state_dict(self.model, self.optimizer)
         for moments in self.optimizer.state.values():
             moments["step"].zero_()
@@ -97,7 +97,7 @@ class Checkpoints:
     but the newest `keep` are deleted.
 
     Args:
-        broken: checkpoints that are not whole. They are not counted and not deleted.
+        broken: damaged checkpoints. They do not count toward `keep` and are not deleted, unless they are unfinished.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Checkpoints:
             self._copied = None
 
     def poll(self) -> bool:
-        """Publish the pending checkpoint if it is written. Rank 0 does it, whose save ends last.
+        """Publish the pending checkpoint if it is written. Only rank 0 does, after all ranks have written their files.
 
         Returns:
-            Whether the save failed; `wait` then raises its error.
+            Whether it failed. `wait` then tries again to publish it, or raises the error.
         """
         if self._pending is None or not self._pending.done():
             return False
@@ -181,11 +181,10 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             if self.state.distributed.is_main:
                 self._discard()
-            newest = next((path for path in candidates(self.directory) if find_defect(path) is None), None)
             advice = "Free space" if find_full_disk(error) else "Remove the cause"
             raise OSError(
-                f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: {newest}. "
-                f"{advice} and start again to resume from it"
+                f"{self._target} could not be written: {_reason(error)}. Newest whole checkpoint: "
+                f"{next(iter(self._whole()), 'none')}. {advice} and start again"
             ) from error
 
     def close(self) -> None:
@@ -198,6 +197,10 @@ class Checkpoints:
             self.poll()
             self._stager.close()
 
+    def _whole(self) -> list[Path]:
+        """Whole checkpoints, the newest first."""
+        return [path for path in candidates(self.directory) if path not in self._broken and find_defect(path) is None]
+
     def _discard(self) -> None:
         remove(unfinished_of(self._target))
 
@@ -209,8 +212,7 @@ class Checkpoints:
         write_manifest(unfinished, self._manifest, self._writer.digests)
         publish(unfinished, self._target)
         self._broken.discard(self._target)
-        whole = [path for path in candidates(self.directory) if path not in self._broken and find_defect(path) is None]
-        for old in (*whole[self.keep :], *self.directory.glob(f"*{UNFINISHED}")):
+        for old in (*self._whole()[self.keep :], *self.directory.glob(f"*{UNFINISHED}")):
             try:
                 shutil.rmtree(old)
             except OSError as error:
@@ -282,6 +284,11 @@ def _refusing_corrupt(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, EOFError, UnpicklingError) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        if any(isinstance(cause, OSError | MemoryError | torch.OutOfMemoryError) for cause in causes):
+            raise OSError(
+                f"{checkpoint} could not be read ({_reason(error)}); start again to resume from it"
+            ) from error
         raise ValueError(f"{checkpoint}: its files are corrupt ({_reason(error)}); delete it") from error
 
 

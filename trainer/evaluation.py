@@ -1,6 +1,6 @@
 """Sample responses to many prompts over all ranks, resumable after any interruption.
 
-A response depends on its prompt, its row id, the sampling settings and the weights alone, so any rank may sample it at
+A response depends on its prompt and row id, the sampling settings, weights and tokenizer, so any rank may sample it at
 any time. Each rank appends finished responses to its own file in the directory `OUTPUT.partial`. A run resumes only if
 `run.json` in that directory has the digests and settings of this run.
 """
@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from data import PlacedRow, prompt_ids
 from data.chat import Message, tools_of
 from data.errors import differences
-from data.storage import AppendedRecords, read_object, read_records, refuse_links, whole_file
+from data.storage import AppendedRecords, digest_bytes, read_object, read_records, refuse_links, whole_file
 from data.tasks.base import Task
 from data.terminal import printable
+from data.token_cache import tokenizer_digest
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_context, generate
 from sampling import SamplingConfig
@@ -102,10 +103,9 @@ def answer_all(
     refuse_links(output, directory)
     for question in questions:
         check_context(model, len(question.ids), config, f"{question.row.place}: a prompt")
-    origin = origin | _origin(questions, config, model)
     try:
         with locked(directory, distributed, "run.json"):
-            done = distributed.on_main(lambda: _begin(directory, origin))
+            done = distributed.on_main(lambda: _begin(directory, origin | _origin(questions, config, model, tokenizer)))
             if distributed.is_main and done:
                 print(printable(f"{directory}: {len(done)} of {len(questions)} rows are done"), file=sys.stderr)
             started = time.perf_counter()
@@ -124,16 +124,20 @@ def answer_all(
         raise KeyboardInterrupt("run the same command to resume") from error
 
 
-def _origin(questions: Sequence[Question], config: SamplingConfig, model: DiffLLM) -> dict[str, Any]:
-    """Digests of prompts and weights, and the sampling settings, by their names in errors."""
+def _origin(
+    questions: Sequence[Question], config: SamplingConfig, model: DiffLLM, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Digests of prompts, weights and tokenizer, and the sampling settings, by their names in errors."""
     tokens, weights = sha1(), sha1()
     for question in questions:
         tokens.update(question.ids.tobytes() + b"/")
     for name, parameter in model.named_parameters():
-        weights.update(f"{name} {torch.hash_tensor(parameter.detach()).item()}".encode())
+        content = parameter.detach().cpu().flatten().view(torch.uint8).numpy()
+        weights.update(f"{name} {parameter.dtype} {[*parameter.shape]} {digest_bytes(content)}".encode())
     return {
         "prompts in tokens": f"{len(questions)} rows ({tokens.hexdigest()[:12]})",
         "the model's weights": weights.hexdigest()[:12],
+        "the tokenizer": tokenizer_digest(tokenizer)[:12],
         **{f"sampling.{name}": value for name, value in asdict(config).items() if name != "batch_size"},
     }
 
@@ -166,7 +170,7 @@ def _sample(
     directory: Path,
     distributed: Distributed,
 ) -> None:
-    """Sample this rank's share of the unfinished rows. The first line replaces one that a kill has cut short.
+    """Sample this rank's share of the unfinished rows. The first new line overwrites a line that a kill has cut short.
 
     Raises:
         OSError: responses cannot be written, or their file was deleted.

@@ -99,11 +99,11 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def report(self, done: int) -> None:
-        """Write the data report before the first step that follows `done` steps."""
+        """Write the data report before training starts, after `done` steps of earlier runs."""
 
     @abstractmethod
     def report_read(self, done: int) -> None:
-        """Write the data report of rows that were read since `done` steps, when the run ends."""
+        """Write the data report of the rows that this run read after `done` steps, when it ends."""
 
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `trainer.resume` names, then export the model.
@@ -136,7 +136,11 @@ class TrainingLoop(ABC):
                 self.print_main(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _train(self, batches: Iterator[list[Batch]], done: int, log: MetricsLog) -> bool:
-        """Take the steps after the first `done`. Return False if a signal stopped the run before the last step."""
+        """Take the steps after the first `done`. Return False if SIGUSR1 stopped the run before the last step.
+
+        Raises:
+            SystemExit: SIGTERM or SIGINT stopped the run.
+        """
         settings = self.config.trainer
         for step in range(done + 1, self.steps + 1):
             started = time.perf_counter()
@@ -151,7 +155,7 @@ class TrainingLoop(ABC):
                 metrics |= self.validate()
                 log.log_samples(step, self.sample())
             log.log(step, metrics)
-            signals = step < self.steps and [name for name in NAMES if counts[name]]
+            signals = [name for name in NAMES if counts[name]] if step < self.steps else []
             if signals or self._is_due(step, settings.save_checkpoint_steps):
                 self.checkpoints.save(step, self._manifest(step))
             if signals:

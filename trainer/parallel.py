@@ -85,11 +85,11 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
 def gathered(model: DiffLLM, config: TrainerConfig) -> Iterator[None]:
     """Gather all weights of a sharded model on every rank, so that each samples on its own. Collective to enter.
 
-    In the block a rank may call `hidden` and `head`, but not `forward`, any number of times: they wait for no other
-    rank. Weights have the dtype of the forward. Afterwards the model is sharded again and in training mode.
+    In the block `hidden` and `head` need no communication, so ranks may call them different numbers of times; do not
+    call `forward`. Weights have the dtype of the forward. Afterwards the model is sharded again and in training mode.
     """
     parts = sharded_parts(model)
-    # Registered in the block only: `forward` calls `hidden`, and FSDP would gather embedding and head twice a step.
+    # Registered in the block only: in training `forward` calls `hidden`, and FSDP would gather the root twice a step.
     register_fsdp_forward_method(model, "hidden")
     try:
         model.set_reshard_after_forward(False)

@@ -60,7 +60,9 @@ class Objective(ABC):
 
     @abstractmethod
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
-        """Noise a batch in a loader worker: a pure function of (seed, epoch, row), whatever the layout.
+        """Noise a batch in a loader worker, as a pure function of the seed, the epoch and the batch's fields.
+
+        A row's noise may depend on its place in the global batch, but never on rank, worker or micro-batch.
 
         Args:
             batch: input_ids, maskable (bool), attention_mask and position_ids [B, L]; sample_index [B]; slot [B], the

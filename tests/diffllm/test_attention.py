@@ -49,3 +49,9 @@ def test_a_batch_without_padding_hides_nothing():
     assert visibility_of(batch, torch.device("cpu")) == Visibility()
     batch["attention_mask"][0, 0] = 0
     assert visibility_of(batch, torch.device("cpu")).attended.tolist() == [[False, True, True], [True] * 3]
+
+
+def test_a_visibility_is_not_given_twice(small_model):
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="leave out attention_mask"):
+        small_model(ids, ids, ids > 0, ids.float(), ids, visibility=Visibility())

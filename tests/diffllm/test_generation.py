@@ -86,7 +86,7 @@ def test_a_prompt_longer_than_the_context(small_model):
 
 @pytest.mark.parametrize("field", ["stop", "forbidden"])
 def test_texts_need_a_tokenizer(small_model, field):
-    with pytest.raises(ValueError, match="give stopping_criteria and logits_processor here"):
+    with pytest.raises(ValueError, match="give stopping_criteria and logits_processor"):
         small_model.diffusion_generate(PROMPT, **SETTINGS, **{field: ["a"]})
 
 

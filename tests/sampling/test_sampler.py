@@ -85,6 +85,13 @@ def test_steps_that_commit_nothing_need_no_forward():
     assert len(output.history) == 500
 
 
+def test_a_canvas_without_masks_comes_back_as_it_is():
+    canvases = [Canvas([1, 2, 3], 1, 0), Canvas.after([1], 2, MASK, 1)]
+    done = {row.canvas.row_id: row for row in fill(MockDenoiser(), canvases, SamplingConfig(steps=2), SPECIAL)}
+    assert (done[0].tokens, done[0].nfe, done[0].new_tokens) == ([1, 2, 3], 0, 0)
+    assert MASK not in done[1].tokens
+
+
 def test_rows_leave_and_enter_the_batch():
     """A row that needs one forward does not wait for one that needs eight."""
     model, config = MockDenoiser(), SamplingConfig(batch_size=2, steps=8, transfer="even", stop_at_eos=False)
@@ -208,8 +215,17 @@ def test_the_first_call_of_a_hook_may_change_the_canvas():
     assert not (output.sequences == MASK).any()
 
 
+def test_a_hook_that_fills_a_row_alone_is_refused():
+    def fill_first(step, x, logits):
+        return torch.where(torch.arange(len(x))[:, None] == 0, 5, x) if step is None else x
+
+    config = SamplingConfig(max_new_tokens=4, steps=2)
+    with pytest.raises(ValueError, match="equally many steps"):
+        sample(MockDenoiser(), torch.tensor([[1, 2], [3, 4]]), config, SPECIAL, tokens_hook=fill_first)
+
+
 def test_hooks_go_without_what_they_would_hide():
-    with pytest.raises(ValueError, match="hooks go without"):
+    with pytest.raises(ValueError, match="hook go without"):
         sample(
             MockDenoiser(), torch.tensor([[1]]), SamplingConfig(), SPECIAL, tokens_hook=lambda step, x, logits: x,
             criterion=lambda tokens: True,
@@ -219,7 +235,7 @@ def test_hooks_go_without_what_they_would_hide():
             MockDenoiser(), torch.tensor([[1]]), SamplingConfig(cache="dual"), SPECIAL,
             tokens_hook=lambda step, x, logits: x,
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"sampling\.transfer=factor: hooks need a scheduled one"):
+    with pytest.raises(ValueError, match=r"sampling\.transfer=factor: hooks need one of linear"):
         sample(
             MockDenoiser(), torch.tensor([[1]]), SamplingConfig(transfer="factor"), SPECIAL,
             tokens_hook=lambda step, x, logits: x,

@@ -174,6 +174,15 @@ def test_a_checkpoint_of_a_newer_version(small_run, finished_run):
         train(small_run())
 
 
+def test_a_checkpoint_on_a_failing_disk_is_not_called_corrupt(small_run, finished_run, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("trainer.dcp.SafeReader.read_data", fail)
+    with pytest.raises(OSError, match=r"step_00000012 could not be read .*Input/output error"):
+        train(small_run(trainer__max_steps=13))
+
+
 def test_a_setting_that_an_older_version_did_not_have(small_run, finished_run):
     checkpoint = finished_run / "checkpoints" / "step_00000012"
     change_manifest(checkpoint, lambda saved: saved["config"]["data"].pop("group_by_length"))

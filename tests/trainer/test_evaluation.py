@@ -195,6 +195,14 @@ def other_weights(job: Job) -> None:
     job.seed = 1
 
 
+def permuted_weights(job: Job) -> None:
+    model = job.model()
+    with torch.no_grad():
+        weight = model.lm.lm_head.weight
+        weight.copy_(weight.flip(0))
+    job.model = lambda: model
+
+
 def other_origin(job: Job) -> None:
     job.origin = {"task.name": "other"}
 
@@ -206,6 +214,7 @@ def other_origin(job: Job) -> None:
         (other_prompt, "prompts in tokens was 10 rows"),
         (fewer_rows, "and is 9 rows"),
         (other_weights, "the model's weights"),
+        (permuted_weights, "the model's weights"),
         (other_origin, "task.name was test and is other"),
     ],
 )
