@@ -127,7 +127,7 @@ class Chat:
                 self.show_settings()
             case "/system":
                 self.system = argument.strip()
-                self.show("the system message is given" if self.system else "no system message")
+                self.show("the system message is set" if self.system else "no system message")
             case "/reset":
                 self.turns.clear()
                 self.show("the conversation is forgotten")

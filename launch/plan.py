@@ -123,7 +123,7 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
         elif name not in field_names() and get_close_matches(name, names):
             raise ValueError(f"{argument}: no such setting; {nearest(name, names)}")
         elif "=" not in argument:
-            raise ValueError(f"{argument}: settings are given as NAME=VALUE, such as gpus=8")
+            raise ValueError(f"{argument}: write settings as NAME=VALUE, such as gpus=8")
         else:
             settings.append(argument)
     check_arguments(settings)
@@ -158,7 +158,7 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
 
 
 def _source(config: ModelConfig) -> tuple[CheckpointSource, str]:
-    """The checkpoint of `model.path` as it is trained, by its own config.json or by SHAPES, and that file.
+    """The checkpoint of `model.path`, adapted if causal, and the file with its shape: its config.json or SHAPES.
 
     Raises:
         ValueError: neither has it.
