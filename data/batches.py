@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from data.collate import assemble, response_widths
 from data.config import DataConfig
+from data.report import Report
 from data.token_rows import TokenRows
 from data.workers import Batch, from_workers, to_device_ready
 
@@ -52,6 +53,7 @@ class BatchSource(Protocol):
 
     layout: BatchLayout
     steps_per_epoch: int | None  # None for a stream, whose length is unknown
+    report: Report | None  # on the rows read in this run, of a stream
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches, step by step."""
@@ -82,6 +84,8 @@ class TrainBatches(Dataset):
     Raises:
         ValueError: fewer rows than a global batch.
     """
+
+    report = None
 
     def __init__(
         self, rows: TokenRows, config: DataConfig, layout: BatchLayout, eos_token_id: int, noise: Noise, seed: int
@@ -243,7 +247,7 @@ class ValBatches:
             real = slots < len(self.rows)
             samples = np.where(real, slots, 0)
             rows = assemble(self.rows, samples, self.rows.response_lengths[samples], self.eos_token_id)
-            batch = to_torch(rows, slots, len(self.rows))
+            batch = to_torch(rows, samples, len(self.rows))
             batch["maskable"] &= torch.from_numpy(real)[:, None]
             yield self.noise(batch, 0)
 

@@ -146,10 +146,10 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Raises:
             ValueError: the model's attention does not support this visibility or this cache.
         """
-        if visibility.needs_pairs and (self.unpad or self.windowed):
-            raise ValueError(
-                "visibility: blocks and pairs need model.attn_implementation=sdpa, and layers without a window"
-            )
+        if visibility.needs_pairs and self.unpad:
+            raise ValueError("visibility: blocks and pairs need model.attn_implementation=sdpa")
+        if self.windowed and (visibility.needs_pairs or visibility.document is not None):
+            raise ValueError("visibility: documents, blocks and pairs need layers without a window")
         if cache is not None:
             self.check_cache()
         if self.family.shift:

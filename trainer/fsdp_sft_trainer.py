@@ -92,7 +92,7 @@ class FSDPSFTTrainer(TrainingLoop):
             save([report for _, report in self.rows.values()], self.output_dir)
 
     def report_read(self, done: int) -> None:
-        report = self.source.report if self.config.data.streaming else None
+        report = self.source.report
         if report is None or not report.read:
             return
         self.print_main(report.text())

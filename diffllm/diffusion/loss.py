@@ -105,7 +105,10 @@ def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             hidden, head, targets, reduction="none", return_predicted_tokens=True, accum_dtype=torch.float32
         )
         nll = output.loss.float()
-        return weighted_sum(nll, weights, token_loss), nll.detach(), output.predicted_tokens == targets
+        value = nll.detach().clamp(min=0)
+        linear = (weights * token_loss.derivative(value) * nll).sum()  # has the gradient, but not the value
+        loss = linear + (weighted_sum(value, weights, token_loss) - linear).detach()
+        return loss, value, output.predicted_tokens == targets
 
     return liger_loss
 

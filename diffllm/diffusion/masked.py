@@ -67,7 +67,7 @@ class MaskedDiffusion(Objective):
 
     def for_validation(self, seed: int) -> "MaskedDiffusion":
         """Objective with the weights of the likelihood bound, whatever weights training has."""
-        return MaskedDiffusion(DiffusionConfig(eps=self.config.eps), self.mask_token_id, seed)
+        return type(self)(type(self.config)(eps=self.config.eps), self.mask_token_id, seed)
 
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
         """Add x_t, masked, t, importance and weights, [B, L] each.

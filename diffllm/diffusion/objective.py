@@ -35,8 +35,8 @@ class ObjectiveConfig:
 class Objective(ABC):
     """Noises rows and computes a loss for them.
 
-    `corrupt` adds to a batch on the host: x_t [B, L], masked [B, L] bool, the positions of the loss, and all that
-    `loss` and `measure` read.
+    `corrupt` runs on the host. It adds x_t [B, L], masked [B, L] bool, the positions of the loss, and all that `loss`
+    and `measure` read. It may add document or block [B, L], which limit attention (`diffllm.attention.visibility_of`).
 
     Args:
         seed: keys the noise.
@@ -49,7 +49,8 @@ class Objective(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        name = cls.settings.objective
+        if "settings" not in vars(cls) or not (name := cls.settings.objective):
+            raise TypeError(f"{cls.__name__}: give it settings of its own, with the name of the objective")
         if name in OBJECTIVES:
             raise TypeError(f"{cls.__name__}: objective={name} is {OBJECTIVES[name].__name__}; choose another name")
         OBJECTIVES[name] = cls

@@ -55,3 +55,10 @@ def test_a_visibility_is_not_given_twice(small_model):
     ids = torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="leave out attention_mask"):
         small_model(ids, ids, ids > 0, ids.float(), ids, visibility=Visibility())
+
+
+def test_documents_would_replace_a_window(small_model):
+    small_model.windowed = True
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="layers without a window"):
+        small_model(ids, ids, ids > 0, ids.float(), visibility=Visibility(document=ids))

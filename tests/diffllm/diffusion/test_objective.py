@@ -122,3 +122,5 @@ def test_an_unknown_objective_is_named_with_those_that_exist(name):
 def test_two_objectives_cannot_have_one_name():
     with pytest.raises(TypeError, match=r"objective=by_place is ByPlace"):
         type("Other", (ByPlace,), {"settings": ByPlaceConfig})
+    with pytest.raises(TypeError, match="settings of its own"):
+        type("Other", (ByPlace,), {})
