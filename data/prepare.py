@@ -18,7 +18,7 @@ from data.files import iterate
 from data.readers import PlacedRow
 from data.report import Report
 from data.storage import whole_file
-from data.tasks.reasoning_gym import DIFFICULTY, generate
+from data.tasks.reasoning_gym import DIFFICULTY, generated_rows
 from data.terminal import Parser, ending_in_one_line, printable
 
 ROWS = 1000
@@ -66,7 +66,8 @@ def _lines(options: Namespace, bad: BadRows, report: Report) -> Iterator[str]:
             raise ValueError(f"--rows {options.rows}: must be at least 1")
         if options.sources:
             raise ValueError(f"{options.name} is generated: leave {options.sources[0]} out")
-        yield from map(_line, generate(options.name, ROWS if options.rows is None else options.rows, options.seed or 0))
+        rows = ROWS if options.rows is None else options.rows
+        yield from map(_line, generated_rows(options.name, rows, options.seed or 0))
         return
     if unused := [name for name in ("rows", "seed") if getattr(options, name) is not None]:
         raise ValueError(f"--{unused[0]} is for generated tasks ({', '.join(DIFFICULTY)}); {options.name} is read")
@@ -103,7 +104,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--on-bad-row", choices=["error", "skip"], default="error", help="for rows that cannot be used; default: error"
     )
-    parser.add_argument("--rows", type=int, help=f"number of a generated task's; default: {ROWS:,}")
+    parser.add_argument("--rows", type=int, help=f"number of rows of a generated task; default: {ROWS:,}")
     parser.add_argument("--seed", type=int, help="of a generated task")
     return parser
 

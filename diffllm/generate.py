@@ -92,7 +92,8 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
             raise ValueError(f"sampling.{name}={texts}: {text!r} cannot be written in the model's tokens")
         return tuple(ids)
 
-    stop = [tokens_of(text, "stop") for text in config.stop]
+    # Tokens that do not decode to their stop string could match another text: `is_complete` finds such a string.
+    stop = [ids for text in config.stop if tokenizer.decode(ids := tokens_of(text, "stop")) == text]
     forbidden = []
     for text in config.forbidden:
         ids = tokens_of(text, "forbidden")
@@ -102,8 +103,6 @@ def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: S
                 f"{tokenizer.convert_ids_to_tokens(ids)}"
             )
         forbidden += ids
-    # Tokens that do not decode to their stop string could match another text: `is_complete` finds such a string.
-    stop = [ids for text, ids in zip(config.stop, stop, strict=True) if tokenizer.decode(ids) == text]
     # Published models also end with the token that ended a turn, or padded an answer, in their training.
     ends = [*model.ends, tokenizer.eos_token_id, turn_end(tokenizer), model.pad_token_id, tokenizer.pad_token_id]
     unnamed = ids_without_token(tokenizer, model.vocab_size)

@@ -94,16 +94,18 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             weights: [B, L] float32, weights of the masked tokens in the loss.
             attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
-            focal: former name of `token_loss`; wins if both are given.
+            focal: former name of `token_loss`.
             visible: [B, L, L] bool, whether the first position sees the second.
             token_loss: function of a token's nll.
             visibility: in place of `attention_mask` and `visible`.
 
         Raises:
-            ValueError: `visibility` together with one of them, or see `hidden`.
+            ValueError: an argument together with its former name, or see `hidden`.
         """
         if visibility is not None and (attention_mask is not None or visible is not None):
             raise ValueError("visibility is given, leave out attention_mask and visible")
+        if focal is not None and token_loss is not CROSS_ENTROPY:
+            raise ValueError("token_loss is given, leave out focal")
         visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
         where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
         hidden = self.hidden(x_t, _positions(x_t, position_ids), visibility, *where)

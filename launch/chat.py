@@ -52,7 +52,7 @@ def chat(config: Config) -> None:
     check_alone("mode=chat")
     model, tokenizer = load_for_sampling(config)
     typed = sys.stdin.isatty()
-    conversation = Chat(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)
+    conversation = Conversation(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)
     if typed:
         conversation.show("Say something, or /help.")
     conversation.run()
@@ -60,7 +60,7 @@ def chat(config: Config) -> None:
         print()  # Ctrl-D leaves the cursor behind the prompt
 
 
-class Chat:
+class Conversation:
     """A conversation of several turns.
 
     Args:

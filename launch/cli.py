@@ -154,19 +154,14 @@ def check_arguments(arguments: list[str]) -> None:
     """Refuse unknown groups, choices and settings, and name the nearest known one.
 
     Raises:
-        ValueError: an unknown name, or a sweep started by torchrun.
+        ValueError: an unknown name, an argument that cannot be read, a sweep started by torchrun, or see
+            `group_choices`.
     """
     if {"-m", "--multirun"} & set(arguments) and ranks_from_environment()[1] > 1:
         raise ValueError(
             "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
         )
-    choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
-    if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
-        raise ValueError(
-            f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the objective with its defaults; give the file "
-            f"another name, and begin it with `defaults: [{taken[0]}]`"
-        )
-    choices["diffusion"] += OBJECTIVES
+    choices = group_choices()
     names = sorted({*choices, *field_names()})
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
@@ -191,6 +186,21 @@ def check_arguments(arguments: list[str]) -> None:
         for value in values:
             if value not in choices[key]:
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Choices of each group: files of conf/, and the objectives.
+
+    Raises:
+        ValueError: a file has the name of an objective. Its `defaults` would include itself.
+    """
+    choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
+    if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
+        raise ValueError(
+            f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the objective with its defaults; give the file "
+            f"another name, and begin it with `defaults: [{taken[0]}]`"
+        )
+    return choices | {"diffusion": [*choices["diffusion"], *OBJECTIVES]}
 
 
 def check_plugin(group: str, name: str) -> None:

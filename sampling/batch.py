@@ -56,7 +56,7 @@ def positions_at_once(model: Denoiser) -> int:
     return max(1, 2 ** (25 if model.device.type == "cpu" else 27) // model.vocab_size)
 
 
-class Batch:
+class RowBatch:
     """Right-aligned rows that are forwarded together."""
 
     def __init__(

@@ -95,7 +95,7 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
     place = best if place is None else place
     logits.sub_(top[:, None])
     at_place = logits.gather(-1, place[:, None]).squeeze(-1)
-    if config.alg == "entropy" or config.transfer == "entropy_bound":
+    if config.uses_entropy:
         exp = logits.clamp_(min=-1e4).exp()  # a finite floor: 0·-inf is no number
         total = exp.sum(-1)
         entropy = total.log() - logits.mul_(exp).sum(-1) / total

@@ -93,6 +93,11 @@ class SamplingConfig:
         """Whether confidence decides how many tokens a step commits, not a schedule."""
         return self.transfer in ADAPTIVE
 
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether `alg` or `transfer` rates positions by entropy."""
+        return self.alg == "entropy" or self.transfer == "entropy_bound"
+
 
 def unescape(name: str, texts: list[str]) -> list[str]:
     r"""Make characters of \n, \t, \r, \\ and \uXXXX in the texts of setting `name`; other backslashes stay.

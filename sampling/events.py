@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step of one row; the arrays belong to the event. Steps that change nothing have none."""
+    """One step of one row. Its arrays never change later. A step that changes nothing has no event."""
 
     row_id: int  # of the canvas
     step: int  # number among the row's steps, from 0

@@ -126,7 +126,7 @@ def score_positions(
         some = slice(start, start + batch_size)
         log_p[some] = _log_p(model, *zip(*noised[some], strict=True), special.mask)
     ends = np.cumsum([len(draw.masks) for draw in draws])
-    return [draw.score(log_p[end - len(draw.masks) : end]) for draw, end in zip(draws, ends, strict=True)]
+    return [draw.bound(log_p[end - len(draw.masks) : end]) for draw, end in zip(draws, ends, strict=True)]
 
 
 def _checked(number: int, tokens: Sequence[int], at: Sequence[int], mask: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +150,7 @@ class _Masks:
     weights: np.ndarray  # [K]
     exact: bool  # all masks; else pairs of independent draws, each pair from its own stratum
 
-    def score(self, log_p: np.ndarray) -> Score:
+    def bound(self, log_p: np.ndarray) -> Score:
         """The bound, from Σ log p [K] of the tokens under each mask.
 
         Σ (a - b)² over the K/2 pairs estimates the variance of the sum: on average (a - b)² is Var(a + b), whatever the

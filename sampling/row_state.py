@@ -154,18 +154,17 @@ class RowState:
 
     def event(self, step: Step) -> StepEvent:
         """Event of a step after `commit` and `advance`."""
-        rated = self.config.alg == "entropy" or self.config.transfer == "entropy_bound"
         return StepEvent(
-            self.canvas.row_id,
-            step.number,
-            self.tokens.copy(),
-            self.tokens == self.special.mask,
-            self.canvas.prompt_length,
-            self.committed,
-            self.commit_prob[self.committed],
-            self.commit_entropy[self.committed] if rated else None,
-            self.remasked,
-            self.nfe,
+            row_id=self.canvas.row_id,
+            step=step.number,
+            tokens=self.tokens.copy(),
+            masked=self.tokens == self.special.mask,
+            prompt_length=self.canvas.prompt_length,
+            committed=self.committed,
+            probs=self.commit_prob[self.committed],
+            entropies=self.commit_entropy[self.committed] if self.config.uses_entropy else None,
+            remasked=self.remasked,
+            nfe=self.nfe,
         )
 
     def advance(self) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling.batch import Batch, Denoiser, LogitsProcessor
+from sampling.batch import Denoiser, LogitsProcessor, RowBatch
 from sampling.canvas import Canvas, Tokens, trim
 from sampling.config import SCHEDULED, SamplingConfig
 from sampling.events import StepEvent
@@ -72,7 +72,7 @@ def fill(
         on_step: called after each step of each row.
         history: keep the canvas after every step.
     """
-    waiting, batch = iter(canvases), Batch(model, config, special, logits_processor)
+    waiting, batch = iter(canvases), RowBatch(model, config, special, logits_processor)
     rows: list[RowState] = []
     while True:
         for canvas in itertools.islice(waiting, config.batch_size - len(rows)):
@@ -127,7 +127,7 @@ def fill_with_hooks(
         x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
     rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
-    batch = Batch(model, config, special)
+    batch = RowBatch(model, config, special)
     batch.set_rows(rows)
     while any(row.step is not None for row in rows):
         if any(row.step is None for row in rows):

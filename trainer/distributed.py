@@ -19,7 +19,7 @@ from data.storage import lock_file, refuse_links
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
 
 LOCK = ".lock"
-PATIENCE = timedelta(days=7)  # that a rank which is done waits for the others
+PATIENCE = timedelta(days=7)  # how long a finished rank waits for the others
 
 
 @dataclass(frozen=True)

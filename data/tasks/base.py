@@ -21,7 +21,7 @@ class Task(ABC):
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's options by likelihood, or scores the row's own
             response by likelihood.
-        bad: rows that cannot be used, added by `rows`.
+        bad: rows that cannot be used; `rows` and the evaluation add to it.
     """
 
     name: ClassVar[str]

@@ -19,7 +19,7 @@ DIFFICULTY = {  # of a problem, by task
 }
 
 
-def generate(task: str, rows: int, seed: int) -> Iterator[PlacedRow]:
+def generated_rows(task: str, rows: int, seed: int) -> Iterator[PlacedRow]:
     """Yield problems of a task, determined by the seed. The worked answer is the thinking, which may be empty.
 
     Raises:
@@ -37,7 +37,7 @@ def generate(task: str, rows: int, seed: int) -> Iterator[PlacedRow]:
         yield PlacedRow(row, f"{task} {number}")
 
 
-def score(placed: PlacedRow, answer: str) -> float:
+def verify(placed: PlacedRow, answer: str) -> float:
     """Return the verifier's score of a final answer to a generated row, in [0, 1]; 1 is right.
 
     Raises:

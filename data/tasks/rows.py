@@ -36,5 +36,5 @@ class Rows(Task):
     def score(self, row: PlacedRow, response: str) -> float:
         """Return the score of the verifier if the row has one, else that of `Task.score`."""
         if str(row.row.get("source")).startswith(reasoning_gym.PREFIX):
-            return reasoning_gym.score(row, final_answer(response))
+            return reasoning_gym.verify(row, final_answer(response))
         return super().score(row, response)

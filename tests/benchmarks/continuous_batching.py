@@ -17,7 +17,7 @@ from torch import Tensor
 from diffllm import DiffLLM, ModelConfig, new_model
 from diffllm.tokenizer import builtin_tokenizer
 from sampling import Canvas, RowState, SamplingConfig, Tokens, Visibility, fill, trim
-from sampling.batch import Batch
+from sampling.batch import RowBatch
 from tests.benchmarks.measure import median_seconds
 
 PROMPTS, LONGEST_PROMPT, NEW_TOKENS = 200, 256, 128
@@ -68,7 +68,7 @@ def fixed(model: Ending, canvases: Sequence[Canvas], special: Tokens) -> Iterato
     config = replace(CONFIG, stop_at_eos=False)
     for start in range(0, len(canvases), config.batch_size):
         rows = [RowState(canvas, config, special) for canvas in canvases[start : start + config.batch_size]]
-        batch = Batch(model, config, special)
+        batch = RowBatch(model, config, special)
         batch.set_rows(rows)
         while not all(special.mask not in response_of(row) for row in rows):
             for row, proposal in zip(rows, batch.propose(), strict=True):

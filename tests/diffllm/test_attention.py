@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffllm.attention import visibility_of
+from diffllm.diffusion.loss import Focal
 from sampling import Visibility
 
 
@@ -51,10 +52,12 @@ def test_a_batch_without_padding_hides_nothing():
     assert visibility_of(batch, torch.device("cpu")).attended.tolist() == [[False, True, True], [True] * 3]
 
 
-def test_a_visibility_is_not_given_twice(small_model):
+def test_nothing_is_given_twice(small_model):
     ids = torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="leave out attention_mask"):
         small_model(ids, ids, ids > 0, ids.float(), ids, visibility=Visibility())
+    with pytest.raises(ValueError, match="leave out focal"):
+        small_model(ids, ids, ids > 0, ids.float(), focal=Focal(1.0, 2.0), token_loss=Focal(1.0, 1.0))
 
 
 def test_documents_would_replace_a_window(small_model):

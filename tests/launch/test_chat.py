@@ -10,13 +10,13 @@ from data import prompt_ids
 from data.terminal import printable
 from diffllm.generate import generate
 from launch import chat as chat_module
-from launch.chat import Chat, chat
+from launch.chat import Conversation, chat
 from sampling import SamplingConfig, StepEvent, fill
 from tests.conftest import small_shape
 from trainer.config import Config
 
 
-class Talk(Chat):
+class Talk(Conversation):
     """A chat whose lines are given; an exception among them is raised when its turn comes."""
 
     def __init__(self, model, tokenizer, config: SamplingConfig, terminal: bool = False):

@@ -19,7 +19,7 @@ from data.terminal import printable
 from diffllm import adapt
 from diffllm.generate import Response
 from launch import answers, cli, evaluation
-from launch.chat import Chat
+from launch.chat import Conversation
 from sampling import SamplingConfig, StepEvent
 from trainer import evaluation as engine
 from trainer import export, replay
@@ -100,7 +100,7 @@ def test_a_template_on_a_terminal(config, monkeypatch, capsys, text):
 @hostile
 def test_a_chat(small_model, tokenizer, monkeypatch, text):
     console = Console(file=io.StringIO(), width=200)
-    chat = Chat(small_model, tokenizer, SamplingConfig(stop=[text]), console, None)
+    chat = Conversation(small_model, tokenizer, SamplingConfig(stop=[text]), console, None)
     monkeypatch.setattr(chat, "respond", lambda prompt: Response(0, text, 1, 1, 1.0))
     chat.take("Hi")
     assert chat.turns[-1]["content"] == text

@@ -1,14 +1,14 @@
 """Canvases, and the batches made of them."""
 
 from sampling import Canvas, SamplingConfig, Visibility, left_pad, trim
-from sampling.batch import Batch
+from sampling.batch import RowBatch
 from sampling.row_state import RowState
 from tests.sampling.models import MASK, SPECIAL, MockDenoiser
 
 
 def batch_of(*canvases):
     config = SamplingConfig()
-    batch = Batch(MockDenoiser(), config, SPECIAL)
+    batch = RowBatch(MockDenoiser(), config, SPECIAL)
     batch.set_rows([RowState(canvas, config, SPECIAL) for canvas in canvases])
     return batch
 

@@ -11,7 +11,7 @@ from data import prompt_ids
 from diffllm import new_model
 from diffllm.generate import generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
-from launch.chat import Chat
+from launch.chat import Conversation
 from sampling import Canvas, SamplingConfig, Template, fill, ids_without_token, infill_templates
 from tests.conftest import small_shape
 from trainer.build import build_model
@@ -96,7 +96,7 @@ def test_nor_in_slots_and_chats(model, gapped, config):
     template = Template.parse("a<|mask:5|>b<|mask:1-4|>")
     [infilled] = infill_templates(model, gapped, [template], config, model.special_tokens)
     assert_named(infilled.tokens, gapped)
-    chat = Chat(model, gapped, config, Console(file=io.StringIO()), None)
+    chat = Conversation(model, gapped, config, Console(file=io.StringIO()), None)
     chat.turn("Hi")
     [response] = generate(model, gapped, [prompt_ids(MESSAGES, gapped)], config)
     assert chat.turns[-1]["content"] == response.text

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data import PlacedRow
-from data.tasks.reasoning_gym import DIFFICULTY, generate
+from data.tasks.reasoning_gym import DIFFICULTY, generated_rows
 from data.tasks.rows import Rows
 
 COUNTDOWN = {"question": "?", "answer": "<think></think>1+1", "source": "reasoning_gym/countdown", "metadata": {}}
@@ -18,9 +18,9 @@ def score(row: dict, response: str) -> float:
 @pytest.mark.parametrize("task", DIFFICULTY)
 def test_generated_tasks_with_their_verifiers(task):
     pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
-    rows = [placed.row for placed in generate(task, 4, seed=3)]
-    assert rows == [placed.row for placed in generate(task, 4, seed=3)]
-    assert rows != [placed.row for placed in generate(task, 4, seed=4)]
+    rows = [placed.row for placed in generated_rows(task, 4, seed=3)]
+    assert rows == [placed.row for placed in generated_rows(task, 4, seed=3)]
+    assert rows != [placed.row for placed in generated_rows(task, 4, seed=4)]
     for row in json.loads(json.dumps(rows)):  # as they are read from a file
         Rows().check(PlacedRow(row, "made"))
         assert score(row, "<think></think>\nno idea") < 1
@@ -29,7 +29,7 @@ def test_generated_tasks_with_their_verifiers(task):
 
 def test_another_solution_is_right_too():
     pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
-    row = next(generate("countdown", 1, seed=3)).row
+    row = next(generated_rows("countdown", 1, seed=3)).row
     *_, answer = row["answer"].splitlines()
     assert score(row, f"<think></think>\n({answer})") == 1
 

@@ -1,6 +1,8 @@
 """The fused loss against autograd through full logits."""
 
+import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +185,22 @@ def test_the_former_arguments_of_forward(small_model):
         plain = small_model(*batch)
     assert torch.equal(former.loss, new.loss)
     assert not torch.equal(former.nll, plain.nll)
+
+
+@pytest.mark.parametrize("token_loss", TOKEN_LOSSES, ids=lambda each: repr(each)[:20])
+def test_the_loss_around_ligers_kernel(monkeypatch, token_loss):
+    """Plain torch stands in for the kernel, which needs a GPU."""
+
+    def kernel(hidden, head, targets, **_):
+        logits = (hidden @ head.T).float()
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        return SimpleNamespace(loss=nll, predicted_tokens=logits.argmax(-1))
+
+    functional = SimpleNamespace(liger_fused_linear_cross_entropy=kernel)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setattr(loss, "version", lambda _: "0.8.2")
+    ours = value_and_gradients(loss.liger(), torch.float32, token_loss)
+    for value, expected in zip(ours, value_and_gradients(masked_loss, torch.float32, token_loss), strict=True):
+        torch.testing.assert_close(value, expected)
