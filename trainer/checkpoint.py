@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -35,6 +36,8 @@ from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
 from trainer.distributed import Distributed
 from trainer.manifest import candidates, find_damage, find_defect, path_of, read_manifest, write_manifest
 
+# Before torch 2.13 a stager empties itself after a copy, and the next one fails with KeyError: <class 'type'>.
+STAGER_IS_SPENT = Version(torch.__version__) < Version("2.13")
 LAST_SAVE_SECONDS = 4  # how long a failing run waits for an unfinished save
 
 
@@ -107,12 +110,7 @@ class Checkpoints:
         self._broken = set(broken)
         # A separate group: saves run beside the collectives of training.
         self._group = dist.new_group(backend="gloo")
-        cuda = state.distributed.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
-            )
-        )
+        self._stager = self._new_stager()
         self._copied: Future | None = None
         self._pending: Future | None = None
         self._target, self._manifest = directory, {}  # of the pending save
@@ -133,6 +131,9 @@ class Checkpoints:
         if self.asynchronous:
             if self.state.distributed.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the copy runs in another stream
+            if STAGER_IS_SPENT:
+                self._stager.close()
+                self._stager = self._new_stager()
             saving = dcp.async_save(state, async_stager=self._stager, **where)
             self._copied, self._pending = saving.staging_completion, saving.upload_completion
             return
@@ -196,6 +197,14 @@ class Checkpoints:
             self._pending.exception(LAST_SAVE_SECONDS)
             self.poll()
             self._stager.close()
+
+    def _new_stager(self) -> DefaultStager:
+        cuda = self.state.distributed.device.type == "cuda"
+        return DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=cuda
+            )
+        )
 
     def _whole(self) -> list[Path]:
         """Whole checkpoints, the newest first."""

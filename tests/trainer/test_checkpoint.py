@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from data.storage import UNFINISHED
 from tests.conftest import ROOT
@@ -214,6 +215,21 @@ def test_what_is_saved_is_the_state_of_the_step(small_run):
         ours, theirs = ((run / "checkpoints" / step) for run in (asynchronous, blocking))
         assert tensors_of(ours).keys() == tensors_of(theirs).keys()
         assert all(torch.equal(tensor, tensors_of(theirs)[name]) for name, tensor in tensors_of(ours).items())
+
+
+def test_a_stager_that_serves_once(small_run, monkeypatch):
+    """As before torch 2.13."""
+    stage = DefaultStager._stage
+
+    def once(self, *arguments, **settings):
+        staged = stage(self, *arguments, **settings)
+        self._state_dict_stager._deepcopy_dispatch.clear()
+        return staged
+
+    monkeypatch.setattr(DefaultStager, "_stage", once)
+    monkeypatch.setattr("trainer.checkpoint.STAGER_IS_SPENT", True)
+    run = train(small_run(trainer__save_checkpoint_steps=3, trainer__keep_checkpoints=9))
+    assert checkpoints(run) == [f"step_{step:08d}" for step in (3, 6, 9, 12)]
 
 
 def tensors_of(directory):
