@@ -5,22 +5,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from sampling import Visibility
 
+# torch 2.11 takes fewer heads of keys than of queries without being told
+GROUPED = {} if Version(torch.__version__) < Version("2.12") else {"enable_gqa": True}
 
-def visibility_of(batch: Mapping[str, Tensor], device: torch.device) -> Visibility:
-    """Visibility of a training batch, on the model's device.
+
+def visibility_of(batch: Mapping[str, Tensor]) -> Visibility:
+    """Visibility of a training batch, on the host.
 
     Args:
-        batch: on the host: attention_mask [B, L], 0 at left padding; optional document [B, L], block [B, L] and pairs
+        batch: attention_mask [B, L], 0 at left padding; optional document [B, L], block [B, L] and pairs
             [B, L, L].
     """
     conditions = {name: batch[name] for name in ("document", "block", "pairs") if name in batch}
     if not bool(batch["attention_mask"].all()):
         conditions["attended"] = batch["attention_mask"].bool()
-    return Visibility(**{name: value.to(device, non_blocking=True) for name, value in conditions.items()})
+    return Visibility(**conditions)
 
 
 def mask_of(visibility: Visibility, columns: Tensor | None = None) -> Tensor | None:
@@ -34,28 +42,93 @@ def mask_of(visibility: Visibility, columns: Tensor | None = None) -> Tensor | N
     return visibility.dense(columns)[:, None]
 
 
-def without_padding(
-    visibility: Visibility, x_t: Tensor, position_ids: Tensor, flash: bool
-) -> tuple[dict[str, Any], Tensor]:
+def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -> tuple[dict[str, Any], Tensor]:
     """All attended tokens as one row, in which each row or document of the batch sees only itself.
 
-    Args:
-        flash: give cumulative lengths to the attention, not a mask.
+    The layout is computed on the host: a visibility that is there needs no synchronisation with the GPU.
 
     Returns:
         The decoder's inputs, and the index [B, L] of each attended position in that row.
     """
-    attended = torch.ones_like(x_t, dtype=torch.bool) if visibility.attended is None else visibility.attended.bool()
-    segment = torch.arange(len(x_t), device=x_t.device)[:, None].expand_as(x_t)
-    if (document := visibility.document) is not None:
+    attended = torch.ones(x_t.shape, dtype=torch.bool) if visibility.attended is None else visibility.attended.cpu()
+    attended = attended.bool()
+    segment = torch.arange(len(x_t))[:, None].expand_as(x_t)
+    if visibility.document is not None:
+        document = visibility.document.cpu()
         segment = segment * (document.max() + 1) + document
-    segment = segment[attended]
-    inputs: dict[str, Any] = {"input_ids": x_t[attended][None], "position_ids": position_ids[attended][None]}
-    if flash:
-        lengths = segment.unique_consecutive(return_counts=True)[1]
-        bounds, longest = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max())
-        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        inputs |= {"max_length_q": longest, "max_length_k": longest}
-    else:
-        inputs["attention_mask"] = (segment[:, None] == segment)[None, None]
-    return inputs, attended.flatten().cumsum(0).view_as(attended) - 1
+    lengths = segment[attended].unique_consecutive(return_counts=True)[1]
+    longest = int(lengths.max())
+    bounds, index, place = (
+        tensor.to(x_t.device, non_blocking=True)
+        for tensor in (
+            F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            attended.flatten().nonzero().squeeze(-1),
+            attended.flatten().cumsum(0).view_as(attended) - 1,
+        )
+    )
+    inputs = {
+        "input_ids": x_t.flatten()[index][None],
+        "position_ids": position_ids.flatten()[index][None],
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
+    }
+    return inputs, place
+
+
+def attention_for(setting: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """The attention of a model: `auto` is varlen on GPUs that have it, else sdpa.
+
+    Args:
+        device, dtype: of the forward. Without a device nothing is checked, and `auto` is sdpa.
+
+    Raises:
+        ValueError: FlashAttention without a GPU, or varlen on a GPU or in a dtype that does not have it.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    if "flash" in setting and device is not None and not on_gpu:
+        raise ValueError(f"model.attn_implementation={setting} needs a GPU, and none is here; use sdpa or varlen")
+    if not on_gpu or setting not in ("auto", "varlen"):
+        return "sdpa" if setting == "auto" else setting
+    supported = dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
+    if setting == "varlen" and not supported:
+        raise ValueError(
+            f"model.attn_implementation=varlen needs bf16 and a GPU of compute capability 8.0 (Ampere) or above, and "
+            f"this is {dtype} on {torch.cuda.get_device_name(device)}; use sdpa"
+        )
+    return "varlen" if supported else "sdpa"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the interface of Transformers: within segments if their bounds are given, else SDPA.
+
+    Args:
+        query, key, value: [B, H, L, D]; with bounds B is 1.
+        cu_seq_lens_q: [S + 1] int32, where the S segments of the row begin, and its length.
+        max_length_q: tokens of the longest segment.
+
+    Returns:
+        [B, L, H, D], and no weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    if query.is_cuda:
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        bounds, longest = cu_seq_lens_q, max_length_q
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **GROUPED)[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    segments = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = [F.scaled_dot_product_attention(*segment, scale=scaling, enable_gqa=True) for segment in segments]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+AttentionMaskInterface.register("varlen", sdpa_mask)

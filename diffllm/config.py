@@ -39,8 +39,11 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = setting(False, free_when_resuming=True)
     # full: whole layers | selective: all but matrix products and attention
     recompute: str = setting("full", choices=("full", "selective"), free_when_resuming=True)
-    # sdpa | flash_attention_2 (extra `flash`), which forwards unpadded rows
-    attn_implementation: str = setting("sdpa", choices=("sdpa", "flash_attention_2"), free_when_resuming=True)
+    # sdpa | varlen, which forwards rows without their padding | flash_attention_2 (extra `flash`), likewise | auto:
+    # varlen on GPUs that have it
+    attn_implementation: str = setting(
+        "auto", choices=("auto", "sdpa", "varlen", "flash_attention_2"), free_when_resuming=True
+    )
     # chunked, on any device | liger, Triton (extra `liger`)
     loss_kernel: str = setting("chunked", choices=("chunked", "liger"), free_when_resuming=True)
     compile: bool = setting(False, free_when_resuming=True)  # torch.compile each layer

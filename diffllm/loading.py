@@ -11,6 +11,7 @@ from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from data.storage import first_line
+from diffllm.attention import attention_for
 from diffllm.checkpoint_errors import readable
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.config import ModelConfig
@@ -166,9 +167,10 @@ def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             "pad_token_id": tokenizer.pad_token_id,
         }
     )
-    with torch.random.fork_rng(devices=[]), building("model", config.attn_implementation):
+    attention = attention_for(config.attn_implementation)
+    with torch.random.fork_rng(devices=[]), building("model", attention):
         torch.manual_seed(seed)
-        lm = family.model_class._from_config(family.config(published), attn_implementation=config.attn_implementation)
+        lm = family.model_class._from_config(family.config(published), attn_implementation=attention)
     model = DiffLLM(lm, CheckpointSource(None, published, family))
     model.set_tokenizer(tokenizer)
     return model

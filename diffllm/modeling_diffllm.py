@@ -28,7 +28,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         mask_token_id, pad_token_id, eos_token_id: from config.json.
         unnamed_ids: ids of the vocabulary without a token, if the tokenizer is known; they are never sampled.
         windowed: some layers attend within a window.
-        unpad: forward the attended tokens of all rows as one long row, as FlashAttention prefers.
+        unpad: forward the attended tokens of all rows as one long row.
+        flash: the attention is FlashAttention, which takes no mask.
         masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
     """
 
@@ -45,7 +46,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.unnamed_ids: tuple[int, ...] = ()
         self.windowed = has_window(lm.config)
-        self.unpad = "flash" in lm.config._attn_implementation
+        self.flash = "flash" in lm.config._attn_implementation
+        self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and not self.windowed)
         self.masked_loss = masked_loss
 
     @property
@@ -90,7 +92,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Args:
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
-            masked: [B, L] bool, the N positions to restore.
+            masked: [B, L] bool, the N positions to restore; on the host, or the GPU must be waited for.
             weights: [B, L] float32, weights of the masked tokens in the loss.
             attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
@@ -107,7 +109,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if focal is not None and token_loss is not CROSS_ENTROPY:
             raise ValueError("token_loss is given, leave out focal")
         visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
-        where = masked.nonzero(as_tuple=True)  # synchronises with the GPU: call it once
+        where = tuple(index.to(x_t.device, non_blocking=True) for index in masked.nonzero(as_tuple=True))
         hidden = self.hidden(x_t, _positions(x_t, position_ids), visibility, *where)
         targets, weights = x_0[where], weights[where]
         return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, targets, weights, focal or token_loss))
@@ -141,25 +143,26 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
         Args:
             position_ids: [B, L].
-            visibility: the positions that each position sees.
+            visibility: the positions that each position sees; on any device.
             cache: holds keys and values; compute those of its columns only. The columns must contain the N positions,
                 and their left neighbours if the family shifts.
 
         Raises:
             ValueError: the model's attention does not support this visibility or this cache.
         """
-        if visibility.needs_pairs and self.unpad:
-            raise ValueError("visibility: blocks and pairs need model.attn_implementation=sdpa")
+        if visibility.needs_pairs and self.flash:
+            raise ValueError("visibility: blocks and pairs need model.attn_implementation=sdpa or varlen")
         if self.windowed and (visibility.needs_pairs or visibility.document is not None):
             raise ValueError("visibility: documents, blocks and pairs need layers without a window")
         if cache is not None:
             self.check_cache()
+        seen = visibility.to(x_t.device)
         if self.family.shift:
-            column = visibility.left_neighbour(row, column)
+            column = seen.left_neighbour(row, column)
         decoder = self.lm.get_decoder()
-        if self.unpad and (visibility.attended is not None or visibility.document is not None):
-            flash = "flash" in self.lm.config._attn_implementation
-            inputs, place = without_padding(visibility, x_t, position_ids, flash)
+        ragged = visibility.attended is not None or visibility.document is not None
+        if self.unpad and ragged and cache is None and not visibility.needs_pairs:
+            inputs, place = without_padding(visibility, x_t, position_ids)
             return decoder(**inputs).last_hidden_state[0, place[row, column]]
         columns = kept = None
         if cache is not None:
@@ -167,7 +170,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             if (columns := cache.columns) is not None:
                 x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
                 column = cache.place[row, column]
-        mask = mask_of(visibility, columns)
+        mask = mask_of(seen, columns)
         hidden = decoder(input_ids=x_t, attention_mask=mask, position_ids=position_ids, **kept or {})
         return hidden.last_hidden_state[row, column]
 
@@ -177,8 +180,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Raises:
             ValueError: the message names the setting to change.
         """
-        if self.unpad:
-            raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa")
+        if self.flash:
+            raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa or varlen")
         if self.windowed:
             raise ValueError("sampling.cache cannot follow the window of this model's layers: set sampling.cache=none")
 

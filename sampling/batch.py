@@ -39,7 +39,7 @@ class Denoiser(Protocol):
         Args:
             x_t: [B, L] tokens.
             position_ids: [B, L].
-            visibility: which positions a position sees.
+            visibility: which positions a position sees; on any device.
             row, column: [N] the positions.
             cache: holds keys and values; compute those of its `columns` only.
         """
@@ -87,8 +87,8 @@ class RowBatch:
         self.rows, self.width = list(rows), width
         self.pads = np.array([width - len(row) for row in rows])
         self.starts = self._to_device(self.pads + [row.canvas.prompt_length for row in rows])
-        attended = self._to_device(np.arange(width) >= self.pads[:, None])
-        self.position_ids = count_positions(attended)
+        attended = torch.from_numpy(np.arange(width) >= self.pads[:, None])
+        self.position_ids = count_positions(attended).to(self.model.device)
         self.visibility = Visibility(attended=attended) if self.pads.any() else Visibility()
 
     def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
@@ -150,7 +150,7 @@ class RowBatch:
                 continue
             rows = self._to_device(group)
             where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
-            seen = self.position_ids[rows], self.visibility.rows(rows)
+            seen = self.position_ids[rows], self.visibility.rows(torch.from_numpy(group))
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
                 cache.select(rows, len(self.rows), None if fresh else self._computed(group))
                 part = self.model.hidden(x[rows], *seen, *where, cache)

@@ -183,7 +183,7 @@ def _log_p(model: Denoiser, rows: Sequence[np.ndarray], masked: Sequence[np.ndar
     row = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(at) for at in masked]))
     column = torch.from_numpy(np.concatenate([at + pad for at, pad in zip(masked, pads, strict=True)]))
     x_t = x_0.index_put((row, column), torch.tensor(mask))
-    visibility = Visibility(attended=attention_mask.to(model.device)) if any(pads) else Visibility()
+    visibility = Visibility(attended=attention_mask) if any(pads) else Visibility()
     where = row.to(model.device), column.to(model.device)
     position_ids = count_positions(attention_mask).to(model.device)
     hidden = model.hidden(x_t.to(model.device), position_ids, visibility, *where)

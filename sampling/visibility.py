@@ -1,5 +1,6 @@
 """Visibility: the positions that a position attends to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,8 +30,15 @@ class Visibility:
 
     def rows(self, rows: Tensor) -> "Visibility":
         """Visibility of some rows [b] of the batch."""
-        chosen = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Visibility(**{name: None if value is None else value[rows] for name, value in chosen.items()})
+        return self._each(lambda value: value[rows])
+
+    def to(self, device: torch.device) -> "Visibility":
+        """The same on a device."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Visibility":
+        given = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
+        return Visibility(**{name: change(value) for name, value in given.items()})
 
     def dense(self, columns: Tensor | None = None) -> Tensor | None:
         """[B, Q, L] bool: whether a position sees another; None where every position sees all.

@@ -1,6 +1,7 @@
 """Build the parts of a run from its settings: model, tokenizer, batches, optimizer."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from data.curation import subset
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt
+from diffllm.attention import attention_for
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
 from diffllm.loading import empty_model
@@ -71,10 +73,11 @@ def build_model(
 def _from_checkpoint(
     source: CheckpointSource, config: ModelConfig, dtype: torch.dtype, empty: bool
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
+    attention = attention_for(config.attn_implementation)
     if source.is_autoregressive:
-        return adapt(source, config.mask_token or MASK_TOKEN, dtype, config.attn_implementation)
+        return adapt(source, config.mask_token or MASK_TOKEN, dtype, attention)
     load = empty_model if empty else load_model
-    model = load(source, dtype, config.attn_implementation)
+    model = load(source, dtype, attention)
     tokenizer = load_tokenizer(source.name)
     model.set_tokenizer(tokenizer)
     if tokenizer.mask_token is None:
@@ -95,7 +98,9 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, tokenizer = build_model(config.model, dtype=dtype)  # not cast later: that would round the rotary buffers
+    attention = attention_for(config.model.attn_implementation, device, dtype)
+    settings = replace(config.model, attn_implementation=attention)
+    model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
     return model.to(device).eval(), tokenizer
 
 
@@ -105,7 +110,11 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
     Raises:
         ValueError: settings that the model cannot follow, or see `build_model`.
     """
-    model, tokenizer = build_model(config.model, config.seed, frozen_dtype(config, device), empty=True)
+    if config.model.loss_kernel == "liger" and device.type != "cuda":
+        raise ValueError("model.loss_kernel=liger needs a GPU, and none is here; use chunked")
+    attention = attention_for(config.model.attn_implementation, device, compute_dtype(config, device))
+    settings = replace(config.model, attn_implementation=attention)
+    model, tokenizer = build_model(settings, config.seed, frozen_dtype(config, device), empty=True)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
     if config.model.loss_kernel == "liger":

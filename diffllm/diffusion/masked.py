@@ -139,10 +139,10 @@ class MaskedDiffusion(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens."""
         device = model.device
-        names = ("x_t", "input_ids", "masked", "weights", "position_ids")
-        x_t, x_0, masked, weights, position_ids = (batch[name].to(device, non_blocking=True) for name in names)
-        seen = {"position_ids": position_ids, "visibility": visibility_of(batch, device)}
-        return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)
+        names = ("x_t", "input_ids", "weights", "position_ids")
+        x_t, x_0, weights, position_ids = (batch[name].to(device, non_blocking=True) for name in names)
+        seen = {"position_ids": position_ids, "visibility": visibility_of(batch)}
+        return model(x_t, x_0, batch["masked"], weights, token_loss=self.config.token_loss, **seen)
 
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
         """[3 + 2·T_BUCKETS] Σ nll/t, maskable tokens, Σ correct, then nll and tokens by bucket of t.

@@ -81,7 +81,7 @@ def test_a_run_ends_with_full_attention(small_run):
         train(small_run(diffusion__attention_annealing_steps=13))
 
 
-@pytest.mark.parametrize("trait", ["windowed", "unpad"])
+@pytest.mark.parametrize("trait", ["windowed", "flash"])
 def test_it_needs_layers_that_can_hide_any_position(small_model, trait):
     setattr(small_model, trait, True)
     ids = torch.arange(6)[None]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -185,6 +186,7 @@ class TestBadCheckpoints:
         self.edit(copy, pad_token_id=None)
         assert load_model(copy).pad_token_id == 254
 
+    @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
     def test_attention_that_is_not_installed(self, copy):
         with pytest.raises(ValueError, match=r"flash_attention_2 is not installed: pip install 'diffllm\[flash\]'"):
             load_model(copy, attn_implementation="flash_attention_2")

@@ -114,7 +114,7 @@ def test_the_first_of_several_stop_strings_counts(merging):
     assert respond(merging, ["a", "b", ";\n\n"], stop=["\n\n", ";\n", "b;"]).text == "a"
 
 
-@pytest.mark.parametrize("attribute", ["windowed", "unpad"])
+@pytest.mark.parametrize("attribute", ["windowed", "flash"])
 def test_a_cache_that_the_attention_cannot_follow_is_refused_before_the_first_forward(small_model, attribute):
     setattr(small_model, attribute, True)
     with pytest.raises(ValueError, match=r"sampling\.cache"):

@@ -104,7 +104,7 @@ def test_only_the_columns_of_the_kind_are_computed(model, monkeypatch):
 
 
 def test_a_cache_needs_an_attention_that_takes_padding(model, monkeypatch):
-    monkeypatch.setattr(model, "unpad", True)
+    monkeypatch.setattr(model, "flash", True)
     with pytest.raises(ValueError, match=r"set model\.attn_implementation=sdpa"):
         fill_rows(model, ROWS, cache="dual")
 

@@ -153,9 +153,14 @@ def left_padded_rows(model):
     return x_0.masked_fill(masked, model.mask_token_id), x_0, masked, masked.float(), attention_mask, position_ids
 
 
+def set_unpad(model, unpad):
+    model.unpad = unpad
+    model.lm.set_attn_implementation("varlen" if unpad else "sdpa")
+
+
 @pytest.mark.parametrize("unpad", [False, True])
 def test_a_left_padded_row_has_the_loss_of_the_row_alone(small_model, unpad):
-    small_model.unpad = unpad
+    set_unpad(small_model, unpad)
     batch = left_padded_rows(small_model)
     with torch.no_grad():
         together = small_model(*batch).nll.unflatten(0, (3, 3))
@@ -167,12 +172,18 @@ def test_a_left_padded_row_has_the_loss_of_the_row_alone(small_model, unpad):
 def test_unpadded_rows_have_the_gradient_of_padded_ones(small_model):
     gradients = []
     for unpad in (False, True):
-        small_model.unpad = unpad
+        set_unpad(small_model, unpad)
         small_model.zero_grad()
         small_model(*left_padded_rows(small_model)).loss.backward()
         gradients.append([parameter.grad for parameter in small_model.parameters()])
     for padded, unpadded in zip(*gradients, strict=True):
         torch.testing.assert_close(padded, unpadded, rtol=1e-4, atol=1e-6)
+
+
+def test_liger_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
+    with pytest.raises(ValueError, match=r"liger is not installed: pip install 'diffllm\[liger\]'"):
+        loss.liger()
 
 
 def test_the_former_arguments_of_forward(small_model):

@@ -40,7 +40,7 @@ class ByPlace(Objective):
 
     def loss(self, model, batch):
         names = ("x_t", "input_ids", "masked", "weights")
-        seen = visibility_of(batch, model.device)
+        seen = visibility_of(batch)
         return model(*(batch[name] for name in names), position_ids=batch["position_ids"], visibility=seen)
 
     def measure(self, batch, output):
