@@ -109,7 +109,7 @@ def ending_in_one_line(stopped: str = STOPPED) -> Iterator[None]:
     try:
         with running():
             yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr, flush=True)

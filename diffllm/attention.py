@@ -31,15 +31,17 @@ def visibility_of(batch: Mapping[str, Tensor]) -> Visibility:
     return Visibility(**conditions)
 
 
-def mask_of(visibility: Visibility, columns: Tensor | None = None) -> Tensor | None:
-    """Bool mask for Transformers' decoders: None, [B, L] for padding alone, else [B, 1, Q, L].
+def mask_of(visibility: Visibility, columns: Tensor | None = None, windowed: bool = False) -> Tensor | None:
+    """Bool mask for Transformers' decoders: None, or one that broadcasts to [B, 1, Q, L].
 
     Args:
         columns: [B, Q] positions of the queries if others are cached; None for all.
+        windowed: some layers have a window, which the decoder joins with the padding [B, L].
     """
-    if visibility.document is None and not visibility.needs_pairs:
+    if windowed:
         return visibility.attended
-    return visibility.dense(columns)[:, None]
+    mask = visibility.dense(columns)
+    return None if mask is None else mask[:, None]
 
 
 def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -46,12 +46,14 @@ class ModelConfig:
     )
     # chunked, on any device | liger, Triton (extra `liger`)
     loss_kernel: str = setting("chunked", choices=("chunked", "liger"), free_when_resuming=True)
-    compile: bool = setting(False, free_when_resuming=True)  # torch.compile each layer
+    # true | false | auto: torch.compile each layer and the loss, on a GPU and for a run that is long enough
+    compile: str = setting("auto", choices=("auto", "true", "false"), free_when_resuming=True)
     lora_rank: int = setting(0, at_least=0)  # train adapters of this rank instead of the weights; 0 trains the weights
     lora_alpha: float = setting(16.0, above=0)  # adapters are scaled by alpha / rank
     target_modules: list[str] = setting(["all-linear"])  # all-linear, or names of layers such as [q_proj,v_proj]
 
     def __post_init__(self) -> None:
+        self.compile = str(self.compile).lower()  # a bool in YAML and on the command line
         check_fields(self, "model")
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

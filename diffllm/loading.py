@@ -55,12 +55,19 @@ def empty_model(
     """
     source = CheckpointSource.open(path_or_name)
     source.check_ids()
-    lm = _on_meta(source, dtype, attn_implementation)
+    lm = decoder_on_meta(source, dtype, attn_implementation)
     fill_buffers(lm)
     return DiffLLM(lm, source)
 
 
-def _on_meta(source: CheckpointSource, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+def decoder_on_meta(
+    source: CheckpointSource, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """The decoder of a checkpoint on the meta device.
+
+    Raises:
+        ValueError: config.json does not describe one.
+    """
     with building(source.name, attn_implementation), torch.device("meta"):
         config = source.family.config(source.published)
         if unknown := set(getattr(config, "layer_types", None) or ()) - {*ALLOWED_LAYER_TYPES}:
@@ -88,7 +95,7 @@ def load_decoder(source: CheckpointSource, dtype: torch.dtype | str, attn_implem
     """
     directory, file = split_gguf(source.name)
     settings = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)} if file else {}
-    _on_meta(source, torch.float32, attn_implementation)  # config errors are raised before the weights are read
+    decoder_on_meta(source, torch.float32, attn_implementation)  # config errors are raised before the weights are read
     unexpected = _unknown_in_gguf(source.name) if file else []
     with readable(source.name, "the weights"):
         lm, report = source.family.model_class.from_pretrained(

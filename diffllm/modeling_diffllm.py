@@ -170,7 +170,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             if (columns := cache.columns) is not None:
                 x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
                 column = cache.place[row, column]
-        mask = mask_of(seen, columns)
+        mask = mask_of(seen, columns, self.windowed)
         hidden = decoder(input_ids=x_t, attention_mask=mask, position_ids=position_ids, **kept or {})
         return hidden.last_hidden_state[row, column]
 

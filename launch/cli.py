@@ -121,7 +121,15 @@ def user_errors(debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(": ".join([STOPPED, *error.args]), file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (
+        ValueError,
+        OSError,
+        MemoryError,
+        FloatingPointError,
+        HydraException,
+        OmegaConfBaseException,
+        YAMLError,
+    ) as error:
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0" and not FirstError.claimed:

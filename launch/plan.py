@@ -34,7 +34,7 @@ from launch.cli import CONF, check_arguments, user_errors
 from trainer.build import compute_dtype
 from trainer.config import Config, batch_layout
 from trainer.distributed import Distributed
-from trainer.memory import GIB, state_memory, whole_gradients
+from trainer.memory import GIB, remedies, state_memory, whole_gradients
 from trainer.schema import field_names, resolve
 from trainer.speed import Speed
 
@@ -74,15 +74,13 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
         state = replace(state, weights=0, gradients=0, optimizer=0)
     # Gradients of earlier micro-batches: sharded, or whole if they are reduced once a step.
     summed = whole_gradients(model, config, layout) or (state.gradients if layout.micro_batches > 1 else 0)
-    # PyTorch's AdamW copies a moment to compute its step.
-    updating = state.optimizer + (state.gradients if config.optim.name == "adamw" else 0)
     # The gathered weights include the gradient of the head.
     logits = passed.loss - (head.numel() * dtype.itemsize if head.requires_grad else 0)
     one_layer = passed.kept // model.lm.config.num_hidden_layers + passed.backward
     parts = {
         "weights": (state.weights,) * 4,
         "gradients": (summed, summed, state.gradients, state.gradients),
-        "optimizer": (state.optimizer, state.optimizer, state.optimizer, updating),
+        "optimizer": (state.optimizer,) * 4,
         "gathered weights": (state.gathered, state.gathered, state.gathered, 0),
         "activations": (passed.kept, passed.kept + passed.backward, one_layer, 0),
         "logits": (logits, 0, 0, 0),
@@ -175,21 +173,6 @@ def _source(config: ModelConfig) -> tuple[CheckpointSource, str]:
         )
     published = shapes[config.path] | UNREAD_IDS
     return CheckpointSource(None, published, family_of(published, config.path)), f"launch/{SHAPES.name}"
-
-
-def remedies(config: Config, layout: BatchLayout, largest: int) -> list[str]:
-    """Settings that need less memory than those of the run."""
-    settings = {
-        f"data.micro_batch_size_per_gpu={largest}": 0 < largest < layout.micro_batch_size,
-        "model.enable_gradient_checkpointing=true": not config.model.enable_gradient_checkpointing,
-        "trainer.reduce_each_micro_batch=true": layout.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
-        "trainer.reshard_after_forward=true": not config.trainer.reshard_after_forward,
-        "more GPUs": True,
-        "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
-        "model.lora_rank=16": not config.model.lora_rank,
-        "trainer.cpu_offload=true": not config.trainer.cpu_offload,
-    }
-    return [setting for setting, helps in settings.items() if helps]
 
 
 def plan(arguments: list[str]) -> bool:

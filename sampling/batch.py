@@ -1,6 +1,7 @@
 """Forward rows together and propose tokens for their masked positions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -91,6 +92,21 @@ class RowBatch:
         self.position_ids = count_positions(attended).to(self.model.device)
         self.visibility = Visibility(attended=attended) if self.pads.any() else Visibility()
 
+    @contextmanager
+    def _naming_the_batch(self) -> Iterator[None]:
+        """Let an error of memory name what to lower.
+
+        Raises:
+            MemoryError: the block ran out of memory.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            lower = "sampling.batch_size" if len(self.rows) > 1 else "sampling.max_new_tokens"
+            raise MemoryError(
+                f"out of memory with {len(self.rows)}×{self.width} tokens; lower {lower} ({str(error).splitlines()[0]})"
+            ) from error
+
     def propose(self, logits: Tensor | None = None) -> list[tuple[np.ndarray, ...]]:
         """Tokens, confidence, p and entropy [n] at the n candidates of each row.
 
@@ -106,6 +122,14 @@ class RowBatch:
             drawn = [state.uniforms()[0, columns] for state, columns in zip(self.rows, candidates, strict=True)]
             uniforms = self._to_device(np.concatenate(drawn))
 
+        with self._naming_the_batch():
+            together = self._rate(row, column, uniforms, logits)
+        return list(zip(*(np.split(column, np.cumsum(counts)[:-1]) for column in together), strict=True))
+
+    def _rate(
+        self, row: np.ndarray, column: np.ndarray, uniforms: Tensor | None, logits: Tensor | None
+    ) -> list[np.ndarray]:
+        """Tokens, confidence, p and entropy at N positions."""
         views = self._views()
         hidden = self._forward(views, row, column) if logits is None else []
         row, column = self._to_device(row), self._to_device(column)
@@ -116,14 +140,14 @@ class RowBatch:
             part = self._restricted(part.float(), views[0], row[some], column[some]).split(self.rated_at_once)
             draws = [None] * len(part) if uniforms is None else uniforms[some].split(self.rated_at_once)
             parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
-        together = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-        return list(zip(*(np.split(column, np.cumsum(counts)[:-1]) for column in together), strict=True))
+        return [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
 
     def logits(self) -> Tensor:
         """[B, L, V] of every position."""
         row, column = np.indices((len(self.rows), self.width)).reshape(2, -1)
-        hidden = self._forward(self._views(), row, column)
-        return self._guided(hidden, slice(None)).unflatten(0, (len(self.rows), self.width))
+        with self._naming_the_batch():
+            hidden = self._forward(self._views(), row, column)
+            return self._guided(hidden, slice(None)).unflatten(0, (len(self.rows), self.width))
 
     def _views(self) -> list[Tensor]:
         """Canvases [B, L]; with guidance also the canvases whose given tokens are masked."""

@@ -23,7 +23,7 @@ from diffllm.adapt import adapt
 from diffllm.attention import attention_for
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
-from diffllm.loading import empty_model
+from diffllm.loading import decoder_on_meta, empty_model
 from diffllm.lora import add_lora
 from diffllm.tokenizer import (
     MASK_TOKEN,
@@ -34,6 +34,7 @@ from diffllm.tokenizer import (
     set_template_variables,
 )
 from trainer.config import Config, OptimConfig, warmup_steps
+from trainer.distributed import GIB, device_memory
 
 LR_SCHEDULES = {
     "cosine": get_cosine_schedule_with_warmup,
@@ -100,8 +101,24 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = attention_for(config.model.attn_implementation, device, dtype)
     settings = replace(config.model, attn_implementation=attention)
+    if device.type == "cuda":
+        _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
     model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
     return model.to(device).eval(), tokenizer
+
+
+def _check_weights_fit(source: CheckpointSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose weights exceed the memory of a GPU, before they are read.
+
+    Raises:
+        ValueError: the message gives the memory needed and available.
+    """
+    needed = dtype.itemsize * sum(parameter.numel() for parameter in decoder_on_meta(source).parameters())
+    if needed > (available := device_memory(device)):
+        raise ValueError(
+            f"does not fit: the weights need {needed / GIB:.1f} GiB, and {torch.cuda.get_device_name(device)} has "
+            f"{available / GIB:.1f}. Use a GPU with more memory, or hide it: CUDA_VISIBLE_DEVICES= samples on the CPU"
+        )
 
 
 def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
@@ -202,7 +219,8 @@ def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimi
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas))
+    fused = {"fused": True} if config.name == "adamw" and all(parameter.is_cuda for parameter in trained) else {}
+    optimizer = _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas), **fused)
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr  # the schedule multiplies it; torchao keeps `lr` in a float32 tensor
     return optimizer

@@ -4,7 +4,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from torch import Tensor
 from data.storage import lock_file, refuse_links
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
 
+GIB = 2**30
 LOCK = ".lock"
 PATIENCE = timedelta(days=7)  # how long a finished rank waits for the others
 
@@ -35,11 +36,17 @@ class Distributed:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, *values: float | Tensor) -> list[float]:
-        """Sums over all ranks, in float64. Collective."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
+    def sum(self, *values: float | Tensor, equal: Sequence[Tensor] = ()) -> list[float]:
+        """Sums over all ranks, in float64, on the device of the values: those on the host wait for no GPU. Collective.
+
+        Args:
+            equal: scalars that all ranks have; they follow the sums, and cost no wait of their own.
+        """
+        on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in values)
+        device = self.device if on_gpu else torch.device("cpu")
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
         dist.all_reduce(total)
-        return total.tolist()
+        return torch.cat([total, *(value.to(device, torch.float64).view(1) for value in equal)]).tolist()
 
     def wait(self) -> None:
         """Wait for all ranks, up to PATIENCE. Collective."""
@@ -73,6 +80,14 @@ def _portable(error: ValueError | OSError) -> ValueError | OSError:
     except Exception:
         return (ValueError if isinstance(error, ValueError) else OSError)(str(error))
     return error
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a rank's memory: its GPU's, or its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def ranks_from_environment() -> tuple[int, int]:

@@ -36,10 +36,11 @@ class FSDPSFTTrainer(TrainingLoop):
         check_memory(model, config, distributed)
         self.objective = build_objective(config.diffusion, model.mask_token_id, config.seed)
         self.val_objective = self.objective.for_validation(VAL_SEED)
+        layout = batch_layout(config.data, distributed.rank, distributed.size)
         source, self.val_batches, self.rows = build_batches(
             config,
             self.tokenizer,
-            batch_layout(config.data, distributed.rank, distributed.size),
+            layout,
             self.objective.corrupt,
             self.val_objective.corrupt,
         )
@@ -52,7 +53,7 @@ class FSDPSFTTrainer(TrainingLoop):
             )
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
         self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)
-        shard(model, distributed, config)
+        shard(model, distributed, config, passes=steps * layout.micro_batches)
         super().__init__(config, distributed, model, source, steps)
         self.print_main(*(report.text() for _, report in self.rows.values()))
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from data import Batch, BatchSource
 from data.terminal import printable
 from diffllm import DiffLLM
+from diffllm.compilation import refusing_failures
 from diffllm.diffusion.loss import LossOutput
 from trainer.build import build_optimizer, compute_dtype, set_lr
 from trainer.checkpoint import Checkpoints, TrainingState, load
@@ -26,6 +27,7 @@ from trainer.ending import Deadline
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
 from trainer.manifest import path_of
+from trainer.memory import naming_remedies
 from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
 from trainer.speed import Speed
@@ -149,11 +151,12 @@ class TrainingLoop(ABC):
             counts = self._count(micro_batches)
             if counts["failed_saves"]:
                 self.checkpoints.wait()
-            metrics = self.train_step(step, micro_batches, counts)
-            metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
-            if self._is_due(step, settings.val_check_interval):
-                metrics |= self.validate()
-                log.log_samples(step, self.sample())
+            with refusing_failures("model.compile"), naming_remedies(self.config, self.source.layout):
+                metrics = self.train_step(step, micro_batches, counts)
+                metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
+                if self._is_due(step, settings.val_check_interval):
+                    metrics |= self.validate()
+                    log.log_samples(step, self.sample())
             log.log(step, metrics)
             signals = [name for name in NAMES if counts[name]] if step < self.steps else []
             if signals or self._is_due(step, settings.save_checkpoint_steps):
@@ -182,7 +185,7 @@ class TrainingLoop(ABC):
         """
         lr = set_lr(self.optimizer, self.config.optim, self.steps, step - 1)
         micro_batches = self.prepare(step, micro_batches)
-        losses, sums, grad_norm = [], [], 0.0
+        losses, sums, metrics, grad_norm = [], [], {"train/loss": 0.0}, 0.0
         if counts["masked"]:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
@@ -191,8 +194,7 @@ class TrainingLoop(ABC):
                 output.loss.backward()
                 losses.append(output.loss.detach())
                 sums.append(self.measure(batch, output))
-            grad_norm = self._clip()
-        metrics = self._reduce(losses, sums)
+            metrics, grad_norm = self._reduce(losses, sums, self._clip())
         if not counts["masked"]:
             self.progress.skipped_steps += 1
         elif math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm):
@@ -231,16 +233,16 @@ class TrainingLoop(ABC):
         }
         return dict(zip(counts, self.distributed.sum(*counts.values()), strict=True))
 
-    def _reduce(self, losses: list[Tensor], sums: list[Tensor]) -> dict[str, float]:
-        """Metrics over all micro-batches and ranks. A skipped step has its loss alone, 0."""
-        if not losses:
-            return {"train/loss": 0.0}
-        loss, *total = self.distributed.sum(sum(loss.double() for loss in losses), *sum(sums))
-        return {"train/loss": loss, **{f"train/{name}": value for name, value in self.metrics(total).items()}}
+    def _reduce(self, losses: list[Tensor], sums: list[Tensor], norm: Tensor) -> tuple[dict[str, float], float]:
+        """Metrics over all micro-batches and ranks, and the gradient norm: the step's only wait for the GPU."""
+        loss = sum(loss.double() for loss in losses)
+        loss, *total, norm = self.distributed.sum(loss, *sum(sums), equal=[norm])
+        return {"train/loss": loss, **{f"train/{name}": value for name, value in self.metrics(total).items()}}, norm
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
+        """Clip the gradient; its norm before."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _refuse(
         self, step: int, micro_batches: list[Batch], losses: list[Tensor], denominator: float, grad_norm: float

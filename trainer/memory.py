@@ -1,17 +1,17 @@
 """Bytes of weights, gradients and optimizer state on a rank, from the shapes of a model."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from data import BatchLayout
+from data.storage import first_line
 from diffllm import DiffLLM
 from trainer.build import compute_dtype, frozen_dtype
 from trainer.config import Config, batch_layout
-from trainer.distributed import Distributed
-
-GIB = 2**30
+from trainer.distributed import GIB, Distributed, device_memory
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,57 @@ def check_memory(model: DiffLLM, config: Config, distributed: Distributed) -> No
     """Refuse a run whose state exceeds a rank's memory.
 
     Raises:
-        ValueError: the message gives the memory needed and available, and settings that help.
+        ValueError: the message gives the memory needed and available, and what helps.
     """
     device = torch.device("cpu") if config.trainer.cpu_offload else distributed.device
+    layout = batch_layout(config.data, distributed.rank, distributed.size)
     state = state_memory(model, config, distributed.size, distributed.device)
     needed = state.total
     if config.trainer.cpu_offload:  # gathered weights and accumulated gradients stay on the GPU
         needed -= state.gathered
     else:
-        whole = whole_gradients(model, config, batch_layout(config.data, distributed.rank, distributed.size))
+        whole = whole_gradients(model, config, layout)
         needed += max(0, whole - state.gradients)
     available = device_memory(device)
     if needed > available:
         raise ValueError(
-            f"ranks={distributed.size}: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each rank, "
-            f"which has {available / GIB:.1f}. Use more ranks, model.lora_rank, optim.name=adamw_8bit or "
-            "trainer.cpu_offload=true"
+            f"does not fit: with ranks={distributed.size} weights, gradients and optimizer need {needed / GIB:.1f} GiB "
+            f"on each rank, which has {available / GIB:.1f}. What helps: {', '.join(remedies(config, layout))}"
         )
+
+
+@contextmanager
+def naming_remedies(config: Config, layout: BatchLayout) -> Iterator[None]:
+    """Let an error of memory name the settings that need less.
+
+    Raises:
+        MemoryError: the block ran out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        helps = ", ".join(remedies(config, layout))
+        raise MemoryError(f"out of memory. What helps: {helps} ({first_line(error)})") from error
+
+
+def remedies(config: Config, layout: BatchLayout, largest: int | None = None) -> list[str]:
+    """Settings that need less memory than those of the run.
+
+    Args:
+        largest: micro-batch that is known to fit, 0 if none; by default half of the run's is named.
+    """
+    rows = layout.micro_batch_size // 2 if largest is None else largest
+    settings = {
+        f"data.micro_batch_size_per_gpu={rows}": 0 < rows < layout.micro_batch_size,
+        "model.enable_gradient_checkpointing=true": not config.model.enable_gradient_checkpointing,
+        "trainer.reduce_each_micro_batch=true": layout.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
+        "trainer.reshard_after_forward=true": not config.trainer.reshard_after_forward,
+        "more GPUs": True,
+        "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
+        "model.lora_rank=16": not config.model.lora_rank,
+        "trainer.cpu_offload=true": not config.trainer.cpu_offload,
+    }
+    return [setting for setting, helps in settings.items() if helps]
 
 
 def check_gathers(model: DiffLLM, config: Config, distributed: Distributed) -> None:
@@ -94,11 +128,3 @@ def check_gathers(model: DiffLLM, config: Config, distributed: Distributed) -> N
             f"trainer.val_samples={config.trainer.val_samples}: to sample, each rank holds the whole model and needs "
             f"{needed / GIB:.1f} GiB of {available / GIB:.1f}; set it to 0"
         )
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a rank's memory: its GPU's, or its share of the host's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -25,6 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from diffllm import DiffLLM, ModelConfig
 from diffllm.checkpoint_errors import readable
+from diffllm.compilation import backend_of, is_compiled
+from diffllm.diffusion.loss import compiled
 from diffllm.loading import HEAD_OF_ITS_OWN, check_weights
 from diffllm.lora import base_name
 from trainer.build import compute_dtype
@@ -32,21 +34,27 @@ from trainer.config import Config, TrainerConfig
 from trainer.distributed import Distributed
 
 # Selective recomputation keeps the results of these operators: they take much time to recompute.
-KEPT_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "flash_attn::")
+KEPT_OPERATORS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "flash_attn::", "torch_attn::")
 
 
-def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
+def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int = 0) -> None:
     """Shard the model over all ranks with FSDP2, layer by layer. Gradients are summed, never averaged.
 
     With `trainer.replicate` > 1 each copy is sharded over its own ranks (HSDP). In bf16 the forward and backward use
     bf16 parameters; trained parameters are kept, and gradients reduced, in float32. Weights on the meta device are read
     from the model's checkpoint: each rank reads its shard.
 
+    Args:
+        passes: forward passes of the run, for `model.compile=auto`.
+
     Raises:
         ValueError: `trainer.replicate` does not divide the ranks; see `read_weights` too.
     """
     settings = config.trainer
-    recompute_activations(model, config.model)
+    compiling = is_compiled(config.model.compile, distributed.device, passes)
+    recompute_activations(model, config.model, compiling)
+    if compiling:
+        compile_parts(model, config.model)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config, distributed.device),
         reduce_dtype=torch.float32,
@@ -61,8 +69,6 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config) -> None:
         else OffloadPolicy(),
     )
     for layer in model.lm.get_decoder().layers:
-        if config.model.compile:
-            layer.compile()
         split(layer, reshard_after_forward=settings.reshard_after_forward)
     split(model)
     for part in sharded_parts(model):
@@ -131,9 +137,22 @@ def build_mesh(distributed: Distributed, replicate: int) -> DeviceMesh:
     return init_device_mesh(distributed.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def recompute_activations(model: DiffLLM, config: ModelConfig) -> None:
-    """Apply activation checkpointing if `model.enable_gradient_checkpointing` is set."""
-    if not config.enable_gradient_checkpointing:
+def compile_parts(model: DiffLLM, config: ModelConfig) -> None:
+    """Compile each layer, and the loss unless Liger computes it."""
+    backend = backend_of(config.compile)
+    for layer in model.lm.get_decoder().layers:
+        layer.compile(backend=backend)
+    if config.loss_kernel == "chunked":
+        model.masked_loss = compiled(backend)
+
+
+def recompute_activations(model: DiffLLM, config: ModelConfig, compiling: bool = False) -> None:
+    """Apply activation checkpointing if `model.enable_gradient_checkpointing` is set.
+
+    Compiled layers need none for selective recomputation: the compiler keeps products and attention, and computes the
+    rest again.
+    """
+    if not config.enable_gradient_checkpointing or (compiling and config.recompute == "selective"):
         return
     arguments = {"use_reentrant": False}
     if config.recompute == "selective":

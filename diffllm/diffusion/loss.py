@@ -11,6 +11,8 @@ from torch import Tensor
 
 LOGITS_PER_CHUNK = 2**26  # at most; 256 MiB in float32
 
+Slope = Callable[[Tensor], Tensor]  # nll [n] → d loss / d nll
+
 
 class LossOutput(NamedTuple):
     """Loss of the N masked positions. Only the loss carries a gradient."""
@@ -77,7 +79,8 @@ def masked_loss(
         The loss, a float32 scalar; nll [N] in float32 and correct [N], whether the most likely token is the target,
         both without gradient.
     """
-    return _MaskedLoss.apply(hidden, head, targets, weights, token_loss, torch.is_grad_enabled())
+    training = torch.is_grad_enabled()
+    return _MaskedLoss.apply(hidden, head, targets, weights, token_loss, training, _in_place, LOGITS_PER_CHUNK)
 
 
 def weighted_sum(nll: Tensor, weights: Tensor, token_loss: TokenLoss = CROSS_ENTROPY) -> Tensor:
@@ -113,36 +116,78 @@ def liger() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return liger_loss
 
 
+def compiled(backend: str | Callable) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`masked_loss` whose work on the logits of a chunk is compiled: it reads them in their own dtype, in few passes.
+
+    Args:
+        backend: of torch.compile.
+    """
+    rate, differentiate = (torch.compile(part, backend=backend) for part in (_rate, _differentiate))
+
+    def chunk_loss(logits: Tensor, targets: Tensor, slope: Slope | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        nll, correct, log_total = rate(logits, targets)
+        return nll, correct, None if slope is None else differentiate(logits, targets, log_total, slope(nll))
+
+    def compiled_loss(hidden, head, targets, weights, token_loss=CROSS_ENTROPY):
+        training = torch.is_grad_enabled()
+        return _MaskedLoss.apply(hidden, head, targets, weights, token_loss, training, chunk_loss, 2 * LOGITS_PER_CHUNK)
+
+    return compiled_loss
+
+
+def _rate(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """nll, whether the most likely token is the target, and the logarithm of Σ exp(logits), each [n]."""
+    values = logits.float()
+    log_total = values.logsumexp(-1)
+    nll = log_total - values.gather(-1, targets[:, None]).squeeze(-1)
+    return nll, values.argmax(-1) == targets, log_total
+
+
+def _differentiate(logits: Tensor, targets: Tensor, log_total: Tensor, slope: Tensor) -> Tensor:
+    """[n, V] slope·(softmax - onehot), in the dtype of the logits."""
+    p = (logits.float() - log_total[:, None]).exp()
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+    return ((p - is_target.float()) * slope[:, None]).to(logits.dtype)
+
+
+def _in_place(logits: Tensor, targets: Tensor, slope: Slope | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same as `_rate` and `_differentiate`, operator by operator in one float32 copy of the logits."""
+    dtype, y, logits = logits.dtype, targets[:, None], logits.float()
+    highest, likeliest = logits.max(-1, keepdim=True)
+    target = logits.gather(-1, y)
+    correct = (likeliest == y).squeeze(-1)
+    p = logits.sub_(highest).exp_()
+    total = p.sum(-1, keepdim=True)
+    nll = (total.log() + highest - target).squeeze(-1)
+    if slope is None:
+        return nll, correct, None
+    factor = slope(nll)[:, None]
+    return nll, correct, p.mul_(factor / total).scatter_add_(-1, y, -factor).to(dtype)
+
+
 class _MaskedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, token_loss, training):
+    def forward(ctx, hidden, head, targets, weights, token_loss, training, chunk_loss, logits_per_chunk):
         hidden_needs, head_needs = (training and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if hidden_needs else None
         grad_head = torch.zeros_like(head) if head_needs and not len(hidden) else None
         nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = targets.new_empty(len(hidden), dtype=torch.bool)
-        chunks = -(-len(hidden) * len(head) // LOGITS_PER_CHUNK)
+        chunks = -(-len(hidden) * len(head) // logits_per_chunk)
         size = -(-len(hidden) // max(chunks, 1))
         for start in range(0, len(hidden), max(size, 1)):
             chunk = slice(start, start + size)
-            h, y = hidden[chunk], targets[chunk, None]
-            logits = (h @ head.T).float()
-            highest, likeliest = logits.max(-1, keepdim=True)
-            target = logits.gather(-1, y)
-            correct[chunk] = (likeliest == y).squeeze(-1)
-            p = logits.sub_(highest).exp_()
-            total = p.sum(-1, keepdim=True)
-            nll[chunk] = (total.log() + highest - target).squeeze(-1)
-            if not (hidden_needs or head_needs):
-                continue
-            # d loss / d logits = slope·(softmax - onehot)
-            slope = weights[chunk] * token_loss.select(chunk).derivative(nll[chunk])
-            grad = p.mul_(slope[:, None] / total).scatter_add_(-1, y, -slope[:, None]).to(h.dtype)
+
+            def slope(nll: Tensor, chunk: slice = chunk) -> Tensor:  # d loss / d logits = slope·(softmax - onehot)
+                return weights[chunk] * token_loss.select(chunk).derivative(nll)
+
+            h, slope_of = hidden[chunk], slope if hidden_needs or head_needs else None
+            nll[chunk], correct[chunk], grad = chunk_loss(h @ head.T, targets[chunk], slope_of)
             if hidden_needs:
                 torch.mm(grad, head, out=grad_hidden[chunk])
             if head_needs:
                 grad_head = grad.T @ h if grad_head is None else grad_head.addmm_(grad.T, h)
-            del logits, p, grad  # free them before the next chunk
+            del grad  # free it before the next chunk
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(nll, correct)
         return weighted_sum(nll, weights, token_loss), nll, correct
@@ -150,4 +195,4 @@ class _MaskedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         scaled = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        return *scaled, None, None, None, None
+        return *scaled, *[None] * 6

@@ -92,6 +92,18 @@ def test_a_canvas_without_masks_comes_back_as_it_is():
     assert MASK not in done[1].tokens
 
 
+@pytest.mark.parametrize(("batch_size", "lower"), [(2, "sampling.batch_size"), (1, "sampling.max_new_tokens")])
+def test_out_of_memory_names_what_to_lower(batch_size, lower):
+    class Full(MockDenoiser):
+        def hidden(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore on this")
+
+    config = SamplingConfig(max_new_tokens=4, steps=4, batch_size=batch_size)
+    words = rf"^out of memory with {batch_size}×6 tokens; lower {lower} \(CUDA out of memory\. .* 2 GiB\.\)$"
+    with pytest.raises(MemoryError, match=words):
+        sample(Full(), torch.ones(2, 2).long(), config, SPECIAL)
+
+
 def test_rows_leave_and_enter_the_batch():
     """A row that needs one forward does not wait for one that needs eight."""
     model, config = MockDenoiser(), SamplingConfig(batch_size=2, steps=8, transfer="even", stop_at_eos=False)

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from tests.trainer.runs import metrics, train
-from trainer.config import Config
 from trainer.distributed import Distributed
-from trainer.memory import check_gathers, check_memory, state_memory
 from trainer.speed import Speed
 
 EVERY_STEP = {
@@ -55,33 +53,3 @@ def test_model_flops_are_those_of_the_products(small_model):
     assert (found["perf/tokens_per_second"], found["perf/data_wait"]) == (10, 0.25)
     speed = Speed(small_model, Distributed(0, 1, torch.device("cpu")), torch.bfloat16, peak_tflops=None)
     assert "perf/mfu" not in speed.metrics(counts, seconds=2.0, waited=0.5)  # no data sheet knows a CPU
-
-
-def test_state_of_each_rank(small_model):
-    config = Config()
-    count = sum(parameter.numel() for parameter in small_model.parameters())
-    alone, shared = (state_memory(small_model, config, ranks, torch.device("cpu")) for ranks in (1, 4))
-    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * count, 4 * count, 8 * count)
-    assert shared.weights == alone.weights // 4
-    config.trainer.replicate = 2
-    assert state_memory(small_model, config, 4, torch.device("cpu")).weights == alone.weights // 2
-
-
-def test_a_world_that_shrank_below_what_fits(small_model, monkeypatch):
-    monkeypatch.setattr("trainer.memory.device_memory", lambda device: 2**20)
-    check_memory(small_model, Config(), Distributed(0, 64, torch.device("cpu")))
-    with pytest.raises(
-        ValueError, match=r"ranks=1: weights, gradients and optimizer need .* GiB on each rank, which has"
-    ):
-        check_memory(small_model, Config(), Distributed(0, 1, torch.device("cpu")))
-
-
-def test_a_model_that_no_rank_can_hold_whole_is_not_sampled(small_model, monkeypatch):
-    config, distributed = Config(), Distributed(0, 64, torch.device("cpu"))
-    config.trainer.val_samples = 2
-    whole = 4 * sum(parameter.numel() for parameter in small_model.parameters())
-    monkeypatch.setattr("trainer.memory.device_memory", lambda device: whole * 67 // 64)
-    check_gathers(small_model, config, distributed)  # beside it a 64th of weights and two moments
-    monkeypatch.setattr("trainer.memory.device_memory", lambda device: whole * 66 // 64)
-    with pytest.raises(ValueError, match=r"trainer\.val_samples=2: .* GiB of "):
-        check_gathers(small_model, config, distributed)

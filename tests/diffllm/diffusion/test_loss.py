@@ -198,6 +198,21 @@ def test_the_former_arguments_of_forward(small_model):
     assert not torch.equal(former.nll, plain.nll)
 
 
+@pytest.mark.parametrize("frozen", [(), ("head",), ("hidden", "head")], ids=str)
+@pytest.mark.parametrize("token_loss", TOKEN_LOSSES, ids=lambda each: repr(each)[:20])
+def test_the_compiled_loss(monkeypatch, token_loss, frozen):
+    """In chunks of 5 positions and a last one of 2; Dynamo alone traces it, without a compiler."""
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 5 * V // 2)
+    kernels = loss.compiled("eager"), masked_loss
+    if len(frozen) == 2:
+        hidden, head, targets, weights = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,)), torch.rand(N)
+        made = [kernel(hidden, head, targets, weights, token_loss) for kernel in kernels]
+    else:
+        made = [value_and_gradients(kernel, torch.float32, token_loss, frozen) for kernel in kernels]
+    for ours, theirs in zip(*made, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("token_loss", TOKEN_LOSSES, ids=lambda each: repr(each)[:20])
 def test_the_loss_around_ligers_kernel(monkeypatch, token_loss):
     """Plain torch stands in for the kernel, which needs a GPU."""
