@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -13,12 +14,18 @@ from multiprocessing import get_context
 
 # The golden numerics were made with these kernels: with them float32 results are bitwise equal.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+# Compiled ones have a cache of their own: torch would also take those that it compiled for another instruction set.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "diffllm-tests-avx2"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests are of CPUs, as the golden numerics are; those marked `gpu` call functions in processes that see the GPUs.
+os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))))
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_SEES_GPUS", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -160,6 +167,21 @@ def two_ranks() -> Iterator[Callable[..., None]]:
                 done.result()
 
         yield call
+
+
+@pytest.fixture(scope="session")
+def on_gpu() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process that sees the GPUs."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("needs a GPU")
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as process:
+        for name in ("TEST_SEES_GPUS", "CUDA_VISIBLE_DEVICES"):
+            patch.setenv(name, os.environ["TEST_GPUS"])
+        count = process.submit(torch.cuda.device_count).result()
+        patch.undo()
+        if not count:
+            pytest.skip("needs a GPU that torch can use")
+        yield lambda function, *arguments: process.submit(function, *arguments).result()
 
 
 @pytest.fixture

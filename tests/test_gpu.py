@@ -1,0 +1,215 @@
+"""What only a GPU can show. Each test calls a function in a process that sees the GPUs; all others see none."""
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from diffllm import DiffLLM, load_model
+from diffllm.compilation import is_compiled
+from sampling import SamplingConfig, StepEvent, Visibility, sample
+from sampling.canvas import count_positions, left_pad
+from tests.conftest import GOLDEN, small_config
+from tests.trainer.runs import joined, losses, metrics, newest, train
+from trainer.config import Config
+from trainer.distributed import init_distributed
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer.parallel import compile_parts
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+SAMPLING = SamplingConfig(max_new_tokens=24, steps=24, stop_at_eos=False)
+
+
+@pytest.fixture
+def config(equations, tmp_path):
+    """Runs of 200 steps in bf16, unless changed."""
+    return partial(_config, equations, tmp_path)
+
+
+def _config(equations, tmp_path, name, **changes) -> Config:
+    return small_config(equations, tmp_path / name, **{"trainer__max_steps": 200} | changes)
+
+
+def test_bf16_trains_as_float32_does(on_gpu, config):
+    """Within 2 % of the same bound after 200 steps."""
+    bounds = []
+    for precision in ("bf16", "fp32"):
+        run = on_gpu(train, config(precision, trainer__precision=precision))
+        bounds.append(metrics(run)[-1]["val/elbo"])
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.02)
+
+
+def test_runs_resume_after_saves_in_the_background(on_gpu, config):
+    """The second save is the one that failed with torch 2.11; the optimizer is the fused one."""
+    settings = {"trainer__save_checkpoint_steps": 4, "trainer__precision": "fp32"}
+    whole = on_gpu(train, config("whole", trainer__max_steps=12, **settings))
+    on_gpu(train, config("parts", trainer__max_steps=8, optim__lr_schedule="constant", **settings))
+    assert newest(whole).name == "step_00000012"
+    resumed = on_gpu(train, config("parts", trainer__max_steps=12, optim__lr_schedule="constant", **settings))
+    same = on_gpu(train, config("same", trainer__max_steps=12, optim__lr_schedule="constant", **settings))
+    assert losses(resumed) == pytest.approx(losses(same), rel=1e-6)
+
+
+def _waits(config: Config) -> list[int]:
+    """Number of times that each step waited for the GPU."""
+    waits, step = [], FSDPSFTTrainer.train_step
+
+    def counted(self, *arguments):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                return step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchronizing CUDA" in str(warning.message) for warning in caught))
+
+    FSDPSFTTrainer.train_step = counted
+    try:
+        train(config)
+    finally:
+        FSDPSFTTrainer.train_step = step
+    return waits
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_a_step_waits_once(on_gpu, config, attention):
+    waits = on_gpu(_waits, config(attention, trainer__max_steps=6, model__attn_implementation=attention))
+    assert set(waits[2:]) == {1}
+
+
+def _model(dtype: torch.dtype, attention: str = "sdpa") -> DiffLLM:
+    torch.set_float32_matmul_precision("highest")
+    return load_model(GOLDEN / "dream_tiny", dtype, attention).to(DEVICE).eval()
+
+
+def _loss_and_gradient(model: DiffLLM) -> tuple[float, list[torch.Tensor]]:
+    """Of three ragged rows."""
+    torch.manual_seed(0)
+    x_0, attended = torch.randint(200, (3, 96)), torch.arange(96) >= torch.tensor([0, 40, 70])[:, None]
+    masked = attended & (torch.rand(3, 96) < 0.5)
+    x_t = torch.where(masked, model.mask_token_id, x_0)
+    model.zero_grad()
+    inputs = (tensor.to(DEVICE) for tensor in (x_t, x_0))
+    positions, seen = count_positions(attended).to(DEVICE), Visibility(attended=attended)
+    weights = masked.float().to(DEVICE)
+    loss = model(*inputs, masked, weights, position_ids=positions, visibility=seen).loss / masked.sum()
+    loss.backward()
+    return loss.item(), [parameter.grad.float().cpu() for parameter in model.parameters()]
+
+
+def _distances(dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Relative distance of loss and gradient from the padded float32 model, eager, of each way to compute them."""
+    expected, exact = _loss_and_gradient(_model(torch.float32))
+    norm = torch.cat([grad.flatten() for grad in exact]).norm()
+    distances = {}
+    for attention in ("sdpa",) if dtype == torch.float32 else ("sdpa", "varlen"):
+        for compiling in (False, True):
+            model = _model(dtype, attention)
+            if compiling:
+                compile_parts(model, Config().model)
+            loss, gradient = _loss_and_gradient(model)
+            far = torch.cat([(a - b).flatten() for a, b in zip(gradient, exact, strict=True)]).norm() / norm
+            distances[f"{attention} {'compiled' if compiling else 'eager'}"] = abs(loss / expected - 1), float(far)
+    return distances
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_every_way_to_compute_a_step_is_the_same(on_gpu, dtype, most):
+    distances = on_gpu(_distances, dtype)
+    assert all(max(pair) < most for pair in distances.values()), distances
+
+
+def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of unequal length, left-padded."""
+    ids, attended = left_pad([range(10, 18), range(50, 74), [99]], 0)
+    return ids.to(DEVICE), attended.to(DEVICE)
+
+
+def _alone_and_together(config: SamplingConfig) -> tuple[list[list[int]], list[list[int]]]:
+    """Responses to the prompts in one batch and one by one, in float32."""
+    model, (ids, attended) = _model(torch.float32), _prompts()
+    together = sample(model, ids, config, model.special_tokens, attended).sequences[:, ids.shape[1] :].tolist()
+    alone = []
+    for row in range(len(ids)):
+        own = attended[row].bool()
+        one = sample(model, ids[row : row + 1, own], config, model.special_tokens, row_ids=[row])
+        alone.append(one.sequences[0, int(own.sum()) :].tolist())
+    return together, alone
+
+
+@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "origin"])
+def test_a_row_does_not_depend_on_its_batch(on_gpu, alg):
+    together, alone = on_gpu(_alone_and_together, replace(SAMPLING, alg=alg))
+    assert together == alone
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "delayed"])
+def test_a_cache_refreshed_at_every_forward_is_exact(on_gpu, cache):
+    exact, _ = on_gpu(_alone_and_together, SAMPLING)
+    cached, _ = on_gpu(_alone_and_together, replace(SAMPLING, cache=cache, cache_refresh=1))
+    assert cached == exact
+
+
+def _tie() -> float:
+    """How far apart, by float32, are the two choices where sampling in bf16 first differs from float32; 0 if nowhere.
+
+    In nats between two tokens at a position, or between the confidences of two positions.
+    """
+    steps: list[list[StepEvent]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, events = _model(dtype), []
+        ids = torch.arange(10, 26, device=DEVICE)[None]
+        sample(model, ids, replace(SAMPLING, alg="maskgit_plus"), model.special_tokens, on_step=events.append)
+        steps.append(events)
+    for exact, rounded in zip(*steps, strict=True):
+        if (exact.tokens == rounded.tokens).all():
+            before = exact.tokens
+            continue
+        canvas = torch.from_numpy(before)[None].to(DEVICE)
+        log_p = _model(torch.float32).denoise(canvas)[0].float().log_softmax(-1).cpu()
+        chosen = [float(log_p[event.committed[0], event.tokens[event.committed[0]]]) for event in (exact, rounded)]
+        return abs(chosen[0] - chosen[1])
+    return 0.0
+
+
+def test_bf16_differs_from_float32_at_near_ties_only(on_gpu):
+    assert on_gpu(_tie) < 0.05
+
+
+def _rank(rank: int, config: Config, port: int) -> None:
+    with joined(rank, 2, port) as distributed:
+        FSDPSFTTrainer(config, distributed).fit()
+
+
+def _spawn(config: Config) -> None:
+    from tests.trainer.runs import free_port
+
+    torch.multiprocessing.start_processes(_rank, (config, free_port()), 2, start_method="spawn")
+
+
+def test_two_gpus_train_as_one(on_gpu, config):
+    if on_gpu(torch.cuda.device_count) < 2:
+        pytest.skip("needs two GPUs")
+    settings = {"trainer__precision": "fp32", "trainer__max_steps": 12}
+    one, two = config("one", **settings), config("two", **settings)
+    on_gpu(train, one)
+    on_gpu(_spawn, two)
+    assert losses(two.trainer.output_dir) == pytest.approx(losses(one.trainer.output_dir), rel=1e-5)
+
+
+def _attention(config: Config) -> tuple[str, bool]:
+    """The attention of a run's model, and whether it is compiled."""
+    with init_distributed() as distributed:
+        trainer = FSDPSFTTrainer(config, distributed)
+        return trainer.model.lm.config._attn_implementation, trainer.model.masked_loss.__name__ == "compiled_loss"
+
+
+def test_long_runs_are_compiled_and_unpadded_by_default(on_gpu, config):
+    long = config("long", trainer__max_steps=10_000)
+    assert is_compiled("auto", DEVICE, 10_000)
+    assert on_gpu(_attention, long) == ("varlen", True)
+    assert on_gpu(_attention, config("short", trainer__max_steps=10)) == ("varlen", False)
