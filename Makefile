@@ -4,7 +4,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test quick lint
 
 quickstart: $(VENV)/installed
 	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
@@ -12,6 +12,9 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
+
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal tests/sampling tests/diffllm
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
