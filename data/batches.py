@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from data.collate import assemble, response_widths
 from data.config import DataConfig
+from data.packing import first_fit
 from data.report import Report
 from data.token_rows import TokenRows
 from data.workers import Batch, from_workers, to_device_ready
@@ -153,7 +154,10 @@ class TrainBatches(Dataset):
             _, samples, _, widths = self.plan(step)
             kept = self.rows.prompt_lengths[samples] + widths
             own += np.minimum(kept, self.rows.lengths[samples]).sum()
-            positions += kept.reshape(-1, self.layout.micro_batch_size).max(-1).sum() * self.layout.micro_batch_size
+            for lengths in kept.reshape(-1, self.layout.micro_batch_size):
+                size = self.config.max_length if self.config.packing else 0
+                packed = [lengths[rows].sum() for rows in first_fit(lengths, size)]
+                positions += len(packed) * max(packed)
         return 1 - own / positions
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:

@@ -61,6 +61,8 @@ class DataConfig:
     # min_pad | random | random_with_input_pad, see data.collate.response_widths
     perbatch_cutoff_type: str = setting("random_with_input_pad", choices=CUTOFFS)
     group_by_length: bool = False  # rows of similar length share a batch: less padding, less random order
+    # put several short rows into one of at most max_length, each seeing itself alone: less padding, the same loss
+    packing: bool = setting(False, free_when_resuming=True)
     resp_cutoff_ratio: float = setting(0.0, at_least=0, at_most=1)  # share of the batches that lose a random tail
     num_workers: int = setting(1, at_least=0, free_when_resuming=True)  # loader processes of each rank
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatch
 from data.batches import Noise
 from data.config import DataConfig
 from data.curation import subset
+from data.packing import noise_and_pack
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt
@@ -141,6 +143,8 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
             f"diffusion.attention_annealing_steps={steps}: some layers of this model attend within a window, which "
             "annealing would ignore; set it to 0"
         )
+    if config.data.packing and model.windowed:
+        raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
     context = model.lm.config.max_position_embeddings
     if config.data.max_length > context:
         raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
@@ -159,6 +163,8 @@ def build_batches(
         ValueError: see `data.rows_of_files`; `data.subset` is more than all rows; or too few rows for a batch.
     """
     data, eos = config.data, tokenizer.eos_token_id
+    if data.packing:
+        noise = partial(noise_and_pack, noise, data.max_length)
     rows = {}
     if data.streaming:
         train = StreamedBatches(data.train_files, data, tokenizer, layout, noise, config.seed)

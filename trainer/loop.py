@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data import Batch, BatchSource
+from data.packing import row_lengths
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.compilation import refusing_failures
@@ -219,7 +220,7 @@ class TrainingLoop(ABC):
 
         Received signals and failed saves are counted too, so that all ranks react to them in the same step.
         """
-        lengths = torch.cat([batch["attention_mask"].sum(-1) for batch in micro_batches])
+        lengths = torch.cat([row_lengths(batch) for batch in micro_batches])
         counts = {
             "denominator": sum(self.denominator(batch) for batch in micro_batches),
             "masked": sum(batch["masked"].sum() for batch in micro_batches),

@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.batches import Batch
+from data.packing import single_rows
 from data.terminal import Parser, ending_in_one_line, table
 from diffllm import DiffLLM
 from diffllm.diffusion import Objective, build_objective
@@ -34,11 +35,9 @@ def replay(file: Path, checkpoint: Path | None = None) -> list[dict[str, float]]
     config = resolve(OmegaConf.create(failed.config))
     model = load_trained(checkpoint, config)[0].to(failed.dtype)
     objective = build_objective(config.diffusion, model.mask_token_id, config.seed)
-    return [_run(model, objective, row, failed.denominator) for batch in failed.micro_batches for row in _rows(batch)]
-
-
-def _rows(batch: Batch) -> list[Batch]:
-    return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
+    return [
+        _run(model, objective, row, failed.denominator) for batch in failed.micro_batches for row in single_rows(batch)
+    ]
 
 
 def _run(model: DiffLLM, objective: Objective, row: Batch, denominator: float) -> dict[str, float]:

@@ -134,7 +134,7 @@ class MaskedDiffusion(Objective):
             case "maskable":
                 return batch["maskable"].sum().double()
             case _:
-                return torch.tensor(len(batch["masked"]), dtype=torch.float64)
+                return torch.tensor(len(batch["sample_index"]), dtype=torch.float64)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens."""
