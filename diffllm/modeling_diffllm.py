@@ -1,7 +1,9 @@
 """A diffusion language model: a Transformers decoder with its causality switched off."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from diffllm.dream_api import DiffusionGeneration
 from diffllm.export import write_checkpoint
 from diffllm.families import has_window, switch_off_causality
 from sampling import CanvasCache, Tokens, Visibility, ids_without_token
+
+ROUNDED_COLUMNS = 32  # of a cached forward: fewer shapes, so that graphs are used again
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -31,6 +35,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         unpad: forward the attended tokens of all rows as one long row.
         flash: the attention is FlashAttention, which takes no mask.
         masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
+        static: calls `decode` through CUDA graphs, see `diffllm.static_forward`; None does not.
     """
 
     def __init__(self, lm: PreTrainedModel, source: CheckpointSource):
@@ -49,6 +54,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self.flash = "flash" in lm.config._attn_implementation
         self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and not self.windowed)
         self.masked_loss = masked_loss
+        self.static: Any = None
+        self._lent: list[tuple[weakref.ref, CanvasCache]] = []
 
     @property
     def device(self) -> torch.device:
@@ -159,20 +166,41 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         seen = visibility.to(x_t.device)
         if self.family.shift:
             column = seen.left_neighbour(row, column)
-        decoder = self.lm.get_decoder()
         ragged = visibility.attended is not None or visibility.document is not None
-        if self.unpad and ragged and cache is None and not visibility.needs_pairs:
+        captured = self.static is not None and self.static.takes(x_t.numel())
+        if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
-            return decoder(**inputs).last_hidden_state[0, place[row, column]]
-        columns = kept = None
-        if cache is not None:
-            kept = {"past_key_values": cache, "use_cache": True}
-            if (columns := cache.columns) is not None:
-                x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
-                column = cache.place[row, column]
+            return self.lm.get_decoder()(**inputs).last_hidden_state[0, place[row, column]]
+        columns = None if cache is None else cache.columns
+        if columns is not None:
+            x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
+            column = cache.place[row, column]
         mask = mask_of(seen, columns, self.windowed)
-        hidden = decoder(input_ids=x_t, attention_mask=mask, position_ids=position_ids, **kept or {})
-        return hidden.last_hidden_state[row, column]
+        return (self.static or self.decode)(x_t, position_ids, mask, cache)[row, column]
+
+    def decode(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: CanvasCache | None = None
+    ) -> Tensor:
+        """[B, Q, D] hidden states of tokens [B, Q].
+
+        Args:
+            mask: of `diffllm.attention.mask_of`.
+        """
+        kept = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        return self.lm.get_decoder()(**inputs, **kept).last_hidden_state
+
+    def lend_cache(self, borrower: object) -> CanvasCache:
+        """A cache for keys and values while `borrower` lives. With graphs, which read its memory, it is used again."""
+        if self.static is None:
+            return CanvasCache()
+        for i, (owner, cache) in enumerate(self._lent):
+            if owner() is None:
+                self._lent[i] = weakref.ref(borrower), cache
+                cache.n_rows = 0
+                return cache
+        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=ROUNDED_COLUMNS)))
+        return self._lent[-1][1]
 
     def check_cache(self) -> None:
         """Refuse to cache keys and values if the attention does not support it.

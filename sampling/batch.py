@@ -70,7 +70,8 @@ class RowBatch:
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
         # one for the canvas; with guidance another for the canvas whose given tokens are masked
-        self.caches = [CanvasCache() for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
+        lend = getattr(model, "lend_cache", lambda _: CanvasCache())
+        self.caches = [lend(self) for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
         self.at_once = positions_at_once(model)
         self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
@@ -132,7 +133,7 @@ class RowBatch:
         """Tokens, confidence, p and entropy at N positions."""
         views = self._views()
         hidden = self._forward(views, row, column) if logits is None else []
-        row, column = self._to_device(row), self._to_device(column)
+        row, column = self._to_device(np.stack([row, column]))
         parts = []
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
@@ -140,7 +141,9 @@ class RowBatch:
             part = self._restricted(part.float(), views[0], row[some], column[some]).split(self.rated_at_once)
             draws = [None] * len(part) if uniforms is None else uniforms[some].split(self.rated_at_once)
             parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
-        return [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+        columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
+        tokens, *ratings = torch.stack(columns).cpu().numpy()  # one wait for the GPU; float64 holds all of them exactly
+        return [tokens.astype(np.int64), *(rating.astype(np.float32) for rating in ratings)]
 
     def logits(self) -> Tensor:
         """[B, L, V] of every position."""
@@ -162,7 +165,7 @@ class RowBatch:
         for state in self.rows:
             state.nfe += len(views)
         if not self.caches:
-            where = self._to_device(row), self._to_device(column)
+            where = self._to_device(np.stack([row, column]))
             return [self.model.hidden(x, self.position_ids, self.visibility, *where) for x in views]
 
         refreshed = np.array([needs_refresh(state) for state in self.rows])
@@ -176,7 +179,7 @@ class RowBatch:
             where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
             seen = self.position_ids[rows], self.visibility.rows(torch.from_numpy(group))
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
-                cache.select(rows, len(self.rows), None if fresh else self._computed(group))
+                cache.select(rows, None if fresh else self._computed(group))
                 part = self.model.hidden(x[rows], *seen, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -45,63 +44,121 @@ def computed(row: RowState) -> np.ndarray:
     return active
 
 
+class LayerStates:
+    """Keys and values of one layer, [B, H, L, D]: views of buffers that stay where they are, as CUDA graphs need."""
+
+    def __init__(self, cache: "CanvasCache"):
+        self.cache = cache
+        self.buffers: list[Tensor] = []
+        self.keys = self.values = None
+
+    def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Store keys and values [b, H, Q, D] of the computed columns; return those of all columns [b, H, L, D]."""
+        if self.keys is None:
+            self.reserve(key)
+        return self._replace(self.keys, key), self._replace(self.values, value)
+
+    def _replace(self, kept: Tensor, new: Tensor) -> Tensor:
+        rows, columns = self.cache.rows, self.cache.columns
+        if columns is None:
+            kept[rows] = new
+            return new
+        kept[rows[:, None], :, columns] = new.transpose(1, 2)
+        return kept if len(rows) == self.cache.n_rows else kept[rows]
+
+    def reserve(self, like: Tensor) -> None:
+        """Let the buffers hold at least the rows and the width of the cache. What they hold stays at the right.
+
+        Args:
+            like: [_, H, _, D] keys.
+        """
+        n_rows, width = self.cache.n_rows, self.cache.width
+        held = (len(self.buffers[0]), self.buffers[0].shape[2]) if self.buffers else (0, 0)
+        if held[0] < n_rows or held[1] < width:
+            rows, columns = max(held[0], n_rows), max(held[1], width)
+            grown = [like.new_zeros(rows, like.shape[1], columns, like.shape[3]) for _ in range(2)]
+            for new, old in zip(grown, self.buffers, strict=False):
+                new[: held[0], :, columns - held[1] :] = old
+            self.buffers = grown
+            self.cache.generation += 1
+        self.keys, self.values = (buffer[:n_rows, :, buffer.shape[2] - width :] for buffer in self.buffers)
+
+
 class CanvasCache(Cache):
-    """Keys and values of whole canvases, [B, H, L, D] a layer, of which a forward replaces some columns.
+    """Keys and values of whole canvases, of which a forward replaces some columns.
+
+    Args:
+        round_to: the number of computed columns is a multiple of it, so that shapes occur again.
 
     Attributes:
-        columns: [b, Q] positions that the next forward computes; None for all.
+        rows: [b] rows that the next forward computes.
+        columns: [b, Q] positions that it computes; None for all.
         place: [b, L] index of each position among the columns.
+        generation: number of times that a buffer was made.
     """
 
-    def __init__(self):
+    def __init__(self, round_to: int = 1):
         super().__init__(layers=[])
-        self.kept: list[list[Tensor]] = []  # of each layer, keys and values
-        self.width = self.n_rows = 0
+        self.kept: list[LayerStates] = []
+        self.round_to, self.width, self.n_rows, self.generation = round_to, 0, 0, 0
         self.rows = self.columns = self.place = None
 
     def arrange(self, kept: Sequence[int | None], width: int) -> None:
-        """Reorder rows as the batch did; pad or cut them to `width`. kept[i] is the old index of row i, None if new."""
-        old = [i for i, before in enumerate(kept) if before is not None]
-        before = [kept[i] for i in old]
-        for layer in self.kept:
-            for i, states in enumerate(layer):
-                arranged = states.new_zeros(len(kept), states.shape[1], width, states.shape[3])
-                grown = F.pad(states[before], (0, 0, width - self.width, 0))  # a negative width cuts
-                arranged[old] = grown
-                layer[i] = arranged
-        self.width = width
+        """Reorder rows as the batch did; pad or cut them at the left.
 
-    def select(self, rows: Tensor, batch_size: int, active: np.ndarray | None) -> None:
+        Args:
+            kept: the old index of each row, None for a new one.
+        """
+        new = [i for i, before in enumerate(kept) if before is not None]
+        old = [kept[i] for i in new]
+        self.n_rows, self.width = len(kept), width
+        for layer in self.kept:
+            layer.reserve(layer.buffers[0])
+            for buffer in layer.buffers if new != old else ():
+                buffer[new] = buffer[old]
+
+    def select(self, rows: Tensor, active: np.ndarray | None) -> None:
         """Choose the rows and columns that the next forward computes.
 
         Args:
             rows: [b] indices in the batch.
             active: [b, L] bool, positions to compute; None for all.
         """
-        self.rows, self.n_rows = rows, batch_size
+        self.rows = rows
         if active is None:
             self.columns = self.place = None
             return
         # A row with fewer positions repeats its first one, which has the same keys and values each time.
-        order = np.argsort(~active, axis=1, kind="stable")[:, : active.sum(1).max()]
+        most = -(-active.sum(1).max() // self.round_to) * self.round_to
+        order = np.argsort(~active, axis=1, kind="stable")[:, :most]
         repeated = np.arange(order.shape[1]) >= active.sum(1)[:, None]
         columns = np.where(repeated, order[:, :1], order)
         self.columns = torch.from_numpy(columns).to(rows.device)
         self.place = torch.from_numpy(active.cumsum(1) - 1).to(rows.device)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object):
-        """Store keys and values [b, H, Q, D] of the computed columns; return those of all columns [b, H, L, D]."""
-        if layer_idx == len(self.kept):
-            empty = key.new_zeros(self.n_rows, key.shape[1], self.width, key.shape[3])
-            self.kept.append([empty, empty.clone()])
-        return tuple(self._replace(kept, new) for kept, new in zip(self.kept[layer_idx], (key, value), strict=True))
+    def indices(self) -> list[Tensor]:
+        """Rows and columns that the next forward computes."""
+        return [self.rows] if self.columns is None else [self.rows, self.columns]
 
-    def _replace(self, kept: Tensor, new: Tensor) -> Tensor:
-        if self.columns is None:
-            kept[self.rows] = new
-            return new
-        kept[self.rows[:, None], :, self.columns] = new.transpose(1, 2)
-        return kept if len(self.rows) == self.n_rows else kept[self.rows]
+    def use_copies(self) -> list[Tensor]:
+        """Let the next forward take copies of the `indices`, which are returned: a graph reads them again and again."""
+        copies = [index.clone() for index in self.indices()]
+        self.rows, self.columns = copies[0], copies[1] if len(copies) > 1 else None
+        return copies
+
+    def shape(self) -> tuple[int, ...]:
+        """Equal for forwards that read and write the same memory, whatever rows and columns they compute."""
+        return id(self), self.generation, self.n_rows, self.width
+
+    def of_layer(self, number: int) -> LayerStates:
+        """Keys and values of a layer."""
+        while number >= len(self.kept):
+            self.kept.append(LayerStates(self))
+        return self.kept[number]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """See `LayerStates.update`."""
+        return self.of_layer(layer_idx).update(key, value)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

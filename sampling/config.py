@@ -47,15 +47,19 @@ class SamplingConfig:
     cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
     cache_refresh: int | None = None  # forwards between refreshes of all positions; null: only at a block's start
     batch_size: int = 32  # prompts sampled together
+    # CUDA graphs and compiled layers, see diffllm.static_forward: true | false | auto, which compiles long runs only
+    compile: str = "auto"
     seed: int = 0  # a row's draws depend on (seed, row, step) alone
 
     def __post_init__(self) -> None:
         self.alg = LLADA_ALGS.get(self.alg, self.alg)
+        self.compile = str(self.compile).lower()  # a bool in YAML and on the command line
         for name, allowed in (
             ("alg", (*ALGS, *LLADA_ALGS)),
             ("transfer", SCHEDULED + ADAPTIVE),
             ("confidence", ("unscaled", "scaled")),
             ("cache", CACHES),
+            ("compile", ("auto", "true", "false")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")

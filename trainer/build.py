@@ -27,6 +27,7 @@ from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
 from diffllm.loading import decoder_on_meta, empty_model
 from diffllm.lora import add_lora
+from diffllm.static_forward import prepare_sampling
 from diffllm.tokenizer import (
     MASK_TOKEN,
     builtin_tokenizer,
@@ -89,7 +90,7 @@ def _from_checkpoint(
 
 
 def load_for_sampling(config: Config, device: torch.device | None = None) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """Load the checkpoint of `model.path`, in bfloat16 on a GPU, else in float32.
+    """Load the checkpoint of `model.path` to sample a row, in bfloat16 on a GPU, else in float32.
 
     Args:
         device: by default the GPU, if available.
@@ -106,7 +107,9 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     if device.type == "cuda":
         _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
     model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    prepare_sampling(model, config.sampling.compile, forwards=config.sampling.steps)
+    return model, tokenizer
 
 
 def _check_weights_fit(source: CheckpointSource, dtype: torch.dtype, device: torch.device) -> None:

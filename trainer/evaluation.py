@@ -30,6 +30,7 @@ from data.terminal import printable
 from data.token_cache import tokenizer_digest
 from diffllm import DiffLLM
 from diffllm.generate import Response, check_context, generate
+from diffllm.static_forward import prepare_sampling
 from sampling import SamplingConfig
 from trainer.distributed import Distributed, locked
 
@@ -138,7 +139,9 @@ def _origin(
         "prompts in tokens": f"{len(questions)} rows ({tokens.hexdigest()[:12]})",
         "the model's weights": weights.hexdigest()[:12],
         "the tokenizer": tokenizer_digest(tokenizer)[:12],
-        **{f"sampling.{name}": value for name, value in asdict(config).items() if name != "batch_size"},
+        **{
+            f"sampling.{name}": value for name, value in asdict(config).items() if name not in ("batch_size", "compile")
+        },
     }
 
 
@@ -178,6 +181,7 @@ def _sample(
     todo = [row_id for row_id in range(len(questions)) if row_id not in done]
     todo.sort(key=lambda row_id: -len(questions[row_id].ids))  # the longest first: a lack of memory shows at once
     row_ids = todo[distributed.rank :: distributed.size]
+    prepare_sampling(model, config.compile, forwards=config.steps * -(-len(row_ids) // config.batch_size))
     responses = generate(model, tokenizer, [questions[row_id].ids for row_id in row_ids], config, row_ids)
     label = f"rank 0 of {distributed.size}" if distributed.size > 1 else None
     file = directory / f"rank{distributed.rank}-of-{distributed.size}.jsonl"

@@ -117,10 +117,10 @@ def test_positions_are_those_of_the_canvas(model):
     at = torch.tensor([0]), torch.tensor([3])
     cache, rows = CanvasCache(), torch.tensor([0])
     cache.arrange([None], 6)
-    cache.select(rows, 1, None)
+    cache.select(rows, None)
     with torch.no_grad():
         whole = model.hidden(x, *unpadded(x), *at, cache)
-        cache.select(rows, 1, np.array([[False, False, True, True, False, False]]))
+        cache.select(rows, np.array([[False, False, True, True, False, False]]))
         part = model.hidden(x, *unpadded(x), *at, cache)
         plain = model.hidden(x, *unpadded(x), *at)
     torch.testing.assert_close(whole, plain)

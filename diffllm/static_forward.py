@@ -1,0 +1,154 @@
+"""Forwards of sampling without the host's work: compiled layers, and CUDA graphs of shapes that occur again.
+
+A forward of few positions takes the GPU less time than the host needs to launch its kernels. A graph launches all of
+them at once; it is bound to the shapes, and to the memory, with which it was captured.
+"""
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from data.storage import first_line
+from diffllm.compilation import backend_of, refusing_failures
+from diffllm.modeling_diffllm import DiffLLM
+from sampling import CanvasCache
+
+# On an H200 a graph saved 18 of 23 ms for 1×32 positions of a 7B model, and nothing for 16×384.
+MOST_POSITIONS = 4096
+WORTH_FORWARDS = 2000  # of a run, for compiled layers: they take about a minute
+CAPTURED_AT = 3  # the number of times that a shape has occurred
+MOST_GRAPHS = 64
+
+
+def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
+    """Let a model sample with CUDA graphs, and with compiled layers if the run is long enough. May be called again.
+
+    Args:
+        setting: `sampling.compile`: `auto` captures graphs on a GPU, and compiles for at least WORTH_FORWARDS · `true`
+            does both, and compiles on a CPU too · `false` does neither.
+        forwards: of the run.
+    """
+    on_gpu = model.device.type == "cuda"
+    if setting == "false" or model.windowed or model.flash or not (on_gpu or setting == "true"):
+        return
+    compiled = model.static is not None and model.static.compiled
+    if not compiled and (setting == "true" or forwards >= WORTH_FORWARDS):
+        compile_layers(model, setting)
+        compiled = True
+    if model.static is None or model.static.compiled != compiled:
+        model.static = StaticForward(model.decode, setting, CudaGraphs() if on_gpu else None, compiled)
+
+
+def compile_layers(model: DiffLLM, setting: str) -> None:
+    """Compile the forward of each layer. A layer gets its own part of the cache, so that all share one compilation."""
+    print("compiling for sampling: the first forwards take up to a minute", file=sys.stderr, flush=True)
+    backend, strict = backend_of(setting), setting == "true"
+    for number, layer in enumerate(model.lm.get_decoder().layers):
+        layer.forward = _with_own_cache(torch.compile(layer.forward, backend=backend), number, strict)
+
+
+def _with_own_cache(forward: Callable, number: int, strict: bool) -> Callable:
+    @wraps(forward)
+    def run(*arguments, past_key_values=None, **settings):
+        if past_key_values is not None:
+            past_key_values = past_key_values.of_layer(number)
+        with refusing_failures("sampling.compile") if strict else nullcontext():
+            return forward(*arguments, past_key_values=past_key_values, **settings)
+
+    return run
+
+
+class StaticForward:
+    """Calls the decoder, through a graph once a shape has occurred CAPTURED_AT times.
+
+    Args:
+        decode: `DiffLLM.decode`.
+        setting: `sampling.compile`; with `auto` a graph that cannot be captured is a warning, with `true` an error.
+        capture: makes a replay of a function without arguments; None captures nothing.
+        compiled: the layers are.
+    """
+
+    def __init__(self, decode: Callable[..., Tensor], setting: str, capture: Callable | None, compiled: bool = False):
+        self.decode, self.setting, self.capture, self.compiled = decode, setting, capture, compiled
+        self.seen: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[Callable[[], Tensor], list[Tensor]]] = {}
+
+    def takes(self, positions: int) -> bool:
+        """Whether forwards of so many positions are captured."""
+        return self.capture is not None and positions <= MOST_POSITIONS
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: CanvasCache | None
+    ) -> Tensor:
+        """[B, Q, D] hidden states; the next call overwrites them."""
+        if not self.takes(input_ids.numel()):
+            return self.decode(input_ids, position_ids, mask, cache)
+        given = [input_ids, position_ids, *([] if mask is None else [mask])]
+        indices = [] if cache is None else cache.indices()
+        key = (cache and cache.shape(), *(tuple(tensor.shape) for tensor in (*given, *indices)))
+        self.seen[key] += 1
+        if key not in self.graphs:
+            if self.seen[key] >= CAPTURED_AT:
+                self._capture(key, given, cache)
+            if key not in self.graphs:
+                return self.decode(input_ids, position_ids, mask, cache)
+        replay, inputs = self.graphs[key] = self.graphs.pop(key)  # the last one used is the last one dropped
+        for kept, new in zip(inputs, (*given, *indices), strict=True):
+            kept.copy_(new)
+        return replay()
+
+    def _capture(self, key: tuple, given: list[Tensor], cache: CanvasCache | None) -> None:
+        """Capture a graph with inputs of its own.
+
+        Raises:
+            ValueError: it cannot be captured, and `sampling.compile=true`.
+        """
+        inputs = [tensor.clone() for tensor in given]
+        indices = [] if cache is None else cache.use_copies()
+        mask = inputs[2] if len(inputs) > 2 else None
+        try:
+            replay = self.capture(lambda: self.decode(*inputs[:2], mask, cache))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.setting == "true":
+                raise ValueError(
+                    f"sampling.compile=true: no CUDA graph can be captured ({first_line(error)}); set auto or false"
+                ) from error
+            warnings.warn(f"no CUDA graphs, which is slower: {first_line(error)}", stacklevel=2)
+            self.capture = None
+            return
+        self.graphs[key] = replay, [*inputs, *indices]
+        if len(self.graphs) > MOST_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+
+
+class CudaGraphs:
+    """Captures functions as CUDA graphs that share their memory: one runs at a time, and its output is read before."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function that launches the kernels of `run` and returns its tensor, overwritten."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is made in the first calls must not be captured
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay

@@ -1,0 +1,139 @@
+"""Sampling through graphs and compiled layers gives the tokens of plain forwards."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from diffllm import new_model, static_forward
+from diffllm.static_forward import StaticForward, compile_layers, prepare_sampling
+from sampling import Canvas, SamplingConfig, fill, sample
+from tests.conftest import small_shape
+
+PROMPTS = [([5, 6, 7, 8, 9], 12), ([20, 21], 9), ([40, 41, 42], 12), ([60], 5), ([70, 71], 12)]
+
+
+def capture(run):
+    """A graph of operators on the very tensors that the function read and wrote, as a CUDA graph is one of kernels."""
+    for _ in range(2):
+        run()
+    return make_fx(run)()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return new_model(small_shape(initializer_range=0.3), tokenizer).double().eval()
+
+
+def filled(model, **changes):
+    config = SamplingConfig(**{"steps": 12, "stop_at_eos": False, "batch_size": 3} | changes)
+    canvases = [Canvas.after(prompt, new, model.mask_token_id, name) for name, (prompt, new) in enumerate(PROMPTS)]
+    rows = sorted(fill(model, canvases, config, model.special_tokens), key=lambda row: row.canvas.row_id)
+    return [(row.tokens, row.nfe) for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.9, "alg": "maskgit_plus"},
+        {"cfg_scale": 0.5},
+        {"cache": "prefix", "block_length": 4},
+        {"cache": "dual", "block_length": 4, "transfer": "threshold", "threshold": 0.05},
+        {"cache": "delayed", "cache_refresh": 3},
+        {"cache": "dual", "block_length": 4, "cfg_scale": 0.5, "remask": 0.5},
+    ],
+    ids=str,
+)
+def test_graphs_change_no_token(model, changes, batch_size):
+    plain = filled(model, batch_size=batch_size, **changes)
+    model.static = StaticForward(model.decode, "true", capture)
+    for _ in range(2):  # the second time through graphs, and memory, of the first
+        assert filled(model, batch_size=batch_size, **changes) == plain
+    assert model.static.graphs
+    captured = {key: model.static.seen[key] for key in model.static.graphs}
+    assert max(captured.values()) > static_forward.CAPTURED_AT
+
+
+def test_two_samplers_at_once_share_no_memory(model):
+    settings = {"cache": "prefix", "block_length": 4}
+    plain = filled(model, **settings)
+    model.static = StaticForward(model.decode, "true", capture)
+    config = SamplingConfig(steps=12, stop_at_eos=False, batch_size=1, **settings)
+    canvas = Canvas.after(*PROMPTS[0], model.mask_token_id)
+    first = fill(model, [canvas, canvas], config, model.special_tokens)
+    next(first)
+    assert filled(model, **settings) == plain
+    assert next(first).tokens == plain[0][0]
+
+
+def test_long_forwards_and_new_shapes_are_not_captured(model, monkeypatch):
+    model.static = StaticForward(model.decode, "true", capture)
+    monkeypatch.setattr(static_forward, "MOST_POSITIONS", 10)
+    filled(model)
+    assert not model.static.graphs
+    monkeypatch.setattr(static_forward, "MOST_POSITIONS", 1000)
+    filled(model, steps=static_forward.CAPTURED_AT - 1)
+    assert not model.static.graphs
+    monkeypatch.setattr(static_forward, "MOST_GRAPHS", 1)
+    filled(model)
+    assert len(model.static.graphs) == 1
+
+
+def test_what_cannot_be_captured_runs_as_it_is(model):
+    def refuse(_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain = filled(model)
+    model.static = StaticForward(model.decode, "auto", refuse)
+    with pytest.warns(UserWarning, match=r"^no CUDA graphs, which is slower: operation not permitted .* capturing$"):
+        assert filled(model) == plain
+    model.static = StaticForward(model.decode, "true", refuse)
+    with pytest.raises(ValueError, match=r"compile=true: no CUDA graph can be captured \(operation .*\); set auto"):
+        filled(model)
+
+
+def test_layers_share_their_compilations(tokenizer, monkeypatch):
+    """Each has memory of its own for keys and values, whose number the compiler must not see."""
+    monkeypatch.setattr(static_forward, "backend_of", lambda _: "eager")
+    compilations = []
+    for layers in (1, 4):
+        model = new_model(small_shape(initializer_range=0.3, num_hidden_layers=layers), tokenizer).double().eval()
+        plain = filled(model, cache="dual", block_length=4)
+        torch._dynamo.reset()
+        counters.clear()
+        compile_layers(model, "true")
+        for _ in range(2):
+            assert filled(model, cache="dual", block_length=4) == plain
+        compilations.append(counters["stats"]["unique_graphs"])
+    assert 0 < compilations[0] == compilations[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpu", "forwards", "compiled", "static"),
+    [
+        ("auto", False, 10**6, False, False),
+        ("auto", True, static_forward.WORTH_FORWARDS - 1, False, True),
+        ("auto", True, static_forward.WORTH_FORWARDS, True, True),
+        ("true", False, 1, True, True),
+        ("false", True, 10**6, False, False),
+    ],
+)
+def test_what_is_prepared(model, monkeypatch, setting, gpu, forwards, compiled, static):
+    done = []
+    monkeypatch.setattr(static_forward, "compile_layers", lambda *_: done.append(1))
+    monkeypatch.setattr(static_forward, "CudaGraphs", lambda: capture)
+    if gpu:
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    prepare_sampling(model, setting, forwards)
+    assert (bool(done), model.static is not None) == (compiled, static)
+    assert not static or model.static.takes(1) is gpu
+
+
+def test_the_published_interface_samples_through_graphs(model):
+    ids, config = torch.tensor([PROMPTS[0][0]]), SamplingConfig(max_new_tokens=12, steps=12, stop_at_eos=False)
+    plain = sample(model, ids, config, model.special_tokens).sequences
+    model.static = StaticForward(model.decode, "auto", capture)
+    assert torch.equal(sample(model, ids, config, model.special_tokens).sequences, plain)
+    assert model.static.graphs
