@@ -9,6 +9,7 @@ import torch
 
 from diffllm import DiffLLM, load_model
 from diffllm.compilation import is_compiled
+from diffllm.static_forward import prepare_sampling
 from sampling import SamplingConfig, StepEvent, Visibility, sample
 from sampling.canvas import count_positions, left_pad
 from tests.conftest import GOLDEN, small_config
@@ -152,6 +153,34 @@ def test_a_cache_refreshed_at_every_forward_is_exact(on_gpu, cache):
     exact, _ = on_gpu(_alone_and_together, SAMPLING)
     cached, _ = on_gpu(_alone_and_together, replace(SAMPLING, cache=cache, cache_refresh=1))
     assert cached == exact
+
+
+def _graphs(config: SamplingConfig) -> tuple[bool, int]:
+    """Whether sampling through CUDA graphs gives the tokens of plain forwards, in bf16, and the number of graphs."""
+    model, (ids, attended) = _model(torch.bfloat16), _prompts()
+    plain = sample(model, ids, config, model.special_tokens, attended).sequences
+    prepare_sampling(model, "auto")
+    same = [torch.equal(sample(model, ids, config, model.special_tokens, attended).sequences, plain) for _ in range(2)]
+    return all(same), len(model.static.graphs)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed"])
+def test_graphs_change_no_token(on_gpu, cache):
+    same, graphs = on_gpu(_graphs, replace(SAMPLING, cache=cache, block_length=8))
+    assert same
+    assert graphs
+
+
+def _compiled() -> float:
+    """Share of the tokens, sampled through compiled layers in float32, that differ from plain forwards."""
+    model, (ids, attended) = _model(torch.float32), _prompts()
+    plain = sample(model, ids, SAMPLING, model.special_tokens, attended).sequences
+    prepare_sampling(model, "true")
+    return float((sample(model, ids, SAMPLING, model.special_tokens, attended).sequences != plain).float().mean())
+
+
+def test_compiled_layers_change_no_token(on_gpu):
+    assert on_gpu(_compiled) == 0
 
 
 def _tie() -> float:

@@ -1,4 +1,4 @@
-"""Time and memory of two variants in one process."""
+"""Time and memory of variants in one process."""
 
 import gc
 import statistics
@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import torch
+
 
 def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float]:
     """Medians over `runs` calls of each variant, taken in turn so that a busy moment meets both; one call warms up."""
@@ -16,6 +18,8 @@ def median_seconds(*variants: Callable[[], object], runs: int = 5) -> list[float
         for variant, taken in zip(variants, seconds, strict=True):
             started = time.perf_counter()
             variant()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if run:
                 taken.append(time.perf_counter() - started)
     return [statistics.median(taken) for taken in seconds]

@@ -16,13 +16,18 @@ from sampling import SamplingConfig
 
 @torch.no_grad()
 def published_sample(
-    model: DiffLLM, input_ids: Tensor, config: SamplingConfig, attention_mask: Tensor | None = None
+    model: DiffLLM,
+    input_ids: Tensor,
+    config: SamplingConfig,
+    attention_mask: Tensor | None = None,
+    history: list[Tensor] | None = None,
 ) -> Tensor:
     """[B, L] prompts and responses; `config` gives steps, alg, temperature and top_p of the linear schedule.
 
     Args:
         input_ids: [B, P] prompts, left-padded.
         attention_mask: [B, P], 0 at the padding; None where no row is padded.
+        history: gets the canvases [B, L] after each step.
     """
     x = F.pad(input_ids, (0, config.max_new_tokens), value=model.mask_token_id)
     position_ids = None
@@ -46,6 +51,8 @@ def published_sample(
             proposed[masked] = tokens
             columns = everywhere.topk(n_commit, dim=-1).indices
             x.scatter_(1, columns, proposed.gather(1, columns))
+        if history is not None:
+            history.append(x.clone())
     return x
 
 
