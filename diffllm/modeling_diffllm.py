@@ -167,7 +167,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if self.family.shift:
             column = seen.left_neighbour(row, column)
         ragged = visibility.attended is not None or visibility.document is not None
-        captured = self.static is not None and self.static.takes(x_t.numel())
+        static = None if torch.is_grad_enabled() else self.static  # a graph has no gradient
+        captured = static is not None and static.takes(x_t.numel())
         if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
             return self.lm.get_decoder()(**inputs).last_hidden_state[0, place[row, column]]
@@ -176,7 +177,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
             column = cache.place[row, column]
         mask = mask_of(seen, columns, self.windowed)
-        return (self.static or self.decode)(x_t, position_ids, mask, cache)[row, column]
+        return (static or self.decode)(x_t, position_ids, mask, cache)[row, column]
 
     def decode(
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: CanvasCache | None = None

@@ -191,6 +191,8 @@ class Conversation:
         if parts is None:
             raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
         name, value = parts.groups()
+        if name == "compile":
+            raise ValueError(f"sampling.compile={value}: is decided when the model is loaded; give it on the command line")
         # Lists of texts are left out: `resolve` would replace their escapes again.
         others = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
         try:

@@ -56,6 +56,15 @@ def test_graphs_change_no_token(model, changes, batch_size):
     assert max(captured.values()) > static_forward.CAPTURED_AT
 
 
+def test_gradients_go_past_the_graphs(model):
+    model.static = StaticForward(model.decode, "true", capture)
+    filled(model)
+    for _ in range(static_forward.CAPTURED_AT + 1):
+        model.zero_grad()
+        model.denoise(torch.tensor([[5, 6, model.mask_token_id]])).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_two_samplers_at_once_share_no_memory(model):
     settings = {"cache": "prefix", "block_length": 4}
     plain = filled(model, **settings)

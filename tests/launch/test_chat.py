@@ -111,6 +111,7 @@ def test_values_have_types(talk):
         ("/set steps", ["/set NAME VALUE", "/set steps 128"]),
         ("/set stepps 2", ["sampling.stepps: no such setting", "did you mean sampling.steps"]),
         ("/set steps 0", ["sampling.steps=0: must be at least 1"]),
+        ("/set compile true", ["sampling.compile=true: is decided when the model is loaded"]),
         ("/set steps many", ["sampling.steps", "'many'", "Integer"]),
         ("/set steps [1", ["sampling.steps=[1"]),
         ("/set steps ${x}", ["sampling.steps", "'x'"]),
