@@ -192,7 +192,7 @@ class Conversation:
             raise ValueError("/set NAME VALUE needs both, such as /set steps 128")
         name, value = parts.groups()
         if name == "compile":
-            raise ValueError(f"sampling.compile={value}: is decided when the model is loaded; give it on the command line")
+            raise ValueError(f"sampling.compile={value}: is decided when the model is loaded; give it at the start")
         # Lists of texts are left out: `resolve` would replace their escapes again.
         others = {key: value for key, value in asdict(self.config).items() if not isinstance(value, list)}
         try:
