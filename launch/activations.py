@@ -32,6 +32,13 @@ class PassMemory(NamedTuple):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors that are made in the block, without tensors `outside`."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let compiled layers run: torch would not compile inside a mode that may change results."""
+        return True
+
     def __init__(self, outside: Iterable[Tensor]):
         super().__init__()
         self.known = WeakIdKeyDictionary({tensor.untyped_storage(): None for tensor in outside})
@@ -51,10 +58,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -> PassMemory:
+def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, compiling: bool = False) -> PassMemory:
     """Memory of a micro-batch of `rows`, computed in `dtype`.
 
     Runs three layers, since all keep equally much, on a fake CPU, whose attention keeps no L×L scores, as on a GPU.
+
+    Args:
+        compiling: the layers are compiled. The compiler decides what they keep; its code is not made.
     """
     model, length, layers = copy.deepcopy(model), config.data.max_length, model.lm.config.num_hidden_layers
     decoder, at_layer = model.lm.get_decoder(), []
@@ -64,7 +74,9 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -
     with FakeTensorMode():
         model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype)).train()
         model.lm.tie_weights()
-        recompute_activations(model, config.model)
+        recompute_activations(model, config.model, compiling)
+        for layer in decoder.layers if compiling else ():
+            layer.compile(backend="aot_eager_decomp_partition", dynamic=False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -73,8 +85,8 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype) -
             embedded = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype)
             embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
             positions = torch.empty(rows, length, dtype=torch.long)
-            # FlashAttention gets unpadded rows, no mask.
-            unpadded = "flash" in config.model.attn_implementation
+            # FlashAttention and varlen get unpadded rows, no mask.
+            unpadded = config.model.attn_implementation != "sdpa"
             mask = None if unpadded else torch.empty(rows, 1, length, length, dtype=torch.bool)
             output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
             index = positions.flatten()

@@ -4,8 +4,9 @@ Takes the settings of train.py and those of `Machine`. Predicts the memory of ea
 time of a step at a given MFU. The exit code is 1 if the run does not fit.
 
 `trainer.memory` computes the state. Activations and logits are counted in a forward and backward pass over tensors
-without data, in the worst case: rows of data.max_length, all tokens masked, some rows padded. model.compile would need
-less, and model.loss_kernel=liger is planned as chunked.
+without data, in the worst case: rows of data.max_length, all tokens masked. A run is taken to be long enough for
+model.compile=auto, and model.loss_kernel=liger is planned as chunked. On an H200 with sdpa, Qwen2.5-0.5B and 8×2,048
+tokens took 29.4 GiB where 30.3 are planned, and compiled 23.2 where 24.5 are.
 """
 
 import math
@@ -68,7 +69,9 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
     In the backward pass gradients grow as activations shrink: the peak is at the last layer or at the first.
     """
     dtype, head = compute_dtype(config, CUDA), model.lm.lm_head.weight
-    passed = pass_memory(model, config, layout.micro_batch_size, dtype)
+    whole_layers = config.model.enable_gradient_checkpointing and config.model.recompute == "full"
+    compiling = config.model.compile != "false" and not whole_layers  # recomputed ones keep their inputs alone
+    passed = pass_memory(model, config, layout.micro_batch_size, dtype, compiling)
     state = state_memory(model, config, layout.ranks, CUDA)
     if config.trainer.cpu_offload:
         state = replace(state, weights=0, gradients=0, optimizer=0)
@@ -89,7 +92,8 @@ def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[st
 
 
 def largest_micro_batch(model: DiffLLM, config: Config, layout: BatchLayout, usable: float) -> int:
-    """Largest number of rows that fits into `usable` bytes; 0 if one row does not."""
+    """Largest number of rows that fits into `usable` bytes, even if nothing is compiled; 0 if one row does not."""
+    config = replace(config, model=replace(config.model, compile="false"))
 
     def totals(rows: int) -> tuple[int, ...]:
         return memory_table(model, config, replace(layout, micro_batch_size=rows))["total"]

@@ -41,6 +41,8 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     held = layer * (2 if config.trainer.reshard_after_forward else len(layers))
     root_trained = 0 if config.model.lora_rank else root
     computed = compute_dtype(config, device).itemsize
+    if ranks == 1 and config.model.lora_rank:  # frozen weights are not gathered
+        root, held = 0, held * trained // (trained + frozen)
     return StateMemory(
         weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards,
         gradients=4 * trained // shards,

@@ -60,8 +60,11 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # loss weights stay float32; hidden states have the dtype of the embedding
     )
+    # On one rank frozen weights, which have the dtype of the forward, would only be copied.
+    alone = {p for p in model.parameters() if not p.requires_grad} if distributed.size == 1 else set()
     split = partial(
         fully_shard,
+        ignored_params=alone,
         mesh=build_mesh(distributed, settings.replicate),
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy(pin_memory=distributed.device.type == "cuda")

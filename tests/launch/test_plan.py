@@ -200,7 +200,7 @@ def test_mistakes_end_in_one_error(run, arguments, words):
 
 @pytest.fixture
 def meta():
-    config = Config(model=small_shape(hidden_size=256, num_hidden_layers=8, vocab_size=70_000))
+    config = Config(model=small_shape(hidden_size=256, num_hidden_layers=8, vocab_size=70_000, compile="false"))
     with torch.device("meta"):
         return new_model(config.model, builtin_tokenizer()), config, batch_layout(config.data, 0, 4)
 
@@ -215,6 +215,20 @@ def test_the_largest_micro_batch_fits(meta):
     )
     assert fitting <= usable < beyond
     assert largest_micro_batch(model, config, layout, 1000) == 0
+
+
+def test_compiled_layers_keep_less(meta):
+    """Not the norms, rotated queries and gates, which are computed again; with whole layers recomputed, the same."""
+    model, config, layout = meta
+    kept = {}
+    for compile in ("false", "auto", "true"):
+        config.model.compile = compile
+        kept[compile] = memory_table(model, config, layout)["activations"][0]
+    assert kept["auto"] == kept["true"] < 0.8 * kept["false"]
+    config.model.enable_gradient_checkpointing = True
+    assert memory_table(model, config, layout)["activations"][0] < kept["auto"] / 4
+    config.model.recompute = "selective"
+    assert memory_table(model, config, layout)["activations"][0] == kept["auto"]
 
 
 def test_settings_move_memory(meta):

@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from diffllm import new_model
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, newest, train, weights
+from trainer.distributed import init_distributed
 from trainer.export import export
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import read_manifest
 
 
@@ -43,6 +46,15 @@ def test_adapters_train_the_same_on_two_ranks_and_resume(lora_run, pretrained, t
     again = train(lora_run("copy"))
     assert losses(again) == losses(alone)
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(alone).items())
+
+
+def test_one_rank_copies_no_frozen_weight(lora_run):
+    with init_distributed() as distributed:
+        model = FSDPSFTTrainer(lora_run(), distributed).model
+    assert {parameter.requires_grad: isinstance(parameter, DTensor) for parameter in model.parameters()} == {
+        True: True,
+        False: False,
+    }
 
 
 def test_checkpoints_hold_adapters_and_exports_hold_them_merged(lora_run, pretrained, tmp_path):
