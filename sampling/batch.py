@@ -125,7 +125,10 @@ class RowBatch:
 
         with self._naming_the_batch():
             together = self._rate(row, column, uniforms, logits)
-        return list(zip(*(np.split(column, np.cumsum(counts)[:-1]) for column in together), strict=True))
+        ends = np.cumsum(counts)
+        return [
+            tuple(column[end - count : end] for column in together) for count, end in zip(counts, ends, strict=True)
+        ]
 
     def _rate(
         self, row: np.ndarray, column: np.ndarray, uniforms: Tensor | None, logits: Tensor | None

@@ -67,7 +67,7 @@ class RowState:
 
     def masked(self, end: int | None = None) -> np.ndarray:
         """Positions before `end` that are masked."""
-        return np.flatnonzero(self.tokens[:end] == self.special.mask)
+        return (self.tokens[:end] == self.special.mask).nonzero()[0]
 
     def _blocks(self) -> list[tuple[int, int]]:
         """Start and end of each block with masks. Masks inside the prompt belong to the first block.
