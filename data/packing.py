@@ -45,7 +45,10 @@ def pack(batch: Batch, size: int) -> Batch:
         taken = tensor.flatten(0, 1)[index]
         return taken.masked_fill((index < 0).view(*index.shape, *[1] * (tensor.ndim - 2)), 0)
 
-    return {name: packed(tensor) for name, tensor in whole.items()}
+    batch = {name: packed(tensor) for name, tensor in whole.items()}
+    first = batch["document"].gather(1, (index >= 0).int().argmax(-1, keepdim=True))
+    batch["document"] = torch.where(index < 0, first, batch["document"])  # a query that sees nothing may be NaN
+    return batch
 
 
 def first_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sampling import Visibility
+from diffllm.families import has_window
+from sampling import Visibility, to_device
 
 # torch 2.11 takes fewer heads of keys than of queries without being told
 GROUPED = {} if Version(torch.__version__) < Version("2.12") else {"enable_gqa": True}
@@ -61,7 +62,7 @@ def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -
     lengths = segment[attended].unique_consecutive(return_counts=True)[1]
     longest = int(lengths.max())
     bounds, index, place = (
-        tensor.to(x_t.device, non_blocking=True)
+        to_device(tensor, x_t.device)
         for tensor in (
             F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
             attended.flatten().nonzero().squeeze(-1),
@@ -74,6 +75,13 @@ def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
     }
     return inputs, place
+
+
+def has_segments(config: PreTrainedConfig) -> bool:
+    """Whether varlen can attend within segments: no window, no dropout, and heads that FlashAttention takes."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0.0)
+    return not has_window(config) and not dropout and head_dim % 8 == 0 and head_dim <= 256
 
 
 def attention_for(setting: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:

@@ -13,6 +13,7 @@ from data.storage import first_line
 
 # Compiling takes up to a minute, and saves some milliseconds a layer and forward pass on an H200.
 WORTH_PASSES = 500
+RECOMPILATIONS = 64  # of a function, for other shapes and kinds of masks; torch gives up after 8
 
 
 def is_compiled(setting: str, device: torch.device, passes: int) -> bool:
@@ -26,6 +27,9 @@ def is_compiled(setting: str, device: torch.device, passes: int) -> bool:
 
 def backend_of(setting: str) -> str | Callable[[fx.GraphModule, list[Tensor]], Callable]:
     """Backend for torch.compile. With `auto` a part that cannot be compiled runs as it is, after one warning."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    # The code for the backward pass is made with that for the forward pass, so that its errors are met there too.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     return "inductor" if setting == "true" else _compile_or_warn
 
 
@@ -33,23 +37,31 @@ def _compile_or_warn(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # of the compiler, its toolchain or the driver
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             warnings.warn(f"not compiled, which is slower: {first_line(error)}", stacklevel=2)
-        return graph.forward
+        # Needs no toolchain, and recomputes in the backward pass what compiled code would.
+        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def refusing_failures(name: str) -> Iterator[None]:
-    """Turn an error of the compiler into one line.
+def refusing_failures(name: str, setting: str) -> Iterator[None]:
+    """Turn an error of the compiler into one line, if compilation was demanded.
 
     Args:
         name: of the setting.
 
     Raises:
-        ValueError: compilation failed.
+        ValueError: compilation failed, and the setting is `true`.
     """
     try:
         yield
     except TorchDynamoException as error:
+        if setting != "true":
+            raise
         reason = first_line(getattr(error, "inner_exception", error))
         raise ValueError(f"{name}=true: compilation failed ({reason}); set {name}=auto or false") from error

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diffllm.attention import mask_of, without_padding
+from diffllm.attention import has_segments, mask_of, without_padding
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_loss
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.export import write_checkpoint
 from diffllm.families import has_window, switch_off_causality
 from sampling import CanvasCache, Tokens, Visibility, ids_without_token
-
-ROUNDED_COLUMNS = 32  # of a cached forward: fewer shapes, so that graphs are used again
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -52,7 +50,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self.unnamed_ids: tuple[int, ...] = ()
         self.windowed = has_window(lm.config)
         self.flash = "flash" in lm.config._attn_implementation
-        self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and not self.windowed)
+        self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and has_segments(lm.config))
         self.masked_loss = masked_loss
         self.static: Any = None
         self._lent: list[tuple[weakref.ref, CanvasCache]] = []
@@ -93,13 +91,14 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         *,
         token_loss: TokenLoss = CROSS_ENTROPY,
         visibility: Visibility | None = None,
+        where: tuple[Tensor, Tensor] | None = None,
     ) -> LossOutput:
         """Loss and likelihood of the clean tokens under the masks. The head projects the masked positions only.
 
         Args:
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
-            masked: [B, L] bool, the N positions to restore; on the host, or the GPU must be waited for.
+            masked: [B, L] bool, the N positions to restore.
             weights: [B, L] float32, weights of the masked tokens in the loss.
             attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
@@ -107,6 +106,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             visible: [B, L, L] bool, whether the first position sees the second.
             token_loss: function of a token's nll.
             visibility: in place of `attention_mask` and `visible`.
+            where: rows and columns [N] of `masked`; without them the host waits for the GPU.
 
         Raises:
             ValueError: an argument together with its former name, or see `hidden`.
@@ -116,7 +116,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if focal is not None and token_loss is not CROSS_ENTROPY:
             raise ValueError("token_loss is given, leave out focal")
         visibility = visibility or Visibility(attended=attention_mask, pairs=visible)
-        where = tuple(index.to(x_t.device, non_blocking=True) for index in masked.nonzero(as_tuple=True))
+        where = masked.nonzero(as_tuple=True) if where is None else where
         hidden = self.hidden(x_t, _positions(x_t, position_ids), visibility, *where)
         targets, weights = x_0[where], weights[where]
         return LossOutput(*self.masked_loss(hidden, self.lm.lm_head.weight, targets, weights, focal or token_loss))
@@ -167,7 +167,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if self.family.shift:
             column = seen.left_neighbour(row, column)
         ragged = visibility.attended is not None or visibility.document is not None
-        static = None if torch.is_grad_enabled() else self.static  # a graph has no gradient
+        static = None if torch.is_grad_enabled() or torch.is_inference_mode_enabled() else self.static
         captured = static is not None and static.takes(x_t.numel())
         if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
@@ -191,16 +191,20 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         return self.lm.get_decoder()(**inputs, **kept).last_hidden_state
 
+    @property
+    def width_multiple(self) -> int:
+        """Widths and numbers of columns are multiples of it: with graphs few shapes should occur."""
+        return 1 if self.static is None else 32
+
     def lend_cache(self, borrower: object) -> CanvasCache:
         """A cache for keys and values while `borrower` lives. With graphs, which read its memory, it is used again."""
-        if self.static is None:
+        if self.static is None or torch.is_inference_mode_enabled():  # tensors made there cannot be changed later
             return CanvasCache()
         for i, (owner, cache) in enumerate(self._lent):
             if owner() is None:
                 self._lent[i] = weakref.ref(borrower), cache
-                cache.n_rows = 0
                 return cache
-        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=ROUNDED_COLUMNS)))
+        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=self.width_multiple)))
         return self._lent[-1][1]
 
     def check_cache(self) -> None:

@@ -8,21 +8,20 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 
 import torch
 from torch import Tensor
 
 from data.storage import first_line
-from diffllm.compilation import backend_of, refusing_failures
+from diffllm.compilation import backend_of, is_first_rank, refusing_failures
 from diffllm.modeling_diffllm import DiffLLM
 from sampling import CanvasCache
 
 # On an H200 a graph saved 18 of 23 ms for 1×32 positions of a 7B model, and nothing for 16×384.
 MOST_POSITIONS = 4096
 WORTH_FORWARDS = 2000  # of a run, for compiled layers: they take about a minute
-CAPTURED_AT = 3  # the number of times that a shape has occurred
+CAPTURED_AT = 3  # a shape is captured when it occurs for the third time
 MOST_GRAPHS = 64
 
 
@@ -33,8 +32,15 @@ def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
         setting: `sampling.compile`: `auto` captures graphs on a GPU, and compiles for at least WORTH_FORWARDS · `true`
             does both, and compiles on a CPU too · `false` does neither.
         forwards: of the run.
+
+    Raises:
+        ValueError: `true`, and layers with a window or FlashAttention.
     """
     on_gpu = model.device.type == "cuda"
+    if setting == "true" and (model.windowed or model.flash):
+        raise ValueError(
+            "sampling.compile=true: not for layers with a window or FlashAttention; set it to auto or false"
+        )
     if setting == "false" or model.windowed or model.flash or not (on_gpu or setting == "true"):
         return
     compiled = model.static is not None and model.static.compiled
@@ -42,24 +48,27 @@ def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
         compile_layers(model, setting)
         compiled = True
     if model.static is None or model.static.compiled != compiled:
-        model.static = StaticForward(model.decode, setting, CudaGraphs() if on_gpu else None, compiled)
+        model.static = StaticForward(model.decode, setting, CudaGraphs(model.device) if on_gpu else None, compiled)
 
 
 def compile_layers(model: DiffLLM, setting: str) -> None:
-    """Compile the forward of each layer. A layer gets its own part of the cache, so that all share one compilation."""
-    print("compiling for sampling: the first forwards take up to a minute", file=sys.stderr, flush=True)
-    backend, strict = backend_of(setting), setting == "true"
+    """Compile the forward of each layer. Each gets its own part of the cache, so that all share their compilations."""
+    if is_first_rank():
+        print("compiling for sampling: the first forwards take up to a minute", file=sys.stderr, flush=True)
+    backend = backend_of(setting)
     for number, layer in enumerate(model.lm.get_decoder().layers):
-        layer.forward = _with_own_cache(torch.compile(layer.forward, backend=backend), number, strict)
+        layer.forward = _with_own_cache(layer.forward, torch.compile(layer.forward, backend=backend), number, setting)
 
 
-def _with_own_cache(forward: Callable, number: int, strict: bool) -> Callable:
-    @wraps(forward)
+def _with_own_cache(plain: Callable, compiled: Callable, number: int, setting: str) -> Callable:
+    @wraps(plain)
     def run(*arguments, past_key_values=None, **settings):
         if past_key_values is not None:
             past_key_values = past_key_values.of_layer(number)
-        with refusing_failures("sampling.compile") if strict else nullcontext():
-            return forward(*arguments, past_key_values=past_key_values, **settings)
+            if past_key_values.keys is None:  # its memory is made outside of compiled code
+                return plain(*arguments, past_key_values=past_key_values, **settings)
+        with refusing_failures("sampling.compile", setting):
+            return compiled(*arguments, past_key_values=past_key_values, **settings)
 
     return run
 
@@ -91,7 +100,7 @@ class StaticForward:
             return self.decode(input_ids, position_ids, mask, cache)
         given = [input_ids, position_ids, *([] if mask is None else [mask])]
         indices = [] if cache is None else cache.indices()
-        key = (cache and cache.shape(), *(tuple(tensor.shape) for tensor in (*given, *indices)))
+        key = (None if cache is None else cache.shape(), *(tuple(tensor.shape) for tensor in (*given, *indices)))
         self.seen[key] += 1
         if key not in self.graphs:
             if self.seen[key] >= CAPTURED_AT:
@@ -114,9 +123,8 @@ class StaticForward:
         mask = inputs[2] if len(inputs) > 2 else None
         try:
             replay = self.capture(lambda: self.decode(*inputs[:2], mask, cache))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            error = error.__context__ or error  # the end of a capture hides what went wrong in it
             if self.setting == "true":
                 raise ValueError(
                     f"sampling.compile=true: no CUDA graph can be captured ({first_line(error)}); set auto or false"
@@ -126,29 +134,33 @@ class StaticForward:
             return
         self.graphs[key] = replay, [*inputs, *indices]
         if len(self.graphs) > MOST_GRAPHS:
-            del self.graphs[next(iter(self.graphs))]
+            dropped = next(iter(self.graphs))
+            del self.graphs[dropped], self.seen[dropped]
 
 
 class CudaGraphs:
-    """Captures functions as CUDA graphs that share their memory: one runs at a time, and its output is read before."""
+    """Captures functions as CUDA graphs. They share memory: read an output before the next graph runs."""
 
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A function that launches the kernels of `run` and returns its tensor, overwritten."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what is made in the first calls must not be captured
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = run()
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what is made in the first calls must not be captured
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            # The outer block restores the stream if the capture fails, which torch's own does not.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+                output = run()
 
         def replay() -> Tensor:
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return output
 
         return replay

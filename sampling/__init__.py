@@ -9,6 +9,7 @@ from sampling.infill import Infilled, Template, infill, infill_templates
 from sampling.likelihood import Choice, Score, choose, score, score_positions
 from sampling.row_state import RowState
 from sampling.sampler import LogitsHook, SampledRow, SampleOutput, TokensHook, fill, sample
+from sampling.transfer import to_device
 from sampling.visibility import Visibility
 
 Filled, Filling = SampledRow, RowState  # their former names, for one version
@@ -39,5 +40,6 @@ __all__ = [
     "sample",
     "score",
     "score_positions",
+    "to_device",
     "trim",
 ]

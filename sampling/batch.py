@@ -13,6 +13,7 @@ from sampling.canvas import Tokens, count_positions
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.row_state import RowState
+from sampling.transfer import to_device
 from sampling.visibility import Visibility
 
 RATED_AT_ONCE = 2**20  # logits that a CPU rates together: they stay in its cache over several passes
@@ -58,7 +59,11 @@ def positions_at_once(model: Denoiser) -> int:
 
 
 class RowBatch:
-    """Right-aligned rows that are forwarded together."""
+    """Right-aligned rows that are forwarded together.
+
+    Args:
+        exact_width: the batch is as wide as its longest row, whatever the model prefers.
+    """
 
     def __init__(
         self,
@@ -66,7 +71,9 @@ class RowBatch:
         config: SamplingConfig,
         special: Tokens,
         logits_processor: LogitsProcessor | None = None,
+        exact_width: bool = False,
     ):
+        self.multiple = 1 if exact_width else getattr(model, "width_multiple", 1)
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
         # one for the canvas; with guidance another for the canvas whose given tokens are masked
@@ -83,7 +90,8 @@ class RowBatch:
         """Replace the rows. Rows that stay keep their cached keys and values."""
         if rows == self.rows:
             return
-        width, places = max(map(len, rows)), {id(row): i for i, row in enumerate(self.rows)}
+        width = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        places = {id(row): i for i, row in enumerate(self.rows)}
         for cache in self.caches:
             cache.arrange([places.get(id(row)) for row in rows], width)
         self.rows, self.width = list(rows), width
@@ -135,8 +143,9 @@ class RowBatch:
     ) -> list[np.ndarray]:
         """Tokens, confidence, p and entropy at N positions."""
         views = self._views()
+        where = self._to_device(np.stack([row, column]))
         hidden = self._forward(views, row, column) if logits is None else []
-        row, column = self._to_device(np.stack([row, column]))
+        row, column = where
         parts = []
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
@@ -218,4 +227,4 @@ class RowBatch:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """An array on the model's device."""
-        return torch.from_numpy(array).to(self.model.device)
+        return to_device(torch.from_numpy(array), self.model.device)

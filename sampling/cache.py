@@ -9,6 +9,7 @@ of a block and every `cache_refresh`-th forward compute all positions; with 1 ev
 All kinds compute candidates and their left neighbours, and positions that the step before changed.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from sampling.row_state import RowState
+from sampling.transfer import to_device
 
 
 def needs_refresh(row: RowState) -> bool:
@@ -42,6 +44,9 @@ def computed(row: RowState) -> np.ndarray:
             active |= row.tokens == row.special.mask
     active[:-1] |= active[1:]
     return active
+
+
+_NUMBERS = itertools.count()
 
 
 class LayerStates:
@@ -99,6 +104,7 @@ class CanvasCache(Cache):
 
     def __init__(self, round_to: int = 1):
         super().__init__(layers=[])
+        self.number = next(_NUMBERS)
         self.kept: list[LayerStates] = []
         self.round_to, self.width, self.n_rows, self.generation = round_to, 0, 0, 0
         self.rows = self.columns = self.place = None
@@ -114,7 +120,12 @@ class CanvasCache(Cache):
         self.n_rows, self.width = len(kept), width
         for layer in self.kept:
             layer.reserve(layer.buffers[0])
-            for buffer in layer.buffers if new != old else ():
+        if new == old or not self.kept:
+            return
+        device = self.kept[0].buffers[0].device
+        new, old = to_device(torch.tensor([new, old]), device)
+        for layer in self.kept:
+            for buffer in layer.buffers:
                 buffer[new] = buffer[old]
 
     def select(self, rows: Tensor, active: np.ndarray | None) -> None:
@@ -133,8 +144,8 @@ class CanvasCache(Cache):
         order = np.argsort(~active, axis=1, kind="stable")[:, :most]
         repeated = np.arange(order.shape[1]) >= active.sum(1)[:, None]
         columns = np.where(repeated, order[:, :1], order)
-        self.columns = torch.from_numpy(columns).to(rows.device)
-        self.place = torch.from_numpy(active.cumsum(1) - 1).to(rows.device)
+        self.columns = to_device(torch.from_numpy(columns), rows.device)
+        self.place = to_device(torch.from_numpy(active.cumsum(1) - 1), rows.device)
 
     def indices(self) -> list[Tensor]:
         """Rows and columns that the next forward computes."""
@@ -148,7 +159,7 @@ class CanvasCache(Cache):
 
     def shape(self) -> tuple[int, ...]:
         """Equal for forwards that read and write the same memory, whatever rows and columns they compute."""
-        return id(self), self.generation, self.n_rows, self.width
+        return self.number, self.generation, self.n_rows, self.width
 
     def of_layer(self, number: int) -> LayerStates:
         """Keys and values of a layer."""
@@ -159,6 +170,9 @@ class CanvasCache(Cache):
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """See `LayerStates.update`."""
         return self.of_layer(layer_idx).update(key, value)
+
+    def __bool__(self) -> bool:
+        return True  # its length, by Transformers, is 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -127,7 +127,7 @@ def fill_with_hooks(
         x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
     rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
-    batch = RowBatch(model, config, special)
+    batch = RowBatch(model, config, special, exact_width=True)
     batch.set_rows(rows)
     while any(row.step is not None for row in rows):
         if any(row.step is None for row in rows):

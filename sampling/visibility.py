@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from sampling.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -34,7 +36,7 @@ class Visibility:
 
     def to(self, device: torch.device) -> "Visibility":
         """The same on a device."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
+        return self._each(lambda value: to_device(value, device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Visibility":
         given = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}

@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffllm import DiffLLM, load_model
 from diffllm.compilation import is_compiled
-from diffllm.static_forward import prepare_sampling
-from sampling import SamplingConfig, StepEvent, Visibility, sample
+from diffllm.static_forward import StaticForward, prepare_sampling
+from sampling import SamplingConfig, Visibility, sample
 from sampling.canvas import count_positions, left_pad
+from tests.benchmarks.near_ties import first_difference
 from tests.conftest import GOLDEN, small_config
 from tests.trainer.runs import joined, losses, metrics, newest, train
 from trainer.config import Config
@@ -158,7 +160,9 @@ def test_a_cache_refreshed_at_every_forward_is_exact(on_gpu, cache):
 def _graphs(config: SamplingConfig) -> tuple[bool, int]:
     """Whether sampling through CUDA graphs gives the tokens of plain forwards, in bf16, and the number of graphs."""
     model, (ids, attended) = _model(torch.bfloat16), _prompts()
+    model.static = StaticForward(model.decode, "auto", None)  # the same shapes, so the same kernels
     plain = sample(model, ids, config, model.special_tokens, attended).sequences
+    model.static = None
     prepare_sampling(model, "auto")
     same = [torch.equal(sample(model, ids, config, model.special_tokens, attended).sequences, plain) for _ in range(2)]
     return all(same), len(model.static.graphs)
@@ -184,25 +188,16 @@ def test_compiled_layers_change_no_token(on_gpu):
 
 
 def _tie() -> float:
-    """How far apart, by float32, are the two choices where sampling in bf16 first differs from float32; 0 if nowhere.
-
-    In nats between two tokens at a position, or between the confidences of two positions.
-    """
-    steps: list[list[StepEvent]] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, events = _model(dtype), []
-        ids = torch.arange(10, 26, device=DEVICE)[None]
-        sample(model, ids, replace(SAMPLING, alg="maskgit_plus"), model.special_tokens, on_step=events.append)
-        steps.append(events)
-    for exact, rounded in zip(*steps, strict=True):
-        if (exact.tokens == rounded.tokens).all():
-            before = exact.tokens
-            continue
-        canvas = torch.from_numpy(before)[None].to(DEVICE)
-        log_p = _model(torch.float32).denoise(canvas)[0].float().log_softmax(-1).cpu()
-        chosen = [float(log_p[event.committed[0], event.tokens[event.committed[0]]]) for event in (exact, rounded)]
-        return abs(chosen[0] - chosen[1])
-    return 0.0
+    """How near the two choices are, by float32, where sampling in bf16 first differs from it; 0 if it never does."""
+    config = replace(SAMPLING, alg="maskgit_plus")
+    ids = torch.arange(10, 26, device=DEVICE)[None]
+    exact, rounded = (
+        sample(model, ids, config, model.special_tokens, history=True).history
+        for model in (_model(torch.float32), _model(torch.bfloat16))
+    )
+    model = _model(torch.float32)
+    before = F.pad(ids, (0, config.max_new_tokens), value=model.mask_token_id)
+    return first_difference(model, before, exact, rounded, config)
 
 
 def test_bf16_differs_from_float32_at_near_ties_only(on_gpu):

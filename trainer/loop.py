@@ -152,7 +152,10 @@ class TrainingLoop(ABC):
             counts = self._count(micro_batches)
             if counts["failed_saves"]:
                 self.checkpoints.wait()
-            with refusing_failures("model.compile"), naming_remedies(self.config, self.source.layout):
+            with (
+                refusing_failures("model.compile", self.config.model.compile),
+                naming_remedies(self.config, self.source.layout),
+            ):
                 metrics = self.train_step(step, micro_batches, counts)
                 metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
                 if self._is_due(step, settings.val_check_interval):

@@ -17,6 +17,7 @@ from diffllm.attention import visibility_of
 from diffllm.diffusion.loss import CROSS_ENTROPY, Focal, LossOutput, TokenLoss
 from diffllm.diffusion.objective import Objective, ObjectiveConfig
 from diffllm.diffusion.weights import TIME_REWEIGHTINGS, time_weights
+from sampling import to_device
 
 T_SAMPLERS = ("importance", "stratified", "uniform")
 LOSS_NORMS = ("masked", "maskable", "sequence")
@@ -139,10 +140,11 @@ class MaskedDiffusion(Objective):
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens."""
         device = model.device
-        names = ("x_t", "input_ids", "weights", "position_ids")
-        x_t, x_0, weights, position_ids = (batch[name].to(device, non_blocking=True) for name in names)
-        seen = {"position_ids": position_ids, "visibility": visibility_of(batch)}
-        return model(x_t, x_0, batch["masked"], weights, token_loss=self.config.token_loss, **seen)
+        names = ("x_t", "input_ids", "masked", "weights", "position_ids")
+        x_t, x_0, masked, weights, position_ids = (to_device(batch[name], device) for name in names)
+        where = tuple(to_device(index, device) for index in batch["masked"].nonzero(as_tuple=True))
+        seen = {"position_ids": position_ids, "visibility": visibility_of(batch), "where": where}
+        return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)
 
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
         """[3 + 2·T_BUCKETS] Σ nll/t, maskable tokens, Σ correct, then nll and tokens by bucket of t.
@@ -150,11 +152,11 @@ class MaskedDiffusion(Objective):
         Every masked token is weighted by its importance.
         """
         masked, device = batch["masked"], output.nll.device
-        t, importance = (batch[name][masked].to(device, non_blocking=True).double() for name in ("t", "importance"))
+        t, importance = (to_device(batch[name][masked], device).double() for name in ("t", "importance"))
         nll = output.nll * importance
         sums = torch.zeros(3 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
         sums[0] = (nll / t).sum()
-        sums[1] = batch["maskable"].sum()
+        sums[1] = int(batch["maskable"].sum())  # on the host: a tensor would be copied after the backward pass
         sums[2] = (output.correct * importance).sum()
         bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
         sums[3 : 3 + T_BUCKETS].index_add_(0, bucket, nll)

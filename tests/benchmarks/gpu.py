@@ -5,6 +5,7 @@ or weights read at the bandwidth, that are measured here. Equalities are checked
 Writes gpu.json and gpu.md. Without a GPU the shapes are tiny and the numbers say nothing: this tries the script.
 """
 
+import gc
 import json
 import platform
 import sys
@@ -24,7 +25,7 @@ from data.terminal import table
 from diffllm import DiffLLM
 from diffllm.diffusion.loss import compiled, masked_loss
 from diffllm.diffusion.weights import time_weights
-from diffllm.static_forward import prepare_sampling
+from diffllm.static_forward import StaticForward, prepare_sampling
 from launch.plan import memory_table
 from sampling import SamplingConfig, Visibility, sample
 from sampling.canvas import count_positions
@@ -69,6 +70,7 @@ def timed(*variants: Callable[[], object]) -> list[float]:
 @contextmanager
 def measured_peak(row: dict[str, object]) -> Iterator[None]:
     """Put the peak of the GPU's memory in GiB into a row."""
+    gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -323,7 +325,9 @@ def case_sample(report: Report) -> None:
             made[name] = sample(model, prompts, config, model.special_tokens, history=True)
             return made[name].nfe
 
+        # Forwards without graphs have the shapes of those with: the same kernels give the same bits.
         for name, forwards in (("plain", None), ("graphs", 0), ("compiled and graphs", 10**9)):
+            model.static = StaticForward(model.decode, "auto", None) if forwards is None else None
             if forwards is not None:
                 prepare_sampling(model, "auto" if ON_GPU or not forwards else "true", forwards)
             nfe = ours(name)[0]  # warms up
@@ -375,7 +379,7 @@ def environment() -> dict[str, object]:
     device = torch.cuda.get_device_name() if ON_GPU else f"{platform.processor() or platform.machine()}, tiny shapes"
     return {
         "device": device,
-        "driver": torch.version.cuda,
+        "cuda": torch.version.cuda,
         "matrix product, TFLOP/s": round(flops / 1e12, 2),
         "copy, GB/s": round(bandwidth / 1e9, 1),
         **versions(),

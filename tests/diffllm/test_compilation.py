@@ -65,7 +65,10 @@ def test_what_cannot_be_compiled_runs_as_it_is(recwarn):
     for _ in range(3):
         model(x).sum().backward()
         plain(x).sum().backward()
-    assert len([warning for warning in recwarn if "not compiled" in str(warning.message)]) == 1
+    # Python prints equal warnings once.
+    assert {text for warning in recwarn if "not compiled" in (text := str(warning.message))} == {
+        "not compiled, which is slower: no compiler"
+    }
     ours, expected = ([parameter.grad for parameter in each.parameters()] for each in (model, plain))
     torch.testing.assert_close(ours, expected)
 
@@ -73,5 +76,5 @@ def test_what_cannot_be_compiled_runs_as_it_is(recwarn):
 @pytest.mark.usefixtures("no_compiler")
 def test_what_must_be_compiled_ends_in_one_line():
     line = r"^model\.compile=true: compilation failed \(no compiler\); set model\.compile=auto or false$"
-    with pytest.raises(ValueError, match=line), refusing_failures("model.compile"):
+    with pytest.raises(ValueError, match=line), refusing_failures("model.compile", "true"):
         layers("true")(torch.ones(2, 4))
