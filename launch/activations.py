@@ -75,6 +75,8 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, c
         model._apply(lambda t: torch.empty(t.shape, dtype=dtype if isinstance(t, nn.Parameter) else t.dtype)).train()
         model.lm.tie_weights()
         recompute_activations(model, config.model, compiling)
+        if compiling:
+            torch._dynamo.reset()  # after some compilations of the same code, also by earlier calls, it gives up
         for layer in decoder.layers if compiling else ():
             layer.compile(backend="aot_eager_decomp_partition", dynamic=False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
