@@ -157,7 +157,7 @@ class TrainBatches(Dataset):
             for lengths in kept.reshape(-1, self.layout.micro_batch_size):
                 size = self.config.max_length if self.config.packing else 0
                 packed = [lengths[rows].sum() for rows in first_fit(lengths, size)]
-                positions += len(packed) * max(packed)
+                positions += min(len(packed) * max(packed), len(lengths) * lengths.max())
         return 1 - own / positions
 
     def loader(self, steps: range) -> Iterator[list[Batch]]:

@@ -92,6 +92,8 @@ class DataConfig:
                 raise ValueError(f"data.streaming=true: {', '.join(changed)} need all rows at once; leave them out")
             if not self.train_files:
                 raise ValueError("data.streaming=true with data.train_files=[]: name the files to stream")
+        if self.packing and not self.enable_perbatch_cutoff:
+            raise ValueError("data.packing=true with data.enable_perbatch_cutoff=false: no row leaves room for another")
         if self.order == "curriculum" and self.group_by_length:
             raise ValueError("data.order=curriculum and data.group_by_length=true: choose one order")
 

@@ -15,7 +15,7 @@ def noise_and_pack(noise: Callable[[Batch, int], Batch], size: int, batch: Batch
 
 
 def pack(batch: Batch, size: int) -> Batch:
-    """Pack rows into rows of at most `size` tokens. The batch comes back as it is if no two fit together.
+    """Pack rows into rows of at most `size` tokens. The batch comes back as it is if that leaves no padding out.
 
     Args:
         batch: attention_mask [B, L], 0 at padding; tensors [B, L, …] are packed, others stay.
@@ -26,8 +26,6 @@ def pack(batch: Batch, size: int) -> Batch:
     """
     attended = batch["attention_mask"].bool()
     together = first_fit(attended.sum(-1).tolist(), size)
-    if len(together) == len(attended):
-        return batch
     row = torch.arange(len(attended))[:, None].expand_as(attended)
     documents = batch.get("document", torch.zeros_like(row))
     whole = {**batch, "packed_row": row, "document": row * (documents.max() + 1) + documents}
@@ -38,6 +36,8 @@ def pack(batch: Batch, size: int) -> Batch:
         padding_value=-1,
         padding_side="left",
     )
+    if index.numel() >= attended.numel():
+        return batch
 
     def packed(tensor: Tensor) -> Tensor:
         if tensor.shape[:2] != attended.shape:
@@ -83,6 +83,8 @@ def single_rows(batch: Batch) -> list[Batch]:
     def only(tensor: Tensor, row: int) -> Tensor:
         if tensor.shape[:2] != packed_row.shape:
             return tensor[row : row + 1]
-        return tensor[(packed_row == row) & batch["attention_mask"].bool()][None]
+        place, columns = ((packed_row == row) & batch["attention_mask"].bool()).nonzero(as_tuple=True)
+        own = tensor[place, columns]
+        return (own[:, columns] if tensor.shape[1:] == packed_row.shape[1:] * 2 else own)[None]  # pairs [R, W, W]
 
     return [{name: only(tensor, row) for name, tensor in batch.items() if name != "packed_row"} for row in rows]

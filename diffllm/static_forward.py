@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
         forwards: of the run.
 
     Raises:
-        ValueError: `true`, and layers with a window or FlashAttention.
+        ValueError: another setting, or `true` and layers with a window or FlashAttention.
     """
-    on_gpu = model.device.type == "cuda"
+    setting, on_gpu = str(setting).lower(), model.device.type == "cuda"
+    if setting not in ("auto", "true", "false"):
+        raise ValueError(f"sampling.compile={setting}: choose one of auto, true, false")
     if setting == "true" and (model.windowed or model.flash):
         raise ValueError(
             "sampling.compile=true: not for layers with a window or FlashAttention; set it to auto or false"
@@ -55,20 +58,22 @@ def compile_layers(model: DiffLLM, setting: str) -> None:
     """Compile the forward of each layer. Each gets its own part of the cache, so that all share their compilations."""
     if is_first_rank():
         print("compiling for sampling: the first forwards take up to a minute", file=sys.stderr, flush=True)
-    backend = backend_of(setting)
-    for number, layer in enumerate(model.lm.get_decoder().layers):
-        layer.forward = _with_own_cache(layer.forward, torch.compile(layer.forward, backend=backend), number, setting)
+    layers = model.lm.get_decoder().layers
+    plain = type(layers[0]).forward
+    compiled = torch.compile(plain, backend=backend_of(setting))
+    for number, layer in enumerate(layers):  # methods, so that those of a copied layer use its own weights
+        layer.forward = MethodType(_with_own_cache(plain, compiled, number, setting), layer)
 
 
 def _with_own_cache(plain: Callable, compiled: Callable, number: int, setting: str) -> Callable:
     @wraps(plain)
-    def run(*arguments, past_key_values=None, **settings):
+    def run(layer, *arguments, past_key_values=None, **settings):
         if past_key_values is not None:
             past_key_values = past_key_values.of_layer(number)
             if past_key_values.keys is None:  # its memory is made outside of compiled code
-                return plain(*arguments, past_key_values=past_key_values, **settings)
+                return plain(layer, *arguments, past_key_values=past_key_values, **settings)
         with refusing_failures("sampling.compile", setting):
-            return compiled(*arguments, past_key_values=past_key_values, **settings)
+            return compiled(layer, *arguments, past_key_values=past_key_values, **settings)
 
     return run
 
@@ -87,6 +92,9 @@ class StaticForward:
         self.decode, self.setting, self.capture, self.compiled = decode, setting, capture, compiled
         self.seen: Counter[tuple] = Counter()
         self.graphs: dict[tuple, tuple[Callable[[], Tensor], list[Tensor]]] = {}
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model has none: graphs compute with the weights of the original."""
 
     def takes(self, positions: int) -> bool:
         """Whether forwards of so many positions are captured."""

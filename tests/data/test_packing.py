@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import DataConfig
 from data.packing import first_fit, pack, row_lengths, single_rows
 from tests.data.batches import batches
 from tests.trainer.runs import losses, metrics, train
@@ -109,6 +110,30 @@ def test_a_packed_step_that_was_not_finite_is_replayed_row_by_row(small_run, mon
     assert len({row["sample_index"] for row in rows}) == len(rows)
     assert sum(row["masked"] for row in rows) > 0
     assert all(isfinite(row["loss"]) for row in rows)
+
+
+def test_pairs_of_a_packed_row():
+    """Annealing adds them to the packed batch; a row alone keeps its own."""
+    packed = pack(ragged_batch(), 18)
+    packed["pairs"] = packed["packed_row"][:, :, None] * 10 + packed["position_ids"][:, None]
+    for row, alone in enumerate(single_rows(packed)):
+        length = alone["position_ids"].shape[1]
+        assert torch.equal(alone["pairs"], (row * 10 + torch.arange(length)).expand(1, length, length))
+
+
+def test_packing_that_leaves_no_padding_out():
+    """Three rows of 5 into two of 10: the second would be half padding."""
+    batch = ragged_batch(size=16)
+    even = {name: tensor[:3] for name, tensor in batch.items()} | {
+        "attention_mask": (torch.arange(16) >= 11).repeat(3, 1)
+    }
+    even = {name: tensor[:, 11:] if tensor.ndim > 1 else tensor for name, tensor in even.items()}
+    assert pack(even, 10) is even
+
+
+def test_rows_without_a_cutoff_leave_no_room():
+    with pytest.raises(ValueError, match=r"data\.packing=true with data\.enable_perbatch_cutoff=false"):
+        DataConfig(packing=True, enable_perbatch_cutoff=False)
 
 
 def test_packing_needs_layers_without_a_window(small_run, monkeypatch):

@@ -1,5 +1,7 @@
 """Sampling through graphs and compiled layers gives the tokens of plain forwards."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from diffllm import new_model, static_forward
 from diffllm.compilation import RECOMPILATIONS
 from diffllm.static_forward import StaticForward, compile_layers, prepare_sampling
+from diffllm.tokenizer import builtin_tokenizer
 from sampling import Canvas, SamplingConfig, fill, sample
 from tests.conftest import small_shape
 
@@ -85,6 +88,24 @@ def test_inference_mode_leaves_nothing_behind(model):
         assert filled(model, **settings) == plain
     assert not model.static.graphs
     assert filled(model, **settings) == plain
+
+
+def test_a_copy_computes_with_its_own_weights(model, monkeypatch):
+    monkeypatch.setattr(static_forward, "backend_of", lambda _: "eager")
+    prepare_sampling(model, True)
+    before = filled(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm.get_decoder().layers[0].mlp.down_proj.weight.neg_()
+    plain = new_model(small_shape(initializer_range=0.3), builtin_tokenizer()).double().eval()
+    plain.load_state_dict(other.state_dict())
+    assert filled(other) == filled(plain) != before
+    assert other.static is None
+
+
+def test_settings_that_do_not_exist(model):
+    with pytest.raises(ValueError, match=r"sampling\.compile=fast: choose one of auto, true, false"):
+        prepare_sampling(model, "fast")
 
 
 @pytest.mark.parametrize("trait", ["windowed", "flash"])
