@@ -217,14 +217,14 @@ def test_the_largest_micro_batch_fits(meta):
     assert largest_micro_batch(model, config, layout, 1000) == 0
 
 
-def test_compiled_layers_keep_less(meta, monkeypatch):
+def test_compiled_layers_keep_less(meta):
     """Not the norms, rotated queries and gates, which are computed again; with whole layers recomputed, the same."""
     model, config, layout = meta
     kept = {}
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # earlier calls do not count
     for compile in ("false", "auto", "true"):
         config.model.compile = compile
-        kept[compile] = memory_table(model, config, layout)["activations"][0]
+        with torch._dynamo.config.patch(recompile_limit=1):  # earlier calls do not count
+            kept[compile] = memory_table(model, config, layout)["activations"][0]
     assert kept["auto"] == kept["true"] < 0.8 * kept["false"]
     config.model.enable_gradient_checkpointing = True
     assert memory_table(model, config, layout)["activations"][0] < kept["auto"] / 4
