@@ -107,9 +107,23 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     if device.type == "cuda":
         _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
     model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
+    _check_attention(config.model, model)
     model = model.to(device).eval()
     prepare_sampling(model, config.sampling.compile, forwards=config.sampling.steps)
     return model, tokenizer
+
+
+def _check_attention(config: ModelConfig, model: DiffLLM) -> None:
+    """Refuse `varlen` for a model that it cannot forward without padding; `auto` pads its rows.
+
+    Raises:
+        ValueError: the message says which models those are.
+    """
+    if config.attn_implementation == "varlen" and not model.unpad:
+        raise ValueError(
+            "model.attn_implementation=varlen: not for layers with a window, dropout in the attention, or heads whose "
+            "size is not a multiple of 8 up to 256; use auto or sdpa"
+        )
 
 
 def _check_weights_fit(source: CheckpointSource, dtype: torch.dtype, device: torch.device) -> None:
@@ -137,6 +151,7 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
     attention = attention_for(config.model.attn_implementation, device, compute_dtype(config, device))
     settings = replace(config.model, attn_implementation=attention)
     model, tokenizer = build_model(settings, config.seed, frozen_dtype(config, device), empty=True)
+    _check_attention(config.model, model)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
     if config.model.loss_kernel == "liger":

@@ -65,6 +65,13 @@ def test_out_of_memory_ends_a_command_in_one_line(capsys):
     assert capsys.readouterr().err == "error: out of memory. What helps: more GPUs\n"
 
 
+def test_heads_that_varlen_cannot_take(small_run):
+    shape = {"model__hidden_size": 40, "model__num_attention_heads": 2, "trainer__max_steps": 1}
+    with pytest.raises(ValueError, match=r"attn_implementation=varlen: .* not a multiple of 8 .*; use auto or sdpa"):
+        train(small_run("varlen", model__attn_implementation="varlen", **shape))
+    train(small_run("auto", model__attn_implementation="auto", **shape))
+
+
 def test_weights_that_a_gpu_cannot_hold_are_not_read(monkeypatch):
     monkeypatch.setattr("trainer.build.device_memory", lambda _: 2**10)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
