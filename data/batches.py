@@ -244,9 +244,13 @@ class ValBatches:
     def __init__(self, rows: TokenRows, layout: BatchLayout, eos_token_id: int, noise: Noise):
         self.rows, self.layout, self.eos_token_id, self.noise = rows, layout, eos_token_id, noise
 
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.layout.micro_batch_size * self.layout.ranks))
+
     def __iter__(self):
         size, ranks = self.layout.micro_batch_size, self.layout.ranks
-        for start in range(self.layout.rank * size, -(-len(self.rows) // (size * ranks)) * size * ranks, size * ranks):
+        for number in range(len(self)):
+            start = (number * ranks + self.layout.rank) * size
             slots = np.arange(start, start + size)
             real = slots < len(self.rows)
             samples = np.where(real, slots, 0)

@@ -24,6 +24,8 @@ class DataConfig:
     train_files: list[str] = setting([], path=True)
     # same kinds; empty: no validation, or held-out equations if train_files is empty too
     val_files: list[str] = setting([], path=True, free_when_resuming=True)
+    # share of the prompts whose rows are held out for validation if there are no val_files; drawn by `seed`
+    val_split: float = setting(0.0, at_least=0, below=1)
     # column of each schema field, such as {prompt: query, response: output}; null: columns are named like the fields
     columns: dict[str, str] | None = setting(None, changes_rows="all")
     # rows that cannot be used: error | skip
@@ -90,6 +92,8 @@ class DataConfig:
             default, of_all_rows = DataConfig(), ("subset", "drop_duplicates", "mixture", "order", "group_by_length")
             if changed := [f"data.{name}" for name in of_all_rows if getattr(self, name) != getattr(default, name)]:
                 raise ValueError(f"data.streaming=true: {', '.join(changed)} need all rows at once; leave them out")
+            if self.val_split and not self.val_files:
+                raise ValueError("data.val_split needs all rows at once: with data.streaming=true give data.val_files")
             if not self.train_files:
                 raise ValueError("data.streaming=true with data.train_files=[]: name the files to stream")
         if self.packing and not self.enable_perbatch_cutoff:

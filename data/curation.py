@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Any
@@ -14,6 +15,7 @@ from simpleeval import InvalidExpression, NameNotDefined
 from data.chat import Chat, Message
 from data.errors import listed, nearest
 from data.evaluator import FUNCTIONS, Evaluator, check_syntax
+from data.token_rows import TokenRows
 
 SHINGLE = 5  # words of the sequences that near duplicates share
 PERMUTATIONS = 128  # of MinHash
@@ -163,6 +165,27 @@ def words_of(text: str) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def held_out(rows: TokenRows, share: float, seed: int) -> np.ndarray:
+    """[rows] whether a row is held out. Rows with equal prompts stay together.
+
+    Prompts are ordered by a digest of their tokens and the seed, and held out until the share of the rows is reached:
+    at least one prompt, but not all.
+
+    Raises:
+        ValueError: all rows have the same prompt.
+    """
+    key = str(seed).encode()
+    prompts = (rows.ids(row)[:length] for row, length in enumerate(rows.prompt_lengths))
+    digests = [sha256(key + prompt.tobytes()).digest() for prompt in prompts]
+    counts = Counter(digests)
+    if len(counts) < 2:
+        raise ValueError(f"data.val_split={share:g}: all rows have the same prompt; give data.val_files")
+    order = sorted(counts)
+    through = np.cumsum([counts[digest] for digest in order])
+    chosen = {*order[: min(np.searchsorted(through, share * len(rows)) + 1, len(order) - 1)]}
+    return np.array([digest in chosen for digest in digests])
 
 
 def subset(rows: int, size: float, seed: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Preparation:
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str, curated: bool):
-        self.config, self.tokenizer, self.report = config, tokenizer, Report(name)
+        self.config, self.tokenizer, self.report = config, tokenizer, Report(name, max_length=config.max_length)
         self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
         check_for_chats(tokenizer, config.loss_on)
         self.control = ControlTokens(tokenizer)
@@ -170,6 +170,7 @@ class Preparation:
             if row.control:
                 self.report.control_tokens.add(f"{place} {_excerpt(chat)}")
             fits = len(row.input_ids) <= limit
+            self.report.whole[len(row.input_ids)] += not filtered
             if filtered:
                 self.report.drop(self.filtered, f"{place} {_excerpt(chat)}")
             elif broken := self._broken_rule(chat, place, row):

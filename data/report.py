@@ -1,22 +1,22 @@
-"""Report on rows read, kept and dropped, and on their lengths, as text, JSON and picture."""
+"""Report on rows read, kept and dropped, and on their lengths, as text and JSON."""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.errors import BadRows, listed
-from data.storage import read_object, whole_file, write_object
+from data.storage import read_object, write_object
 from data.terminal import printable, table
 from data.token_rows import TokenRows
 
 FILE = "data_report.json"
 EXAMPLES = 3  # per reason
 MAX_UNUSED = 1000  # columns
+MANY = 0.1  # share of rows that are too long, above which the report warns
 PERCENTILES = (5, 50, 95, 99, 100)
 PARTS = ("prompt", "response", "thinking", "answer")
 
@@ -52,6 +52,8 @@ class Report:
     epoch: dict[str, int] = field(default_factory=dict)  # rows of the first epoch, by source
     # rows by token count, for each part; thinking and answer are those of the last answer
     lengths: dict[str, Counter[int]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
+    max_length: int | None = None  # of a row, in tokens
+    whole: Counter[int] = field(default_factory=Counter)  # rows by token count, before they are cut or dropped
     padding_share: float | None = None  # share of forwarded positions
 
     def drop(self, reason: str, example: str) -> None:
@@ -103,10 +105,29 @@ class Report:
             if self.lengths[part]
         }
 
+    def warning(self) -> str | None:
+        """A line on rows that are too long, if they are many, with the share that longer limits would keep whole."""
+        total = self.whole.total()
+
+        def fitting(limit: int) -> float:
+            return sum(count for length, count in self.whole.items() if length <= limit) / total
+
+        if self.max_length is None or not total or fitting(self.max_length) >= 1 - MANY:
+            return None
+        limits, limit = [], self.max_length
+        while fitting(limit) < 1 - MANY / 10:
+            limit *= 2
+            limits.append(f"{limit:,} would keep {fitting(limit):.0%} whole")
+        return (
+            f"WARNING: {1 - fitting(self.max_length):.0%} of the rows exceed data.max_length={self.max_length} and are "
+            f"{'cut' if self.cut else 'dropped'}; {', '.join(limits)}"
+        )
+
     def text(self) -> str:
         """Report as lines for the terminal."""
         trained = "" if self.trained is None else f" read, {self.trained:,} trained on"
         lines = [f"{self.name}: {self.kept:,} of {self.read:,} rows{trained}"]
+        lines += [f"  {warning}"] if (warning := self.warning()) else []
         for name, count in self.sources.items():
             of_epoch = self.epoch.get(name, count)
             if len(self.sources) > 1 or of_epoch != count:
@@ -130,18 +151,21 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Report as plain values."""
-        return asdict(self) | {"lengths": {part: dict(found) for part, found in self.lengths.items()}}
+        lengths = {part: dict(found) for part, found in self.lengths.items()}
+        return asdict(self) | {"lengths": lengths, "whole": dict(self.whole)}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Report":
         """Restore a report from `to_json`."""
         dropped = {reason: Noted(**noted) for reason, noted in saved["dropped"].items()}
-        lengths = {
-            part: Counter({int(length): rows for length, rows in found.items()})
-            for part, found in saved["lengths"].items()
-        }
+        lengths = {part: _counter(found) for part, found in saved["lengths"].items()}
         cut, control = saved["cut"] and Noted(**saved["cut"]), Noted(**saved["control_tokens"])
-        return cls(**saved | {"dropped": dropped, "cut": cut, "control_tokens": control, "lengths": lengths})
+        read = {"dropped": dropped, "cut": cut, "control_tokens": control, "lengths": lengths}
+        return cls(**saved | read | {"whole": _counter(saved["whole"])})
+
+
+def _counter(saved: dict[str, int]) -> Counter[int]:
+    return Counter({int(length): rows for length, rows in saved.items()})
 
 
 class Prepared(NamedTuple):
@@ -159,51 +183,16 @@ def percentiles(lengths: Counter[int]) -> list[int]:
     return [values[place] for place in np.searchsorted(through, ranks, side="right")]
 
 
-def save(reports: list[Report], directory: Path, extend: bool = False) -> list[Path]:
-    """Write data_report.json, and data_report.png if matplotlib (extra `plot`) is installed; return the files.
+def save(reports: list[Report], directory: Path, extend: bool = False) -> None:
+    """Write data_report.json.
 
     Args:
-        extend: keep the other reports of an existing JSON file.
+        extend: keep the other reports of an existing file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE
     contents = read_object(path) if extend and path.exists() else {}
     for report in reports:
         contents[report.name] = {**report.to_json(), "tokens": report.tokens()}
-        del contents[report.name]["lengths"]  # summarised by `tokens`
+        del contents[report.name]["lengths"], contents[report.name]["whole"]  # summarised by `tokens`
     write_object(path, contents)
-    return [path, *_draw(reports, path.with_suffix(".png"))]
-
-
-def _draw(reports: list[Report], path: Path) -> list[Path]:
-    if not reports:
-        return []
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    figure = Figure(figsize=(12, 4 * len(reports)), layout="constrained")
-    for axes, report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
-        _draw_rows(axes, report)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png")
-    return [path]
-
-
-def _draw_rows(axes: Any, report: Report) -> None:
-    """Draw lengths on the left, row counts by outcome on the right."""
-    tokens = report.tokens()
-    bins = np.linspace(0, max((found["p100"] for found in tokens.values()), default=1), 50)
-    for part in tokens:
-        lengths = report.lengths[part]
-        axes[0].stairs(*np.histogram(list(lengths), bins, weights=list(lengths.values())), label=part)
-    axes[0].set(title=report.name, xlabel="tokens", ylabel="rows", yscale="log")
-    axes[0].legend()
-    counts = {"kept": report.kept} | ({"of them cut": report.cut.count} if report.cut else {})
-    # matplotlib reads $ as the start of a formula
-    counts |= {fill(reason, 40).replace("$", r"\$"): noted.count for reason, noted in report.dropped.items()}
-    bars = axes[1].barh(list(counts), list(counts.values()))
-    axes[1].bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes[1].set(title=f"of {report.read:,} read", xlabel="rows")
-    axes[1].margins(x=0.15)
-    axes[1].invert_yaxis()

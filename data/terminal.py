@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Timer
 from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -68,6 +69,19 @@ def running() -> Iterator[None]:
     finally:
         if starting:
             signal.signal(signal.SIGINT, _stop_at_once)
+
+
+@contextmanager
+def announced(work: str, seconds: float = 2.0) -> Iterator[None]:
+    """Name the work of the block on rank 0's terminal, if it takes longer than some seconds."""
+    timer = Timer(seconds, lambda: print(printable(f"{work} …"), file=sys.stderr, flush=True))
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _unread(descriptor: int) -> bool:

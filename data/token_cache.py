@@ -19,7 +19,7 @@ from data.report import Prepared, Report
 from data.storage import digest_file, lock_file, read_object, whole_directory
 from data.token_rows import SCHEMA, TokenRows
 
-FORMAT = 5  # version of an entry, part of its key
+FORMAT = 6  # version of an entry, part of its key
 
 
 def rows_of(

@@ -48,6 +48,10 @@ class ModelConfig:
     loss_kernel: str = setting("chunked", choices=("chunked", "liger"), free_when_resuming=True)
     # true | false | auto: torch.compile each layer and the loss, on a GPU and for a run that is long enough
     compile: str = setting("auto", choices=("auto", "true", "false"), free_when_resuming=True)
+    # nf4: keep the linear layers in 4 bits, to sample or to train adapters beside them (extra `quantize`) | none
+    quantize: str = setting("none", choices=("none", "nf4"))
+    # directory of a LoRA adapter in PEFT's files: with lora_rank it is trained further, else merged into the weights
+    adapter: str | None = setting(None, path=True)
     lora_rank: int = setting(0, at_least=0)  # train adapters of this rank instead of the weights; 0 trains the weights
     lora_alpha: float = setting(16.0, above=0)  # adapters are scaled by alpha / rank
     target_modules: list[str] = setting(["all-linear"])  # all-linear, or names of layers such as [q_proj,v_proj]

@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from diffllm.checkpoint_source import CheckpointSource
+from diffllm.generation_config import generation_json
 from diffllm.tokenizer import save_tokenizer
+from sampling import SamplingConfig
 
 
 def write_checkpoint(
@@ -24,6 +26,7 @@ def write_checkpoint(
     tokens: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: str,
+    sampling: SamplingConfig | None = None,
 ) -> None:
     """Write a model in the published format of its source.
 
@@ -32,6 +35,7 @@ def write_checkpoint(
         config: of the decoder.
         tokens: special tokens for generation_config.json; None values are left out.
         max_shard_size: of one file; several files have an index.
+        sampling: settings for generation_config.json.
     """
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ def write_checkpoint(
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     for name, content in (
         ("config.json", config_json(source.published, config, dtype)),
-        (GENERATION_CONFIG_NAME, generation_json(source.generation, tokens)),
+        (GENERATION_CONFIG_NAME, generation_json(source.generation, tokens, sampling)),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if "auto_map" in source.published and source.name is not None:
@@ -69,12 +73,6 @@ def config_json(published: dict[str, Any], config: PreTrainedConfig, dtype: str)
         if rope["rope_type"] != "default":
             old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {**published, **old, "dtype": dtype}
-
-
-def generation_json(generation: dict[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's settings with the model's tokens and without a cache, since later tokens change earlier states."""
-    settings = {name: value for name, value in generation.items() if name != "cache_implementation"}
-    return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
 
 
 def copy_code(source: Path, directory: Path) -> None:

@@ -1,14 +1,21 @@
-"""LoRA (arXiv 2106.09685) through peft: train low-rank matrices beside frozen weights, and merge them."""
+"""LoRA (arXiv 2106.09685) through peft: train low-rank matrices beside frozen weights, merge, write and read them."""
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.storage import first_line
 from diffllm.config import ModelConfig
 from diffllm.modeling_diffllm import DiffLLM
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+_PEFT = "base_model.model."  # begins the names in PEFT's files
+PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
@@ -17,12 +24,7 @@ def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
     Raises:
         ValueError: peft is not installed, or `model.target_modules` names no linear layer of the decoder.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ValueError("model.lora_rank needs peft: pip install 'diffllm[lora]'") from error
-
+    peft = _peft("model.lora_rank")
     decoder = model.lm.get_decoder()
     linear = {name.rsplit(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
     chosen = linear if config.target_modules == ["all-linear"] else set(config.target_modules)
@@ -32,15 +34,28 @@ def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
             f"{', '.join(sorted(unknown))}; choose all-linear or from {', '.join(sorted(linear))}"
         )
     model.requires_grad_(False)
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=chosen)
+    settings = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, decoder)
+        peft.inject_adapter_in_model(settings, decoder)
         for layer in decoder.modules():
-            if isinstance(layer, LoraLayer):
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
                 for part in (layer.lora_A, layer.lora_B):  # peft puts them on meta, in bf16, like the weights
                     part.to_empty(device="cpu").float()
                 layer.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def _peft(setting: str) -> Any:
+    """The package peft.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"{setting} needs peft: pip install 'diffllm[lora]'") from error
+    return peft
 
 
 def base_name(name: str) -> str | None:
@@ -49,7 +64,7 @@ def base_name(name: str) -> str | None:
 
 
 def merge_lora(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Merge the full tensors of a model with adapters: W + alpha/rank · B·A."""
+    """Merge the full tensors of a model with adapters: W + alpha/rank · B·A, in float32."""
     merged = {}
     for name, tensor in state_dict.items():
         if (plain := base_name(name)) is None:
@@ -57,6 +72,80 @@ def merge_lora(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[st
         layer, base, _ = name.rpartition(f"{_BASE}weight")
         if base:
             delta = state_dict[layer + _B].float() @ state_dict[layer + _A].float()
-            tensor = (tensor.float() + config.lora_alpha / config.lora_rank * delta).to(tensor.dtype)
+            tensor = tensor.float() + config.lora_alpha / config.lora_rank * delta
         merged[plain] = tensor
     return merged
+
+
+def write_adapter(directory: Path, state_dict: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Write the adapters of a model in PEFT's files, for the model of Transformers that `import diffllm` registers.
+
+    Args:
+        state_dict: full tensors by their names in `DiffLLM`.
+    """
+    adapters = {name: tensor for name, tensor in state_dict.items() if base_name(name) is None}
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in adapters})
+    settings = _peft("model.lora_rank").LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        base_model_name_or_path=config.path,
+        inference_mode=True,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(directory)
+    named = {_PEFT + name.removeprefix("lm.").replace(".default.", "."): value for name, value in adapters.items()}
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, directory / "adapter_model.safetensors")
+
+
+@torch.no_grad()
+def load_adapter(model: DiffLLM, config: ModelConfig) -> None:
+    """Load the adapter of `model.adapter`: into the adapters of `add_lora` if there are some, else into the weights.
+
+    Raises:
+        ValueError: no LoRA adapter, one of a kind that is not supported, or one of another model.
+    """
+    adapter, scale = _read_adapter(config)
+    weights, name = dict(model.named_parameters()), f"model.adapter={config.adapter}"
+    changed = {}
+    for layer in sorted({key.rpartition(".lora_")[0] for key in adapter}):
+        plain, beside = weights.get(f"lm.{layer}.weight"), weights.get(f"lm.{layer}{_A}")
+        if (beside if config.lora_rank else plain) is None:
+            raise ValueError(
+                f"{name}: the model trains no layer {layer}; give the adapter's own base and target_modules"
+            )
+        a, b = (adapter[f"{layer}.lora_{part}.weight"] for part in "AB")
+        if config.lora_rank:
+            changed |= {f"lm.{layer}{_A}": a, f"lm.{layer}{_B}": b}
+        else:
+            changed[f"lm.{layer}.weight"] = plain.float() + scale * (b.float() @ a.float())
+    for key, value in changed.items():
+        weights[key].copy_(value)
+
+
+def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], float]:
+    """Tensors of an adapter by their names in the model of Transformers, and its scale.
+
+    Raises:
+        ValueError: see `load_adapter`.
+    """
+    peft, name = _peft("model.adapter"), f"model.adapter={config.adapter}"
+    if not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"{name}: no adapter_config.json there; give the directory of a LoRA adapter in PEFT's files")
+    try:
+        settings = peft.PeftConfig.from_pretrained(config.adapter)
+        weights = load_file(Path(config.adapter) / "adapter_model.safetensors")
+    except Exception as error:  # neither library checks its files
+        raise ValueError(f"{name}: cannot be read ({first_line(error)})") from error
+    if settings.peft_type != "LORA":
+        raise ValueError(f"{name}: its peft_type is {settings.peft_type}; only LORA can be loaded")
+    if other := [key for key, value in PLAIN.items() if getattr(settings, key) != value]:
+        raise ValueError(f"{name}: {', '.join(f'{key}={getattr(settings, key)}' for key in other)} is not supported")
+    rank, alpha = settings.r, settings.lora_alpha
+    if config.lora_rank and (rank, alpha, settings.use_rslora) != (config.lora_rank, config.lora_alpha, False):
+        raise ValueError(
+            f"{name}: to train it further give its model.lora_rank={rank} and model.lora_alpha={alpha}; "
+            "model.lora_rank=0 merges it"
+        )
+    adapter = {key.removeprefix(_PEFT): tensor for key, tensor in weights.items()}
+    return adapter, alpha / (math.sqrt(rank) if settings.use_rslora else rank)

@@ -15,7 +15,7 @@ from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.export import write_checkpoint
 from diffllm.families import has_window, switch_off_causality
-from sampling import CanvasCache, Tokens, Visibility, ids_without_token
+from sampling import CanvasCache, SamplingConfig, Tokens, Visibility, ids_without_token
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -224,12 +224,14 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str = "5GB",
+        sampling: SamplingConfig | None = None,
     ) -> None:
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
         Args:
             state_dict: full tensors by their names in this module; by default the module's own.
             max_shard_size: of one file; several files have an index.
+            sampling: settings to recommend in generation_config.json; None keeps those of the source.
         """
         tokens = {
             "bos_token_id": self.published.get("bos_token_id"),
@@ -237,7 +239,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             "pad_token_id": self.pad_token_id,
         }
         weights = self.state_dict() if state_dict is None else state_dict
-        write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size)
+        write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size, sampling)
 
 
 def _positions(x_t: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -107,6 +107,12 @@ def name_mask(tokenizer: PreTrainedTokenizerBase, mask_token: str) -> bool:
     return not known
 
 
+def name_own_mask(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+    """Let the tokenizer of a diffusion checkpoint that does not name its mask name it."""
+    if tokenizer.mask_token is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Set the chat template by a name of `CHAT_TEMPLATES`, or from a .jinja file.
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
 
 for name in ("data", "diffllm", "sampling", "trainer"):
     spec = find_spec(name)

@@ -29,14 +29,13 @@ from data.errors import nearest
 from data.storage import find_full_disk
 from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
-from launch import ROOT
+from launch import CONF
+from launch.recommended import recommend
 from launch.sweep import Sweep, reported, train_job
 from trainer.config import Config
 from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
 from trainer.schema import field_names, resolve
-
-CONF = ROOT / "conf"
 
 
 def defaults(schema: type) -> DictConfig:
@@ -83,6 +82,8 @@ def entry(run: Callable[[Config], None]) -> Callable[[], None]:
                 if trains:
                     return train_job(debug)
                 config.trainer.output_dir = HydraConfig.get().runtime.output_dir
+            if (line := recommend(config, HydraConfig.get().overrides.task)) and ranks_from_environment()[0] == 0:
+                print(printable(line), file=sys.stderr, flush=True)
             return run(resolve(config))
 
     def main() -> None:

@@ -21,7 +21,8 @@ class SamplingConfig:
 
     max_new_tokens: int = 256  # masked positions appended to the prompt
     min_new_tokens: int = 0  # no end-of-sequence token among the first so many
-    steps: int = 256  # steps of the scheduled transfers, shared out over the blocks
+    # steps of the scheduled transfers, shared out over the blocks; null: one for each masked position
+    steps: int | None = None
     block_length: int | None = None  # positions filled before the next block starts; null is one block
     # the score: origin (or random) | maskgit_plus (or low_confidence) | topk_margin | entropy | left_to_right
     alg: str = "entropy"

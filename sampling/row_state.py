@@ -85,7 +85,8 @@ class RowState:
         """Yield steps lazily: each depends on the tokens after the one before. Leave out steps that change nothing."""
         config, number = self.config, 0
         blocks = self._blocks()
-        for (start, end), block_steps in zip(blocks, share_steps(config.steps, len(blocks)), strict=True):
+        steps = config.steps or len(self.masked())
+        for (start, end), block_steps in zip(blocks, share_steps(steps, len(blocks)), strict=True):
             n_at_start, first = len(self.masked(end)), True
             if config.adaptive:
                 while len(self.masked(end)):

@@ -32,7 +32,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from data import DataConfig, report, storage
+from data import DataConfig, storage
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
@@ -42,12 +42,6 @@ from trainer.config import Config
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing takes as long as a small run; the test of the report draws."""
-    monkeypatch.setattr(report, "_draw", lambda *_: [])
 
 
 @pytest.fixture(scope="session")

@@ -1,49 +1,72 @@
 """Build the parts of a run from its settings: model, tokenizer, batches, optimizer."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedTokenizerBase,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
-from data import BatchLayout, BatchSource, Prepared, StreamedBatches, TrainBatches, ValBatches, rows_of, rows_of_files
+from data import (
+    BatchLayout,
+    BatchSource,
+    Prepared,
+    Report,
+    StreamedBatches,
+    TrainBatches,
+    ValBatches,
+    rows_of,
+    rows_of_files,
+)
 from data.batches import Noise
 from data.config import DataConfig
-from data.curation import subset
+from data.curation import held_out, subset
 from data.packing import noise_and_pack
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
-from diffllm.adapt import adapt
+from diffllm.adapt import adapt, with_mask
 from diffllm.attention import attention_for
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
 from diffllm.loading import decoder_on_meta, empty_model
-from diffllm.lora import add_lora
+from diffllm.lora import add_lora, load_adapter
+from diffllm.quantize import quantize
 from diffllm.static_forward import prepare_sampling
 from diffllm.tokenizer import (
     MASK_TOKEN,
     builtin_tokenizer,
     check_tokenizer,
     load_tokenizer,
+    name_own_mask,
     set_chat_template,
     set_template_variables,
 )
 from trainer.config import Config, OptimConfig, warmup_steps
 from trainer.distributed import GIB, device_memory
 
-LR_SCHEDULES = {
-    "cosine": get_cosine_schedule_with_warmup,
-    "linear": get_linear_schedule_with_warmup,
-    "constant": get_constant_schedule_with_warmup,
+# Arguments of the schedules beside the steps of the warm-up, from (steps of the run, of them in the decay).
+LR_SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[int, int], dict[str, Any]]]] = {
+    "cosine": (get_cosine_schedule_with_warmup, lambda steps, _: {"num_training_steps": steps}),
+    "linear": (get_linear_schedule_with_warmup, lambda steps, _: {"num_training_steps": steps}),
+    "constant": (get_constant_schedule_with_warmup, lambda *_: {}),
+    "wsd": (
+        get_wsd_schedule,
+        lambda steps, decay: {"num_training_steps": steps, "num_decay_steps": decay, "decay_type": "linear"},
+    ),
 }
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def build_model(
@@ -51,8 +74,8 @@ def build_model(
 ) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
     """The checkpoint of `model.path` with its tokenizer, or a float32 model from scratch with the built-in tokenizer.
 
-    An autoregressive checkpoint is adapted. Each rank then holds all of its weights until they are sharded, as for a
-    model from scratch. For a large one, write the adapted checkpoint once by `python -m diffllm.adapt SOURCE DIR`.
+    An autoregressive checkpoint is adapted, an adapter merged. Each rank then holds all weights until they are sharded,
+    as for a model from scratch. For a large one, write the adapted checkpoint once by `python -m diffllm.adapt`.
 
     Args:
         empty: leave the weights of a diffusion checkpoint on the meta device; `trainer.parallel.shard` reads them.
@@ -61,17 +84,46 @@ def build_model(
         ValueError: see `load_model`, `new_model`, `adapt`, and those of `diffllm.tokenizer`.
     """
     if config.path is None:
+        if config.adapter is not None:
+            raise ValueError(f"model.adapter={config.adapter}: give the checkpoint that it belongs to as model.path")
         tokenizer = builtin_tokenizer()
         model = new_model(config, tokenizer, seed)
     else:
+        merged = config.adapter is not None and not config.lora_rank
+        empty = empty and not merged
         model, tokenizer = _from_checkpoint(CheckpointSource.open(config.path), config, dtype, empty)
+        if merged:
+            load_adapter(model, config)
+    _set_up(tokenizer, config)
+    check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
+    return model, tokenizer
+
+
+def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `build_model`, without reading weights.
+
+    Raises:
+        ValueError: see `build_model`.
+    """
+    if config.path is None:
+        tokenizer = builtin_tokenizer()
+    elif (source := CheckpointSource.open(config.path)).is_autoregressive:
+        _, tokenizer, _ = with_mask(source, config.mask_token or MASK_TOKEN)
+    else:
+        source.check_ids()
+        tokenizer = load_tokenizer(source.name)
+        name_own_mask(tokenizer, source.published["mask_token_id"])
+    _set_up(tokenizer, config)
+    return tokenizer
+
+
+def _set_up(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Give a tokenizer the template of the settings."""
     if config.mask_token not in (None, tokenizer.mask_token):
         raise ValueError(f"model.mask_token={config.mask_token}: the model has {tokenizer.mask_token}; leave it out")
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     set_template_variables(tokenizer, config.chat_template_kwargs)
-    check_tokenizer(tokenizer, model.mask_token_id, model.lm.config.vocab_size)
-    return model, tokenizer
 
 
 def _from_checkpoint(
@@ -84,8 +136,7 @@ def _from_checkpoint(
     model = load(source, dtype, attention)
     tokenizer = load_tokenizer(source.name)
     model.set_tokenizer(tokenizer)
-    if tokenizer.mask_token is None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.mask_token_id)
+    name_own_mask(tokenizer, model.mask_token_id)
     return model, tokenizer
 
 
@@ -104,12 +155,14 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = attention_for(config.model.attn_implementation, device, dtype)
     settings = replace(config.model, attn_implementation=attention)
-    if device.type == "cuda":
+    if device.type == "cuda" and config.model.quantize == "none":
         _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
     model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
     _check_attention(config.model, model)
+    if config.model.quantize != "none":
+        quantize(model, device)
     model = model.to(device).eval()
-    prepare_sampling(model, config.sampling.compile, forwards=config.sampling.steps)
+    prepare_sampling(model, config.sampling.compile, forwards=config.sampling.steps or config.sampling.max_new_tokens)
     return model, tokenizer
 
 
@@ -150,10 +203,17 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
         raise ValueError("model.loss_kernel=liger needs a GPU, and none is here; use chunked")
     attention = attention_for(config.model.attn_implementation, device, compute_dtype(config, device))
     settings = replace(config.model, attn_implementation=attention)
-    model, tokenizer = build_model(settings, config.seed, frozen_dtype(config, device), empty=True)
+    quantized = config.model.quantize != "none"
+    if quantized and not config.model.lora_rank:
+        raise ValueError(f"model.quantize={config.model.quantize}: 4-bit weights are not trained; give model.lora_rank")
+    model, tokenizer = build_model(settings, config.seed, frozen_dtype(config, device), empty=not quantized)
     _check_attention(config.model, model)
+    if quantized:
+        quantize(model, device)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
+        if config.model.adapter is not None:
+            load_adapter(model, config.model)
     if config.model.loss_kernel == "liger":
         model.masked_loss = liger()
     if (steps := config.diffusion.attention_annealing_steps) and model.windowed:
@@ -190,6 +250,8 @@ def build_batches(
         rows["training"] = prepared = _training_rows(data, tokenizer)
         report = prepared.report
         try:
+            if data.val_split and not data.val_files:
+                rows["training"], rows["validation"] = prepared, _ = _split(prepared, data.val_split, config.seed)
             if data.subset is not None:
                 rows["training"] = prepared = _subset(prepared, data.subset, config.seed)
             train = TrainBatches(prepared.rows, data, layout, eos, noise, config.seed)
@@ -199,9 +261,9 @@ def build_batches(
             raise ValueError(f"{error}.\n{report.text()}") from error
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
-    elif not data.train_files:
-        held_out = {"equations": Equations().rows("test")}
-        rows["validation"] = rows_of(held_out, data, tokenizer, "validation", curated=False)
+    elif not data.train_files and not data.val_split:
+        tested = {"equations": Equations().rows("test")}
+        rows["validation"] = rows_of(tested, data, tokenizer, "validation", curated=False)
     val = ValBatches(rows["validation"].rows, layout, eos, val_noise) if "validation" in rows else None
     return train, val, rows
 
@@ -211,6 +273,18 @@ def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
     if config.train_files:
         return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
     return rows_of({"equations": Equations().rows("train")}, config, tokenizer, "training", curated=True)
+
+
+def _split(prepared: Prepared, share: float, seed: int) -> tuple[Prepared, Prepared]:
+    """Rows to train on, and rows held out for validation."""
+    held = held_out(prepared.rows, share, seed)
+    report = Report("validation", sources=dict.fromkeys(prepared.report.sources, 0))
+    validation = prepared.rows.select(np.flatnonzero(held))
+    report.keep(validation)
+    report.read = report.kept
+    reason = f"held out for validation by data.val_split={share:g}"
+    training = prepared.report.keep_only(prepared.rows, np.flatnonzero(~held), reason)
+    return Prepared(training, prepared.report), Prepared(validation, report)
 
 
 def _subset(prepared: Prepared, size: float, seed: int) -> Prepared:
@@ -229,6 +303,18 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     precision = config.trainer.precision
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def export_dtype(config: Config, source: CheckpointSource) -> torch.dtype:
+    """Dtype of the exported weights, see `trainer.export_dtype`.
+
+    Args:
+        source: of the model; a config.json without a dtype counts as bf16.
+    """
+    if config.trainer.export_dtype != "auto":
+        return EXPORT_DTYPES[config.trainer.export_dtype]
+    given = source.published.get("dtype") or source.published.get("torch_dtype")
+    return torch.float32 if source.name is None or given == "float32" else torch.bfloat16
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
@@ -265,6 +351,14 @@ def set_lr(optimizer: Optimizer, config: OptimConfig, steps: int, done: int) -> 
 
     Each step makes a schedule and positions it by `last_epoch`: it needs no checkpoint, and skipped steps count.
     """
-    make, length = LR_SCHEDULES[config.lr_schedule], () if config.lr_schedule == "constant" else (steps,)
-    schedule = make(optimizer, warmup_steps(config, steps), *length, last_epoch=done - 1)
+    make, arguments = LR_SCHEDULES[config.lr_schedule]
+    decay = math.floor(config.decay_steps_ratio * steps)
+    schedule = make(optimizer, warmup_steps(config, steps), **arguments(steps, decay), last_epoch=done - 1)
     return float(schedule.get_last_lr()[0])
+
+
+def lr_of(config: OptimConfig, steps: int, done: int) -> float:
+    """Learning rate of the step that follows `done` of `steps` steps."""
+    nothing = AdamW([torch.zeros(1)], lr=config.lr)
+    nothing.param_groups[0]["initial_lr"] = config.lr
+    return set_lr(nothing, config, steps, done)

@@ -107,6 +107,7 @@ class Checkpoints:
         self, directory: Path, state: TrainingState, keep: int, asynchronous: bool, broken: Iterable[Path] = ()
     ):
         self.directory, self.state, self.keep, self.asynchronous = directory, state, keep, asynchronous
+        self.best: Path | None = None  # is not deleted
         self._broken = set(broken)
         # A separate group: saves run beside the collectives of training.
         self._group = dist.new_group(backend="gloo")
@@ -221,7 +222,8 @@ class Checkpoints:
         write_manifest(unfinished, self._manifest, self._writer.digests)
         publish(unfinished, self._target)
         self._broken.discard(self._target)
-        for old in (*self._whole()[self.keep :], *self.directory.glob(f"*{UNFINISHED}")):
+        old_ones = [path for path in self._whole()[self.keep :] if path != self.best]
+        for old in (*old_ones, *self.directory.glob(f"*{UNFINISHED}")):
             try:
                 shutil.rmtree(old)
             except OSError as error:

@@ -28,15 +28,21 @@ class OptimConfig:
     betas: list[float] = setting([0.9, 0.95], at_least=0, below=1)
     weight_decay: float = setting(0.01, at_least=0)  # on matrices, not on norms and biases
     clip_grad: float = setting(1.0, above=0)  # largest global gradient norm
-    # after the warm-up: cosine to 0 | linear to 0 | constant
-    lr_schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
+    # after the warm-up: cosine to 0 | linear to 0 | constant | wsd, constant and then linear to 0 over the last steps
+    lr_schedule: str = setting("cosine", choices=("cosine", "linear", "constant", "wsd"))
     # share of the steps in which the learning rate rises
     warmup_steps_ratio: float = setting(0.1, at_least=0, at_most=1)
+    decay_steps_ratio: float = setting(0.2, at_least=0, at_most=1)  # wsd: share of the steps in which it falls
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
         if len(self.betas) != 2:
             raise ValueError(f"optim.betas={self.betas}: must be two numbers in [0, 1)")
+        if self.lr_schedule == "wsd" and self.warmup_steps_ratio + self.decay_steps_ratio > 1:
+            raise ValueError(
+                f"optim.decay_steps_ratio={self.decay_steps_ratio}: with optim.warmup_steps_ratio="
+                f"{self.warmup_steps_ratio} it must not exceed 1"
+            )
 
 
 @dataclass
@@ -52,7 +58,8 @@ class TrainerConfig:
     # all files of the run
     output_dir: str = setting("outputs/${trainer.experiment_name}", path=True)
     total_epochs: int = setting(3, at_least=1)
-    max_steps: int | None = setting(None, at_least=1)  # optimizer steps; overrides total_epochs
+    # optimizer steps; overrides total_epochs. 0 checks everything, shows some rows and ends
+    max_steps: int | None = setting(None, at_least=0)
     # steps between validations; null validates at the end only
     val_check_interval: int | None = setting(None, at_least=1)
     # answers to the first validation rows, sampled and printed at each validation
@@ -60,10 +67,19 @@ class TrainerConfig:
     # steps between checkpoints; null saves at the end only
     save_checkpoint_steps: int | None = setting(None, at_least=1)
     keep_checkpoints: int = setting(2, at_least=1)  # older ones are deleted
+    save_checkpoints: bool = True  # false: a run that stops cannot resume
+    # keep the checkpoint of the lowest first validation metric, such as val/elbo, and export it at the end
+    keep_best: bool = False
+    # validations in a row without a new lowest value of that metric, after which the run ends; null: none
+    patience: int | None = setting(None, at_least=1)
+    save_model: bool = True  # export the trained model to hf/
+    push_to_hub: str | None = None  # OWNER/NAME: upload hf/ to a private repository
+    # weights of hf/: bf16 | f32 | auto: f32 from scratch or from float32 weights, else bf16
+    export_dtype: str = setting("auto", choices=("auto", "bf16", "f32"))
     # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
     resume: str = setting("auto", path=True)
-    # console, wandb; metrics.jsonl is always written
-    logger: list[str] = setting(["console"], choices=("console", "wandb"))
+    # console, wandb, tensorboard (extra `tensorboard`); metrics.jsonl is always written
+    logger: list[str] = setting(["console"], choices=("console", "wandb", "tensorboard"))
     async_checkpoints: bool = True  # write a copy in the host's memory while training continues
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
@@ -82,6 +98,14 @@ class TrainerConfig:
         check_fields(self, "trainer")
         if not self.output_dir.strip():
             raise ValueError("trainer.output_dir is empty: name the directory that a run writes to")
+        if self.push_to_hub is not None and not self.save_model:
+            raise ValueError(f"trainer.push_to_hub={self.push_to_hub} with trainer.save_model=false: choose one")
+        if self.keep_best and not self.save_checkpoints:
+            raise ValueError("trainer.keep_best=true with trainer.save_checkpoints=false: choose one")
+        if self.patience is not None and self.val_check_interval is None:
+            raise ValueError(
+                f"trainer.patience={self.patience}: counts validations, give trainer.val_check_interval too"
+            )
 
 
 @dataclass
@@ -164,8 +188,11 @@ def batch_layout(config: DataConfig, rank: int, ranks: int) -> BatchLayout:
 
 
 def total_steps(config: TrainerConfig, batches: BatchSource) -> int:
-    """Optimizer steps of the whole run. A stream needs `max_steps`: the length of its epoch is unknown."""
-    return config.max_steps or config.total_epochs * batches.steps_per_epoch
+    """Optimizer steps of the whole run; with `max_steps=0`, of the run without it, 0 for a stream.
+
+    A stream needs `max_steps`: the length of its epoch is unknown.
+    """
+    return config.max_steps or config.total_epochs * (batches.steps_per_epoch or 0)
 
 
 def warmup_steps(config: OptimConfig, steps: int) -> int:

@@ -181,7 +181,8 @@ def _sample(
     todo = [row_id for row_id in range(len(questions)) if row_id not in done]
     todo.sort(key=lambda row_id: -len(questions[row_id].ids))  # the longest first: a lack of memory shows at once
     row_ids = todo[distributed.rank :: distributed.size]
-    prepare_sampling(model, config.compile, forwards=config.steps * -(-len(row_ids) // config.batch_size))
+    steps = config.steps or config.max_new_tokens
+    prepare_sampling(model, config.compile, forwards=steps * -(-len(row_ids) // config.batch_size))
     responses = generate(model, tokenizer, [questions[row_id].ids for row_id in row_ids], config, row_ids)
     label = f"rank 0 of {distributed.size}" if distributed.size > 1 else None
     file = directory / f"rank{distributed.rank}-of-{distributed.size}.jsonl"

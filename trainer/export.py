@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
@@ -12,16 +11,18 @@ from data.terminal import Parser, ending_in_one_line, printable
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
 from trainer import checkpoint
-from trainer.build import build_model
+from trainer.build import EXPORT_DTYPES, build_model, export_dtype
 from trainer.config import Config
 from trainer.manifest import check_whole, read_manifest
 from trainer.schema import resolve
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-
 
 def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
-    """The unsharded model of a checkpoint, with adapters unmerged, in one process without ranks."""
+    """The unsharded model of a checkpoint, with adapters unmerged, in one process without ranks.
+
+    Adapters that were trained beside 4-bit weights stand beside those that were quantized.
+    """
+    config.model.quantize = "none"
     model, tokenizer = build_model(config.model, config.seed)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
@@ -30,32 +31,34 @@ def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedToken
     return model, tokenizer
 
 
-def export(source: Path, directory: Path, dtype: str = "f32") -> None:
+def export(source: Path, directory: Path, dtype: str | None = None) -> None:
     """Write safetensors, config, generation config and tokenizer; adapters are merged.
 
     Args:
-        dtype: a name in DTYPES; the weights are rounded to it.
+        dtype: of the weights, as `trainer.export_dtype`, which is the default.
 
     Raises:
         ValueError: `source` is not a whole checkpoint, `directory` exists, or an unknown `dtype`.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype}: weights are written as one of {', '.join(DTYPES)}")
+    if dtype not in (None, *EXPORT_DTYPES):
+        raise ValueError(f"dtype={dtype}: weights are written as one of {', '.join(EXPORT_DTYPES)}")
     check_whole(source)
     config = resolve(OmegaConf.create(read_manifest(source)["config"]))
     config.model.attn_implementation = "sdpa"  # nothing is forwarded
+    config.trainer.export_dtype = dtype or config.trainer.export_dtype
     with whole_directory(directory) as unfinished:
         model, tokenizer = load_trained(source, config)
+        rounded = export_dtype(config, model.source)
         merged = merge_lora(model.state_dict(), config.model)
-        weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in merged.items()}
-        model.save_pretrained(unfinished, weights, tokenizer)
+        weights = {name: tensor.to(rounded) for name, tensor in merged.items()}
+        model.save_pretrained(unfinished, weights, tokenizer, sampling=config.sampling)
 
 
 def main(arguments: list[str]) -> None:
     parser = Parser("trainer.export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="a directory such as outputs/NAME/checkpoints/step_00000200")
     parser.add_argument("directory", type=Path, help="of the export; must not exist")
-    parser.add_argument("dtype", nargs="?", default="f32", help="of the weights: f32 or bf16; default: f32")
+    parser.add_argument("dtype", nargs="?", help="of the weights: f32 or bf16; default: the run's trainer.export_dtype")
     with ending_in_one_line():
         options = parser.parse_args(arguments)
         export(options.checkpoint, options.directory, options.dtype)

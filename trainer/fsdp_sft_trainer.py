@@ -1,27 +1,36 @@
 """Supervised fine-tuning of a diffusion language model: the training loop with rows and an objective."""
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
 
 from data import Batch
 from data.report import save
-from data.storage import whole_directory
+from data.storage import whole_directory, whole_file
+from data.terminal import announced
 from diffllm.annealing import AttentionAnnealing
 from diffllm.diffusion import build_objective
 from diffllm.diffusion.loss import LossOutput
-from diffllm.lora import merge_lora
-from trainer.build import build_batches, build_trainable
+from diffllm.lora import add_lora, base_name, merge_lora, write_adapter
+from trainer.build import build_batches, build_model, build_trainable, export_dtype, frozen_dtype
 from trainer.config import Config, batch_layout, total_steps
 from trainer.distributed import Distributed
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.metrics import ValSample
 from trainer.parallel import shard
+from trainer.preview import print_preview
+from trainer.summary import describe
 from trainer.validation import ValSamples, validate
 
 VAL_SEED = 0
+SHOWN_ROWS = 2
+SHOWN_AFTER = 2  # seconds of a validation, before its progress is shown
 
 
 class FSDPSFTTrainer(TrainingLoop):
@@ -32,30 +41,42 @@ class FSDPSFTTrainer(TrainingLoop):
     """
 
     def __init__(self, config: Config, distributed: Distributed):
-        model, self.tokenizer = build_trainable(config, distributed.device)
+        with announced("loading the model"):
+            model, self.tokenizer = build_trainable(config, distributed.device)
         check_memory(model, config, distributed)
         self.objective = build_objective(config.diffusion, model.mask_token_id, config.seed)
         self.val_objective = self.objective.for_validation(VAL_SEED)
         layout = batch_layout(config.data, distributed.rank, distributed.size)
-        source, self.val_batches, self.rows = build_batches(
-            config,
-            self.tokenizer,
-            layout,
-            self.objective.corrupt,
-            self.val_objective.corrupt,
-        )
+        with announced("reading and tokenizing the rows"):
+            source, self.val_batches, self.rows = build_batches(
+                config, self.tokenizer, layout, self.objective.corrupt, self.val_objective.corrupt
+            )
         steps = total_steps(config.trainer, source)
         annealing_steps = config.diffusion.attention_annealing_steps
-        if annealing_steps > steps:
+        if 0 < steps < annealing_steps:
             raise ValueError(
                 f"diffusion.attention_annealing_steps={annealing_steps}: more than the {steps} steps of the run, so "
                 "none would have the full attention of sampling; set fewer"
             )
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
+        if self.val_batches is None and (config.trainer.keep_best or config.trainer.patience):
+            raise ValueError(
+                "trainer.keep_best and trainer.patience need validation rows: give data.val_files or data.val_split"
+            )
         self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)
-        shard(model, distributed, config, passes=steps * layout.micro_batches)
+        with announced("reading the weights"):
+            shard(model, distributed, config, passes=steps * layout.micro_batches)
         super().__init__(config, distributed, model, source, steps)
         self.print_main(*(report.text() for _, report in self.rows.values()))
+
+    def fit(self) -> None:
+        """Train, see `TrainingLoop.fit`; with `trainer.max_steps=0` show the run and its first rows instead."""
+        if self.config.trainer.max_steps != 0:
+            super().fit()
+            return
+        self.print_main(*self.describe())
+        self._preview(Console())
+        self.print_main("trainer.max_steps=0: nothing was trained, nothing was written")
 
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
         return self.annealing(micro_batches, step)
@@ -76,21 +97,56 @@ class FSDPSFTTrainer(TrainingLoop):
     def validate(self) -> dict[str, float]:
         if self.val_batches is None:
             return {}
-        return validate(self.model, self.val_objective, self.val_batches, self.distributed)
+        hidden = not self.distributed.is_main or "console" not in self.config.trainer.logger
+        batches = tqdm(self.val_batches, "validation", unit="batch", leave=False, delay=SHOWN_AFTER, disable=hidden)
+        return validate(self.model, self.val_objective, batches, self.distributed)
 
     def sample(self) -> list[ValSample]:
         return self.val_samples()
 
     def export(self, directory: Path) -> None:
-        """Write the model and its tokenizer in the published format. Collective."""
+        """Write the model and its tokenizer in the published format, and its adapters beside it. Collective."""
         full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.distributed.is_main:
+            if self.config.model.quantize != "none":
+                full = self._beside_whole_weights(full)
+            dtype = export_dtype(self.config, self.model.source)
+            merged = {name: weight.to(dtype) for name, weight in merge_lora(full, self.config.model).items()}
             with whole_directory(directory, replace=True) as unfinished:
-                self.model.save_pretrained(unfinished, merge_lora(full, self.config.model), self.tokenizer)
+                self.model.save_pretrained(unfinished, merged, self.tokenizer, sampling=self.config.sampling)
+            if self.config.model.lora_rank:
+                with whole_directory(directory.with_name(f"{directory.name}_adapter"), replace=True) as unfinished:
+                    write_adapter(unfinished, full, self.config.model)
+
+    def _beside_whole_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replace 4-bit weights by those of the source, which were quantized."""
+        config = replace(self.config.model, quantize="none", attn_implementation="sdpa")
+        model, _ = build_model(config, dtype=frozen_dtype(self.config, self.distributed.device))
+        add_lora(model, config, self.config.seed)
+        return model.state_dict() | {name: value for name, value in state_dict.items() if base_name(name) is None}
+
+    def describe(self) -> list[str]:
+        validation = self.rows.get("validation")
+        return describe(
+            self.config, self.distributed, self.model, self.source, validation and validation.rows, self.steps
+        )
 
     def report(self, done: int) -> None:
-        if not done and self.distributed.is_main:
-            save([report for _, report in self.rows.values()], self.output_dir)
+        if done or not self.distributed.is_main:
+            return
+        reports = [report for _, report in self.rows.values()]
+        save(reports, self.output_dir)
+        if "training" in self.rows:  # reading a stream ahead would count rows that are not trained on
+            with whole_file(self.output_dir / "data_report.txt") as file:
+                file.write("\n".join(report.text() for report in reports) + "\n\n")
+                self._preview(Console(file=file, width=120))
+
+    def _preview(self, console: Console) -> None:
+        """Print rows of this rank's first step on rank 0."""
+        if self.distributed.is_main:
+            training = self.rows.get("training")
+            with closing(self.source.loader(range(1))) as batches:
+                print_preview(console, next(batches), self.tokenizer, training and training.rows, SHOWN_ROWS)
 
     def report_read(self, done: int) -> None:
         report = self.source.report

@@ -5,8 +5,8 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,31 @@ from torch.distributed.tensor import DTensor
 
 from data import Batch, BatchSource
 from data.packing import row_lengths
-from data.terminal import printable
+from data.terminal import announced, printable
 from diffllm import DiffLLM
 from diffllm.compilation import refusing_failures
 from diffllm.diffusion.loss import LossOutput
-from trainer.build import build_optimizer, compute_dtype, set_lr
+from trainer.build import build_optimizer, compute_dtype, lr_of, set_lr
 from trainer.checkpoint import Checkpoints, TrainingState, load
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed, locked
 from trainer.ending import Deadline
+from trainer.hub import check_push, push
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
 from trainer.manifest import path_of
 from trainer.memory import naming_remedies
 from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
+from trainer.progress import Clock, Progress
 from trainer.speed import Speed
+from trainer.summary import conclude
 
 # Entries of a run's directory that must not be links; `checkpoints` may be one, to another disk.
-WRITTEN = ("metrics.jsonl", "hf", "data_report.json", "data_report.png", "wandb_id", "nonfinite")
-
-
-@dataclass
-class Progress:
-    """Counts that a checkpoint keeps."""
-
-    skipped_steps: int = 0  # without a masked token
-    nonfinite_steps: int = 0  # with a loss or gradient that is not finite
+WRITTEN = (
+    *("metrics.jsonl", "hf", "hf_adapter", "data_report.json", "data_report.txt"),
+    *("tensorboard", "wandb_id", "nonfinite"),
+)
 
 
 class TrainingLoop(ABC):
@@ -62,7 +60,7 @@ class TrainingLoop(ABC):
         self.identity = Identity.of(config, source, model.vocab_size)
         self.optimizer = build_optimizer(model.parameters(), config.optim)
         self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
-        self.progress = Progress()
+        self.progress, self.clock = Progress(), Clock()
 
     @abstractmethod
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
@@ -101,6 +99,10 @@ class TrainingLoop(ABC):
         """Write the trained model. Collective."""
 
     @abstractmethod
+    def describe(self) -> list[str]:
+        """Lines that say what the run is, before its first step."""
+
+    @abstractmethod
     def report(self, done: int) -> None:
         """Write the data report before training starts, after `done` steps of earlier runs."""
 
@@ -111,20 +113,25 @@ class TrainingLoop(ABC):
     def fit(self) -> None:
         """Train to the last step, from the checkpoint that `trainer.resume` names, then export the model.
 
-        A signal of `trainer.interruption` ends the run after the current step, with a checkpoint.
+        A signal of `trainer.interruption` ends the run after the current step, with a checkpoint. The run ends early
+        if validation does not improve for `trainer.patience`.
 
         Raises:
             SystemExit: SIGTERM or SIGINT stopped the run.
         """
         settings = self.config.trainer
+        if settings.push_to_hub is not None:
+            self.distributed.on_main(lambda: check_push(settings.push_to_hub))
         with locked(self.output_dir, self.distributed, *WRITTEN), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.distributed)
             done, broken = self._resume(state)
+            self.print_main(*self.describe())
             self.report(done)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(
                 directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken
             )
+            self._keep_best()
             try:
                 log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.distributed)
                 batches = self.source.loader(range(done, self.steps))
@@ -135,8 +142,7 @@ class TrainingLoop(ABC):
                 self.checkpoints.close()
                 self.report_read(done)
             if finished:
-                self.export(self.output_dir / "hf")
-                self.print_main(f"model: {self.output_dir / 'hf'}, metrics: {self.output_dir / 'metrics.jsonl'}")
+                self._finish(state)
 
     def _train(self, batches: Iterator[list[Batch]], done: int, log: MetricsLog) -> bool:
         """Take the steps after the first `done`. Return False if SIGUSR1 stopped the run before the last step.
@@ -146,34 +152,81 @@ class TrainingLoop(ABC):
         """
         settings = self.config.trainer
         for step in range(done + 1, self.steps + 1):
-            started = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - started
-            counts = self._count(micro_batches)
-            if counts["failed_saves"]:
-                self.checkpoints.wait()
+            if self._out_of_patience():
+                break
             with (
                 refusing_failures("model.compile", self.config.model.compile),
                 naming_remedies(self.config, self.source.layout),
             ):
-                metrics = self.train_step(step, micro_batches, counts)
-                metrics |= self.speed.metrics(counts, time.perf_counter() - started, waited)
+                with announced("the first step") if step == done + 1 else nullcontext():
+                    metrics, counts = self._next_step(step, batches)
+                validated = {}
                 if self._is_due(step, settings.val_check_interval):
-                    metrics |= self.validate()
-                    log.log_samples(step, self.sample())
-            log.log(step, metrics)
-            signals = [name for name in NAMES if counts[name]] if step < self.steps else []
-            if signals or self._is_due(step, settings.save_checkpoint_steps):
+                    with log.paused():
+                        validated = self.validate()
+                        log.log_samples(step, self.sample())
+            improved = self.progress.judge(step, validated)
+            log.log(step, metrics | validated)
+            if estimate := self.clock.estimate(self.steps - step):
+                log.print(estimate)
+
+            last = step == self.steps or self._out_of_patience()
+            signals = [name for name in NAMES if counts[name] and not last]
+            due = last or bool(signals) or self._is_due(step, settings.save_checkpoint_steps)
+            if settings.save_checkpoints and (due or (improved and settings.keep_best)):
+                self._keep_best()
                 self.checkpoints.save(step, self._manifest(step))
             if signals:
-                self.checkpoints.wait()
-                self.print_main(
-                    f"stopped by {signals[0]} after {step} of {self.steps} steps; run the same command to resume"
-                )
-                if signals[0] != "SIGUSR1":
-                    raise SystemExit(128 + signal.Signals[signals[0]])
+                self._stop(step, signals[0])
                 return False
         return True
+
+    def _next_step(self, step: int, batches: Iterator[list[Batch]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Take the next step. Return its metrics and counts."""
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        waited = time.perf_counter() - started
+        counts = self._count(micro_batches)
+        if counts["failed_saves"]:
+            self.checkpoints.wait()
+        metrics = self.train_step(step, micro_batches, counts)
+        seconds = time.perf_counter() - started
+        self.clock.add(seconds, counts["row_tokens"])
+        return metrics | self.speed.metrics(counts, seconds, waited), counts
+
+    def _stop(self, step: int, name: str) -> None:
+        """End the run after a signal.
+
+        Raises:
+            SystemExit: the signal was not SIGUSR1.
+        """
+        self.checkpoints.wait()
+        saves = self.config.trainer.save_checkpoints
+        advice = "run the same command to resume" if saves else "trainer.save_checkpoints=false: its steps are lost"
+        self.print_main(f"stopped by {name} after {step} of {self.steps} steps; {advice}")
+        if name != "SIGUSR1":
+            raise SystemExit(128 + signal.Signals[name])
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.trainer.patience
+        return patience is not None and self.progress.not_better >= patience
+
+    def _keep_best(self) -> None:
+        """Protect the checkpoint of the best validation from deletion, if `trainer.keep_best`."""
+        if self.config.trainer.keep_best and self.progress.best_step:
+            self.checkpoints.best = path_of(self.checkpoints.directory, self.progress.best_step)
+
+    def _finish(self, state: TrainingState) -> None:
+        """Export the model and sum the run up. Collective."""
+        settings = self.config.trainer
+        if settings.save_model:
+            if self.checkpoints.best is not None:
+                load(self.checkpoints.best, state)
+            with announced("writing the model"):
+                self.export(self.output_dir / "hf")
+            if (repository := settings.push_to_hub) is not None:
+                self.print_main(self.distributed.on_main(lambda: push(self.output_dir / "hf", repository)))
+        self.print_main(*conclude(settings, self.progress, self.clock, self.checkpoints.best))
 
     def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
         """Take one optimizer step, a function of the parameters and the rows, whatever the layout.
@@ -300,17 +353,32 @@ class TrainingLoop(ABC):
             return 0, skipped
         self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
-        self.progress = Progress(manifest["skipped_steps"], manifest.get("nonfinite_steps", 0))
+        self.progress = Progress.of(manifest)
         if position := manifest.get("stream"):
             self.source.resume(position)
         self.print_main(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
         if manifest["step"] >= self.steps:
             self.print_main("no step is left; the model is exported again")
+        elif (planned := manifest.get("steps", self.steps)) != self.steps:
+            self.print_main(self._other_length(manifest["step"], planned))
         return manifest["step"], skipped
 
+    def _other_length(self, done: int, planned: int) -> str:
+        """A line on the learning rate of a resumed run that was planned for another number of steps."""
+        optim = self.config.optim
+        before, now = (lr_of(optim, steps, done) for steps in (planned, self.steps))
+        return (
+            f"planned for {planned:,} steps, now {self.steps:,}: optim.lr_schedule={optim.lr_schedule} is that of the "
+            f"new length, so the next step has lr {now:.3g} where {before:.3g} was planned"
+        )
+
     def _manifest(self, step: int) -> dict[str, Any]:
-        position = self.source.position(step) or None
-        return self.identity.manifest(ranks=self.distributed.size, **asdict(self.progress), stream=position)
+        return self.identity.manifest(
+            ranks=self.distributed.size,
+            steps=self.steps,
+            **asdict(self.progress),
+            stream=self.source.position(step) or None,
+        )
 
     def print_main(self, *lines: str) -> None:
         """Print lines on rank 0."""

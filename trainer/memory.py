@@ -9,6 +9,7 @@ import torch
 from data import BatchLayout
 from data.storage import first_line
 from diffllm import DiffLLM
+from diffllm.quantize import NF4_BYTES, count
 from trainer.build import compute_dtype, frozen_dtype
 from trainer.config import Config, batch_layout
 from trainer.distributed import GIB, Distributed, device_memory
@@ -32,19 +33,25 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     """Memory of weights, gradients and optimizer on each of `ranks` ranks. The model may be on the meta device."""
     shards = max(1, ranks // config.trainer.replicate)
     layers = model.lm.get_decoder().layers
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(count(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(count(p) for p in model.parameters() if not p.requires_grad)
     moment = 1 if config.optim.name == "adamw_8bit" else 4
-    layer = sum(p.numel() for p in layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - layer * len(layers)
+    layer = sum(count(p) for p in layers[0].parameters())
+    root = trained + frozen - layer * len(layers)
     # Embedding, head and final norm stay gathered, and two layers at a time: the current one and the next.
     held = layer * (2 if config.trainer.reshard_after_forward else len(layers))
     root_trained = 0 if config.model.lora_rank else root
     computed = compute_dtype(config, device).itemsize
+    packed = 0
+    if config.model.quantize == "nf4":  # whole on every rank, and not gathered
+        matrices = len(layers) * sum(count(p) for p in layers[0].parameters() if p.ndim > 1 and not p.requires_grad)
+        frozen -= matrices
+        packed = round(NF4_BYTES * matrices)
+        held -= held * matrices // (layer * len(layers))
     if ranks == 1 and config.model.lora_rank:  # frozen weights are not gathered
         root, held = 0, held * trained // (trained + frozen)
     return StateMemory(
-        weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards,
+        weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards + packed,
         gradients=4 * trained // shards,
         optimizer=2 * moment * trained // shards,
         gathered=computed * (root + held + root_trained),

@@ -1,10 +1,11 @@
-"""Log metrics to metrics.jsonl, the console and wandb, and sampled answers to the last two."""
+"""Log metrics to metrics.jsonl, the console, wandb and tensorboard, and sampled answers to the last three."""
 
 import json
 import math
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
@@ -51,13 +52,13 @@ class MetricsLog:
     A resumed run continues its wandb run.
 
     Raises:
-        ValueError: a broken metrics.jsonl, or wandb that cannot be reached.
+        ValueError: a broken metrics.jsonl, wandb that cannot be reached, or no tensorboard.
     """
 
     def __init__(
         self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, distributed: Distributed
     ):
-        self._file = self._bar = self._wandb = None
+        self._file = self._bar = self._wandb = self._tensorboard = None
         distributed.on_main(lambda: self._open(config, settings, done))
         if distributed.is_main and "console" in config.logger:
             self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True)
@@ -65,6 +66,8 @@ class MetricsLog:
     def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:
         directory = Path(config.output_dir)
         self._file = open_metrics(directory / "metrics.jsonl", done)
+        if "tensorboard" in config.logger:
+            self._tensorboard = _tensorboard(directory / "tensorboard", done)
         if "wandb" in config.logger:
             self._wandb = _wandb_run(config, settings, directory, done)
 
@@ -76,6 +79,8 @@ class MetricsLog:
             self._bar.close()
         if self._file is not None:
             self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         ended, failed = error[0] is None, error[0] not in (None, SystemExit)
         finish = threading.Thread(
             target=self._with_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
@@ -92,6 +97,8 @@ class MetricsLog:
         if self._file is not None:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.append({"step": step, **numbers})
+        for name, value in metrics.items() if self._tensorboard is not None else ():
+            self._tensorboard.add_scalar(name, value, step)
         self._with_wandb(lambda run: run.log(metrics, step=step))
         if self._bar is not None:
             loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
@@ -101,12 +108,26 @@ class MetricsLog:
             if validated:
                 self._bar.write(f"step {step}: train/loss {loss:.4g}, {', '.join(validated[:SHOWN])}")
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the progress bar's rate."""
+        yield
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar, if there is one."""
+        if self._bar is not None:
+            self._bar.write(printable(line))
+
     def log_samples(self, step: int, samples: Sequence[ValSample]) -> None:
         """Print the sampled answers of a validation, and send them to wandb as the table `val/samples`."""
         for number, sample in enumerate(samples, 1):
-            parts = (f"{name}:\n{indent(text, '  ')}" for name, text in sample._asdict().items())
+            parts = [f"{name}:\n{indent(text, '  ')}" for name, text in sample._asdict().items()]
             text = "\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts])
             tqdm.write(printable(text))
+            if self._tensorboard is not None:
+                self._tensorboard.add_text(f"val/sample_{number}", "\n\n".join(parts), step)
         if samples:
             self._with_wandb(lambda run: run.log({"val/samples": _wandb_table(step, samples)}, step=step))
 
@@ -119,6 +140,19 @@ class MetricsLog:
         except Exception as error:
             self._wandb = None
             print(printable(f"wandb gets no more of this run ({error}); metrics.jsonl does"), flush=True)
+
+
+def _tensorboard(directory: Path, done: int) -> Any:
+    """Writer of tensorboard's event files, which hides the steps of an earlier process after `done`.
+
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("trainer.logger=[tensorboard] needs it: pip install 'diffllm[tensorboard]'") from error
+    return SummaryWriter(directory, purge_step=done + 1)
 
 
 def _wandb_table(step: int, samples: Sequence[ValSample]) -> Any:

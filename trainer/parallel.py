@@ -29,6 +29,7 @@ from diffllm.compilation import backend_of, is_compiled
 from diffllm.diffusion.loss import compiled
 from diffllm.loading import HEAD_OF_ITS_OWN, check_weights
 from diffllm.lora import base_name
+from diffllm.quantize import is_quantized
 from trainer.build import compute_dtype
 from trainer.config import Config, TrainerConfig
 from trainer.distributed import Distributed
@@ -60,11 +61,11 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # loss weights stay float32; hidden states have the dtype of the embedding
     )
-    # On one rank frozen weights, which have the dtype of the forward, would only be copied.
-    alone = {p for p in model.parameters() if not p.requires_grad} if distributed.size == 1 else set()
+    # On one rank frozen weights, which have the dtype of the forward, would only be copied. Packed ones stay whole.
+    whole = {p for p in model.parameters() if is_quantized(p) or (distributed.size == 1 and not p.requires_grad)}
     split = partial(
         fully_shard,
-        ignored_params=alone,
+        ignored_params=whole,
         mesh=build_mesh(distributed, settings.replicate),
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy(pin_memory=distributed.device.type == "cuda")
@@ -80,7 +81,13 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
 
     device = torch.device("cpu") if settings.cpu_offload else distributed.device
     empty = any(parameter.is_meta for parameter in model.parameters())
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+    def placed(tensor: Tensor) -> Tensor:
+        if is_quantized(tensor):
+            return tensor
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    model._apply(placed)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(distributed.device))

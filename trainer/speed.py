@@ -5,6 +5,7 @@ import resource
 import torch
 
 from diffllm import DiffLLM
+from diffllm.quantize import count
 from trainer.distributed import Distributed
 
 # Dense bf16 TFLOP/s of the data sheets, by a part of the device's name.
@@ -59,7 +60,7 @@ class Speed:
 
 def _flops(weight: torch.Tensor) -> int:
     """FLOPs a token of one weight: 2 forward, 2 for its input's gradient, 2 for its own gradient unless frozen."""
-    return (6 if weight.requires_grad else 4) * weight.numel()
+    return (6 if weight.requires_grad else 4) * count(weight)
 
 
 def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -1,10 +1,11 @@
 """Files are whole or absent, and errors name broken ones."""
 
 import errno
+import io
 import os
 import resource
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ from data.storage import (
 
 @contextmanager
 def files_up_to(size: int):
-    """A limit on the size of files, which stands in for a full disk."""
+    """A limit on the size of files, which stands in for a full disk. pytest captures what is printed in a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

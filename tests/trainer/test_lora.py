@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers import AutoModel
 
-from diffllm import new_model
+from diffllm import load_model, new_model
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, newest, train, weights
+from trainer.build import build_model
 from trainer.distributed import init_distributed
 from trainer.export import export
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
@@ -73,8 +76,12 @@ def test_checkpoints_hold_adapters_and_exports_hold_them_merged(lora_run, pretra
 
 
 def test_frozen_weights_beside_adapters_are_kept_in_what_they_are_computed_in(lora_run):
-    run = train(lora_run(trainer__precision="bf16", trainer__max_steps=3))
-    assert {tensor.dtype for tensor in weights(run).values()} == {torch.bfloat16}
+    with init_distributed() as distributed:
+        model = FSDPSFTTrainer(lora_run(trainer__precision="bf16"), distributed).model
+    assert {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()} == {
+        (True, torch.float32),
+        (False, torch.bfloat16),
+    }
 
 
 def test_adapters_go_on_only_with_their_weights(lora_run, pretrained, tmp_path):
@@ -82,3 +89,49 @@ def test_adapters_go_on_only_with_their_weights(lora_run, pretrained, tmp_path):
     shutil.copytree(pretrained, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other settings: model\.path was .*pretrained and is .*other"):
         train(lora_run(model__path=str(tmp_path / "other")))
+
+
+def test_an_adapter_loads_in_peft_here_and_is_trained_further(lora_run, pretrained):
+    """peft's model, ours with model.adapter, and the merged export have the same logits."""
+    run = train(lora_run(model__lora_alpha=8.0))
+    ids = torch.arange(24).reshape(2, 12)
+    merged = load_model(run / "hf").logits(ids)
+    base = AutoModel.from_pretrained(pretrained)
+    assert (base(ids).logits - merged).abs().max() > 1e-4
+    peft = PeftModel.from_pretrained(base, run / "hf_adapter")
+    torch.testing.assert_close(peft(ids).logits, merged, rtol=1e-5, atol=1e-5)
+    config = lora_run(model__lora_rank=0, model__adapter=str(run / "hf_adapter"))
+    ours, _ = build_model(config.model)
+    torch.testing.assert_close(ours.logits(ids), merged, rtol=1e-6, atol=1e-6)
+
+    further = lora_run("further", model__lora_alpha=8.0, model__adapter=str(run / "hf_adapter"))
+    assert losses(train(further))[0] < losses(run)[0]
+    train(lora_run("merged", model__lora_rank=0, model__adapter=str(run / "hf_adapter"), trainer__max_steps=1))
+    assert losses(run.parent / "merged")[0] == pytest.approx(losses(run.parent / "further")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"peft_type": "IA3"}, "peft_type is .*IA3"),
+        (None, r"no adapter_config\.json"),
+        ({}, r"train it further give its model\.lora_rank=2"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded(lora_run, tmp_path, change, message):
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 16.0, "target_modules": ["q_proj"]}
+    if change is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter | change))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with init_distributed() as distributed, pytest.raises(ValueError, match=rf"model\.adapter=.*{message}"):
+        FSDPSFTTrainer(lora_run(model__adapter=str(tmp_path)), distributed)
+
+
+def test_an_adapter_of_another_model(lora_run, pretrained, tmp_path, tokenizer):
+    run = train(lora_run(trainer__max_steps=1))
+    other = new_model(small_shape(num_hidden_layers=1), tokenizer)
+    other.save_pretrained(tmp_path / "other", tokenizer=tokenizer)
+    config = lora_run(model__path=str(tmp_path / "other"), model__lora_rank=0, model__adapter=str(run / "hf_adapter"))
+    with pytest.raises(ValueError, match=r"model\.adapter=.*: the model trains no layer model\.layers\.1"):
+        build_model(config.model)

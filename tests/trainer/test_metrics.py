@@ -1,8 +1,13 @@
 """Metrics of every step, and their meaning."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import trainer
 from tests.trainer.runs import metrics, train
 from trainer.distributed import Distributed
 from trainer.speed import Speed
@@ -53,3 +58,35 @@ def test_model_flops_are_those_of_the_products(small_model):
     assert (found["perf/tokens_per_second"], found["perf/data_wait"]) == (10, 0.25)
     speed = Speed(small_model, Distributed(0, 1, torch.device("cpu")), torch.bfloat16, peak_tflops=None)
     assert "perf/mfu" not in speed.metrics(counts, seconds=2.0, waited=0.5)  # no data sheet knows a CPU
+
+
+def test_tensorboard_has_every_metric_and_no_step_twice(small_run):
+    settings = {"trainer__logger": ["tensorboard"], "trainer__val_check_interval": 3}
+    train(small_run(trainer__max_steps=3, **settings))
+    run = train(small_run(trainer__max_steps=6, **settings))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    lines = metrics(run)
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val/elbo")] == [3, 6]
+    assert set(events.Tags()["scalars"]) == set().union(*lines) - {"step"}
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx([line["train/loss"] for line in lines])
+
+
+def test_without_tensorboard(small_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"trainer\.logger=\[tensorboard\] needs it: pip install"):
+        train(small_run(trainer__logger=["tensorboard"]))
+
+
+def test_training_from_python(small_run):
+    """The defaults of the dataclasses, with their interpolations, and the checks of the command line."""
+    config = small_run(trainer__output_dir="${trainer.experiment_name}/x", trainer__max_steps=1)
+    config.trainer.experiment_name = str(small_run().trainer.output_dir)
+    run = trainer.train(config)
+    assert run == Path(config.trainer.experiment_name) / "x"
+    assert len(metrics(run)) == 1
+    config.optim.lr = -1
+    with pytest.raises(ValueError, match=r"optim\.lr"):
+        trainer.train(config)

@@ -32,12 +32,13 @@ def test_frozen_parameters_are_left_out(small_model):
         ("cosine", [0.0, 0.25, 0.5, 0.4665063509461097, 0.125]),
         ("linear", [0.0, 0.25, 0.5, 0.4166666666666667, 0.16666666666666666]),
         ("constant", [0.0, 0.25, 0.5, 0.5, 0.5]),
+        ("wsd", [0.0, 0.25, 0.5, 0.5, 1 / 3]),  # falls over the last three steps
     ],
 )
 @pytest.mark.parametrize("tensor", [False, True])
 def test_the_learning_rate_is_a_function_of_the_step(name, rates, tensor):
     """torchao keeps a group's rate in a tensor, which must stay the same one."""
-    config = OptimConfig(lr=0.5, lr_schedule=name, warmup_steps_ratio=0.25)
+    config = OptimConfig(lr=0.5, lr_schedule=name, warmup_steps_ratio=0.25, decay_steps_ratio=0.375)
     optimizer = build_optimizer([torch.zeros(2, requires_grad=True)], config)
     [group] = optimizer.param_groups
     if tensor:

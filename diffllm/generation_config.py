@@ -1,0 +1,38 @@
+"""generation_config.json: special tokens, and the sampling settings that a model was validated with."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from sampling import SamplingConfig
+
+RUN_ONLY = ("batch_size", "compile", "seed")  # fields of SamplingConfig that say nothing about a model
+RECOMMENDED = [item.name for item in fields(SamplingConfig) if item.name not in RUN_ONLY]
+
+
+def generation_json(
+    generation: Mapping[str, Any], tokens: Mapping[str, Any], sampling: SamplingConfig | None
+) -> dict[str, Any]:
+    """The content of generation_config.json, without a cache, since later tokens change earlier states.
+
+    Args:
+        generation: of the source.
+        tokens: special tokens; None values are left out.
+        sampling: settings to keep, by their names in SamplingConfig; None keeps those of the source.
+    """
+    settings = {name: value for name, value in generation.items() if name != "cache_implementation"}
+    if sampling is not None:
+        kept = {name: value for name, value in asdict(sampling).items() if name in RECOMMENDED and value is not None}
+        others = {name: value for name, value in settings.items() if name not in RECOMMENDED}
+        settings = {**others, **kept, "do_sample": sampling.temperature > 0}  # else Transformers warns
+    return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
+
+
+def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling settings of a generation_config.json, empty if it has no `alg`.
+
+    The file may hold settings of autoregressive decoding under the same names, such as `temperature`.
+    """
+    if "alg" not in generation:
+        return {}
+    return {name: generation[name] for name in RECOMMENDED if name in generation}

@@ -1,0 +1,60 @@
+"""Show rows as they are trained on: `python -m launch.show model=dream_7b data.train_files=[mine.jsonl] rows=3`.
+
+Takes the settings of train.py, `rows` to show, and `characters` of each text (0 shows all). Reads the tokenizer, but no
+weights. The rows are the first of the first step.
+"""
+
+import sys
+from dataclasses import replace
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from data import BatchLayout
+from diffllm.diffusion import build_objective
+from launch.cli import CONF, check_arguments, user_errors
+from trainer.build import build_batches, build_tokenizer
+from trainer.config import DEFAULT_MICRO_BATCH_SIZE
+from trainer.preview import CHARACTERS, print_preview
+from trainer.schema import resolve
+
+
+def show(arguments: list[str]) -> None:
+    """Print the report on the rows of a command line, then some of them.
+
+    Raises:
+        ValueError: an unknown setting, a wrong value, or rows that cannot be trained on.
+    """
+    own = {"rows": 3, "characters": CHARACTERS}
+    for argument in list(arguments):
+        name, _, value = argument.partition("=")
+        if name in own:
+            if not value.isdigit():
+                raise ValueError(f"{argument}: must be a whole number")
+            own[name] = int(value)
+            if name == "rows" and not own[name]:
+                raise ValueError(f"{argument}: must be at least 1")
+            arguments.remove(argument)
+    check_arguments(arguments)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve(compose("config", ["trainer.experiment_name=show", *arguments]))
+    tokenizer = build_tokenizer(config.model)
+    objective = build_objective(config.diffusion, tokenizer.mask_token_id, config.seed)
+    data = config.data
+    size = data.train_batch_size or (data.micro_batch_size_per_gpu or DEFAULT_MICRO_BATCH_SIZE) * (
+        data.gradient_accumulation_steps or 1
+    )
+    config = replace(config, data=replace(data, num_workers=0))
+    source, _, prepared = build_batches(config, tokenizer, BatchLayout(0, 1, size, 1), objective.corrupt, None)
+    for _, report in prepared.values():
+        print(report.text())
+    rows = prepared["training"].rows if "training" in prepared else None
+    batches = (batch for micro_batches in source.loader(range(-(-own["rows"] // size))) for batch in micro_batches)
+    print_preview(Console(), batches, tokenizer, rows, own["rows"], own["characters"])
+
+
+if __name__ == "__main__":
+    with user_errors(debug=False):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            sys.exit(print(__doc__))
+        show(sys.argv[1:])

@@ -1,0 +1,132 @@
+"""The best validation: kept, exported, and the end of a run that no longer improves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer.runs import metrics, train, weights
+from trainer.export import export
+from trainer.fsdp_sft_trainer import FSDPSFTTrainer
+from trainer.progress import Clock, Progress
+from trainer.summary import conclude
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """Replaces the values of val/elbo, in the order of the validations."""
+
+    def replace(values):
+        measured = iter(values)
+        monkeypatch.setattr(FSDPSFTTrainer, "validate", lambda self: {"val/elbo": next(measured), "val/other": 0.0})
+
+    return replace
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_is_kept_and_exported(small_run, validated, tmp_path, capsys):
+    validated([3.0, 1.0, float("nan"), 2.0])
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_checkpoints": 1}
+    run = train(small_run(trainer__keep_best=True, **settings))
+    assert checkpoints(run) == ["step_00000006", "step_00000012"]
+    export(run / "checkpoints" / "step_00000006", tmp_path / "exported")
+    best = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in weights(run).items())
+    printed = capsys.readouterr().out
+    assert "val/elbo: 2 at the end, lowest 1 at step 6" in printed
+    assert f"model of step_00000006: {run / 'hf'}" in printed
+
+    validated([3.0, 1.0, 2.0, 2.0])
+    last = train(small_run("last", **settings))
+    assert checkpoints(last) == ["step_00000012"]
+    assert any(not torch.equal(best[name], tensor) for name, tensor in weights(last).items())
+
+
+def test_a_resumed_run_knows_the_best(small_run, validated):
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_checkpoints": 1, "trainer__keep_best": True}
+    validated([1.0, 2.0])
+    train(small_run(trainer__max_steps=6, **settings))
+    validated([3.0, 4.0])
+    run = train(small_run(**settings))
+    assert checkpoints(run) == ["step_00000003", "step_00000012"]
+
+
+def test_patience_ends_the_run_and_stays_spent(small_run, validated, capsys):
+    validated([3.0, 2.0, 2.5, 2.0])
+    settings = {"trainer__val_check_interval": 2, "trainer__patience": 2}
+    run = train(small_run(**settings))
+    assert [line["step"] for line in metrics(run)] == [*range(1, 9)]
+    assert checkpoints(run) == ["step_00000008"]
+    assert "trainer.patience=2" in capsys.readouterr().out
+    validated([])
+    assert len(metrics(train(small_run(**settings)))) == 8
+
+
+@pytest.mark.parametrize("name", ["keep_best", "patience"])
+def test_without_validation_there_is_no_best(small_run, name):
+    changes = {"keep_best": {"trainer__keep_best": True}, "patience": {"trainer__patience": 1}}[name]
+    with pytest.raises(ValueError, match=rf"trainer\.{name}.*data\.val_split"):
+        train(small_run(data__val_files=[], **changes))
+
+
+def test_a_run_may_leave_nothing_but_metrics(small_run):
+    run = train(small_run(trainer__save_model=False, trainer__save_checkpoints=False, trainer__save_checkpoint_steps=3))
+    assert not (run / "hf").exists()
+    assert not (run / "checkpoints").exists()
+    assert len(metrics(run)) == 12
+
+
+@pytest.mark.parametrize(
+    ("source_dtype", "setting", "written"),
+    [("float32", "auto", "float32"), ("bfloat16", "auto", "bfloat16"), ("bfloat16", "f32", "float32")],
+)
+def test_the_export_has_the_dtype_of_its_source(
+    small_run, small_model, tokenizer, tmp_path, source_dtype, setting, written
+):
+    dtype = getattr(torch, source_dtype)
+    rounded = {name: tensor.to(dtype) for name, tensor in small_model.state_dict().items()}
+    small_model.save_pretrained(tmp_path / "source", rounded, tokenizer)
+    run = train(small_run(model__path=str(tmp_path / "source"), trainer__export_dtype=setting, trainer__max_steps=1))
+    assert {str(tensor.dtype) for tensor in weights(run).values()} == {f"torch.{written}"}
+    assert json.loads((run / "hf" / "config.json").read_text())["dtype"] == written
+
+
+def test_a_longer_run_says_what_becomes_of_the_learning_rate(small_run, capsys):
+    train(small_run(trainer__max_steps=4))
+    run = train(small_run(trainer__max_steps=8))
+    printed = capsys.readouterr().out
+    assert "planned for 4 steps, now 8: optim.lr_schedule=cosine" in printed
+    assert f"the next step has lr {metrics(run)[4]['train/lr']:.3g} where 0 was planned" in printed
+
+
+def test_judging_a_validation():
+    progress = Progress()
+    assert not progress.judge(1, {})
+    assert progress.judge(2, {"val/elbo": 2.0, "val/other": 0.0})
+    assert not progress.judge(4, {"val/elbo": float("inf")})
+    assert (progress.metric, progress.value, progress.best, progress.best_step) == ("val/elbo", None, 2.0, 2)
+    assert progress.not_better == 1
+    assert progress.judge(6, {"val/elbo": 1.0})
+    assert progress.not_better == 0
+
+
+def test_time_left_is_estimated_once_without_the_first_step():
+    clock = Clock()
+    clock.add(100.0, 10)
+    lines = []
+    for _ in range(12):
+        clock.add(2.0, 10)
+        lines.append(clock.estimate(30))
+    assert [line for line in lines if line] == ["2 s a step: 0:01:00 for the 30 steps left, without validation"]
+    assert clock.tokens == 130
+
+
+def test_a_finished_run_names_the_next_command(small_run):
+    settings = small_run().trainer
+    lines = conclude(settings, Progress(), Clock(steps=3, tokens=1234.0), None)
+    assert lines[0].endswith("for 3 steps and 1,234 tokens")
+    assert lines[-1] == f"next: python sample.py model.path={settings.output_dir}/hf mode=chat"

@@ -1,0 +1,73 @@
+"""How far a run is: counts that a checkpoint keeps, and the time since the start."""
+
+import math
+import time
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import Any
+
+ESTIMATED_AFTER = 10  # steps
+
+
+@dataclass
+class Progress:
+    """Counts that a checkpoint keeps."""
+
+    skipped_steps: int = 0  # without a masked token
+    nonfinite_steps: int = 0  # with a loss or gradient that is not finite
+    metric: str | None = None  # name of the first validation metric
+    value: float | None = None  # its last value
+    best: float | None = None  # its lowest value
+    best_step: int = 0
+    not_better: int = 0  # validations since
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Progress":
+        """Counts in a checkpoint.json; an older one may lack some."""
+        return cls(**{item.name: manifest[item.name] for item in fields(cls) if item.name in manifest})
+
+    def judge(self, step: int, metrics: dict[str, float]) -> bool:
+        """Compare the first metric of a validation with its lowest value. Return whether it is lower."""
+        if not metrics:
+            return False
+        self.metric, value = next(iter(metrics.items()))
+        self.value = value if math.isfinite(value) else None  # a manifest is JSON
+        better = self.value is not None and (self.best is None or value < self.best)
+        if better:
+            self.best, self.best_step, self.not_better = value, step, 0
+        else:
+            self.not_better += 1
+        return better
+
+
+@dataclass
+class Clock:
+    """Time, steps and tokens of this process's part of a run."""
+
+    steps: int = 0
+    tokens: float = 0  # without padding
+    began: float = field(default_factory=time.perf_counter)
+    _later_steps: float = 0  # seconds of all steps but the first, which may compile
+
+    def add(self, seconds: float, tokens: float) -> None:
+        """Count a step."""
+        self._later_steps += seconds if self.steps else 0
+        self.steps += 1
+        self.tokens += tokens
+
+    def estimate(self, left: int) -> str | None:
+        """A line with the time of the steps left, once after ESTIMATED_AFTER steps."""
+        if self.steps != ESTIMATED_AFTER or not left:
+            return None
+        seconds = self._later_steps / (self.steps - 1)
+        return f"{seconds:.3g} s a step: {duration(seconds * left)} for the {left:,} steps left, without validation"
+
+    @property
+    def total(self) -> str:
+        """Time since the start."""
+        return duration(time.perf_counter() - self.began)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as [D days,] H:MM:SS."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,152 @@
+"""What a run is, before its first step, and what came of it, as lines for the terminal."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from data import BatchSource, TokenRows
+from data.terminal import printable
+from diffllm import DiffLLM
+from diffllm.compilation import is_compiled
+from diffllm.quantize import count
+from trainer.build import compute_dtype, export_dtype
+from trainer.config import Config, TrainerConfig, warmup_steps
+from trainer.distributed import Distributed
+from trainer.memory import state_memory
+from trainer.progress import Clock, Progress
+
+TOY = (
+    "WEIGHTS ARE RANDOM, the model knows no language; to fine-tune a checkpoint give model.path=DIR_OR_HUB_ID, or a "
+    "choice such as model=dream_7b"
+)
+
+
+def describe(
+    config: Config,
+    distributed: Distributed,
+    model: DiffLLM,
+    source: BatchSource,
+    validation: TokenRows | None,
+    steps: int,
+) -> list[str]:
+    """Lines on model, device, batch, steps, validation and files of a run."""
+    lines = {
+        "model": _model(config, model),
+        **({"note": TOY} if config.model.path is None and config.data.train_files else {}),
+        "device": _device(config, distributed, model, steps * source.layout.micro_batches),
+        "batch": _batch(config, source),
+        "steps": _steps(config, source, steps),
+        "loss": _loss(config),
+        "validation": _validation(config.trainer, validation),
+        "files": _files(config, model, distributed, steps),
+    }
+    width = max(map(len, lines)) + 2
+    return [printable(f"{name + ':':{width}}{text}") for name, text in lines.items()]
+
+
+def _model(config: Config, model: DiffLLM) -> str:
+    parameters = list(model.parameters())
+    total, trained = _count(parameters), _count([p for p in parameters if p.requires_grad])
+    kind = type(model.lm).__name__.removesuffix("ForCausalLM")
+    origin = config.model.path or "scratch, with the built-in tokenizer of bytes"
+    share = f"{trained} of {total}" if trained != total else f"all {total}"
+    adapters = f" in adapters of rank {config.model.lora_rank}" if config.model.lora_rank else ""
+    return f"{kind} from {origin}; trains {share} parameters{adapters}"
+
+
+def _count(parameters: list[torch.Tensor]) -> str:
+    total = sum(map(count, parameters))
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if total >= size:
+            return f"{total / size:.2f} {name}"
+    return f"{total:,}"
+
+
+def _device(config: Config, distributed: Distributed, model: DiffLLM, passes: int) -> str:
+    device = distributed.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    dtype = str(compute_dtype(config, device)).removeprefix("torch.")
+    compiled = is_compiled(config.model.compile, device, passes)
+    return (
+        f"{distributed.size} × {name}, {dtype}, attention {model.lm.config._attn_implementation}, "
+        f"{'compiled layers' if compiled else 'not compiled'}"
+        + (", recomputes activations" if config.model.enable_gradient_checkpointing else "")
+    )
+
+
+def _batch(config: Config, source: BatchSource) -> str:
+    layout, length = source.layout, config.data.max_length
+    return (
+        f"{layout.micro_batch_size} rows a forward × {layout.micro_batches} accumulated × {layout.ranks} ranks = "
+        f"{layout.global_batch_size} rows a step, up to {layout.global_batch_size * length:,} tokens "
+        f"(data.max_length={length})"
+    )
+
+
+def _steps(config: Config, source: BatchSource, steps: int) -> str:
+    optim, rows = config.optim, source.identity()[0]
+    epochs = f", {source.epoch(steps):.3g} epochs of {rows:,} rows" if rows else ", of a stream"
+    schedule = f"{warmup_steps(optim, steps):,} of them warm-up, then {optim.lr_schedule}"
+    return f"{steps:,}{epochs}; lr {optim.lr:g}, {schedule}"
+
+
+def _loss(config: Config) -> str:
+    settings = {name: value for name, value in vars(config.diffusion).items() if isinstance(value, str)}
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _validation(settings: TrainerConfig, rows: TokenRows | None) -> str:
+    if rows is None:
+        return "none; data.val_split=0.02 holds out a part of the training rows"
+    interval = settings.val_check_interval
+    return f"{len(rows):,} rows, {f'every {interval:,} steps and ' if interval else ''}at the end"
+
+
+def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int) -> str:
+    """Files that a run will write, their sizes, and the space left.
+
+    Checkpoints hold the trained weights in float32 and the optimizer's moments. One more than those kept exists during
+    a save.
+    """
+    settings, directory = config.trainer, Path(config.trainer.output_dir)
+    state = state_memory(model, config, ranks=1, device=distributed.device)
+    checkpoint, model_size = state.gradients + state.optimizer, _export_size(config, model)
+    saves = -(-steps // (settings.save_checkpoint_steps or steps or 1))
+    kept = (min(saves, settings.keep_checkpoints) + settings.keep_best) * settings.save_checkpoints
+    parts = [f"checkpoints of {_size(checkpoint)}, {kept} kept"] if kept else []
+    parts += [f"hf/ of {_size(model_size)}"] if settings.save_model else []
+    needed = (kept + (saves > 1)) * checkpoint * bool(kept) + model_size * settings.save_model
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    room = f"{_size(free)} are free" if needed <= free else f"ONLY {_size(free)} ARE FREE, it needs {_size(needed)}"
+    return f"{directory}: {', '.join(['metrics', *parts])}; {room}"
+
+
+def _export_size(config: Config, model: DiffLLM) -> int:
+    dtype = export_dtype(config, model.source)
+    return dtype.itemsize * sum(count(p) for name, p in model.named_parameters() if ".lora_" not in name)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def conclude(settings: TrainerConfig, progress: Progress, clock: Clock, best: Path | None) -> list[str]:
+    """Lines on time, validation, files and the next command of a finished run.
+
+    Args:
+        best: the checkpoint that was exported in place of the last step.
+    """
+    directory = Path(settings.output_dir)
+    lines = [f"took {clock.total} for {clock.steps:,} steps and {clock.tokens:,.0f} tokens"]
+    if progress.best is not None:
+        last = "not finite" if progress.value is None else f"{progress.value:.4g}"
+        lines.append(f"{progress.metric}: {last} at the end, lowest {progress.best:.4g} at step {progress.best_step:,}")
+    if settings.patience is not None and progress.not_better >= settings.patience:
+        lines.append(f"ended early: it did not fall in trainer.patience={settings.patience} validations")
+    model = [f"model{f' of {best.name}' if best else ''}: {directory / 'hf'}"] if settings.save_model else []
+    lines.append(", ".join([*model, f"metrics: {directory / 'metrics.jsonl'}"]))
+    if settings.save_model:
+        lines.append(f"next: python sample.py model.path={directory / 'hf'} mode=chat")
+    return lines
