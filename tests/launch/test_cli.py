@@ -237,7 +237,7 @@ def test_train_sample_evaluate(script, tmp_path):
     [
         (["prompt=Hi"], ["model.path is not given"]),
         ([], ["prompt=", "input=FILE.jsonl output=FILE.jsonl"]),
-        (["prompt=Hi", "input=a.jsonl"], ["one of prompt="]),
+        (["prompt=Hi", "input=a.jsonl"], ["or input="]),
         (["input=a.jsonl"], ["output=FILE.jsonl"]),
         (["input=a.jsonl", "output=b.jsonl"], ["a.jsonl", "no such file or folder"]),
         (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer files"]),
