@@ -7,8 +7,11 @@ from launch.cli import entry
 from launch.evaluation import evaluate
 from trainer.config import Config
 
+ROWS = ("data.val_files", "data.columns", "data.on_bad_row", "data.subset")
+READS = ("model", "sampling", "task", "seed", "trainer.output_dir", "trainer.experiment_name", *ROWS)
 
-@entry
+
+@entry(READS)
 def main(config: Config) -> None:
     evaluate(config)
 

@@ -6,9 +6,10 @@ from launch.cli import entry
 from trainer.config import Config
 
 MODES = {"answer": answer, "chat": chat}
+READS = ("model", "sampling", "mode", "prompt", "template", "input", "output", "data.columns")
 
 
-@entry
+@entry(READS)
 def main(config: Config) -> None:
     MODES[config.mode](config)
 

@@ -345,12 +345,12 @@ def _without_tags(thinking: str) -> str:
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:
     if row.get(field) is None:
-        found = "null" if field in row else "missing"
+        found, names = "null" if field in row else "missing", listed(list(row))
         kinds = [CONVERTED[name] for name in row if name in CONVERTED]
         converter = f"; `python -m data.prepare {kinds[0]}` converts such rows" if kinds else ""
         raise ValueError(
-            f"{place}: field '{field}' is {found}; a row needs question and answer, prompt and response, or messages: "
-            f"map its columns by {_mapping(row)}. Its fields are: {listed(list(row))}{converter}"
+            f"{place}: field '{field}' is {found}; a row needs question and answer, prompt and response (or "
+            f"completion), or messages: map its columns by {_mapping(row)}. Its fields are: {names}{converter}"
         )
     if not isinstance(row[field], str):
         raise ValueError(f"{place}: field '{field}' must be text, not {kind_of(row[field])}")

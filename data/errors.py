@@ -54,8 +54,9 @@ def twice(names: Iterable[str]) -> str:
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """A hint for a misspelt name: the closest allowed names, or else the first NAMED."""
-    close = difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
+    """A hint for a misspelt name: names that end in it after a dot, or the closest ones, or the first NAMED."""
+    ending = [each for each in allowed if each.rpartition(".")[2] == name]
+    close = ending or difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {listed(allowed)}"
 
 

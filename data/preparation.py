@@ -72,7 +72,7 @@ class Preparation:
         """Yield the token rows of all sources in order, as batches of SCHEMA.
 
         Raises:
-            ValueError: see `check`; or no row is left.
+            ValueError: a source has rows of several schemas; see `check`; or no row is left.
         """
         yield from map(self._batch, _in_parts(self._chats(sources)))
         self.check()
@@ -130,18 +130,29 @@ class Preparation:
             for placed in rows:
                 try:
                     named = self.columns(placed)
-                    found = schema_of(named.row)
-                    if found != (schema or found):
-                        raise ValueError(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
                     chat = to_chat(named, self.in_formulas)
                     if needs_answer(named.row):
                         self.control.check_answered(chat["response"], placed.place)
                 except ValueError as error:
                     self.bad.add(error)
+                    continue
+                found = schema_of(named.row)
+                schema = schema or found
+                if found != schema:
+                    self._add_other_schema(f"{placed.place}: a row with '{found}' among rows with '{schema}'")
                 else:
-                    schema = found
                     self.report.add_unused(name for name in unused(named.row) if name not in self.in_formulas)
                     yield number, placed, chat
+
+    def _add_other_schema(self, problem: str) -> None:
+        """Add a row to the bad ones.
+
+        Raises:
+            ValueError: unless data.on_bad_row=skip, at once: skipping such rows would lose a part of the set.
+        """
+        if self.config.on_bad_row == "error":
+            raise ValueError(f"{problem}: put the rows of each schema into a file of their own")
+        self.bad.add(problem)
 
     def _batch(self, chats: list[_PlacedChat]) -> pa.RecordBatch:
         batch = pa.RecordBatch.from_pylist(list(self._kept(chats)), SCHEMA)

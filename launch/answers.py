@@ -2,30 +2,60 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
 from data import PlacedRow, prompt_ids, read_rows
-from data.chat import ANSWERS, Columns, Message, to_prompt
+from data.chat import ANSWERS, COMPLETION, Columns, Message, to_prompt
 from data.storage import whole_file
 from data.terminal import for_stdout
-from diffllm.generate import Response, generate, special_tokens
+from diffllm.generate import Response, check_context, special_tokens
+from launch.drawing import respond
 from sampling import Template, infill_templates
+from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.distributed import init_distributed, ranks_from_environment
 from trainer.evaluation import answer_all, ask
 
 
+@dataclass(frozen=True)
+class AnswerTemplate(Template):
+    """The whole answer to a prompt, with slots."""
+
+    prompt: tuple[int, ...] = ()  # token ids, up to the start of the answer
+
+    def canvases(self, tokenizer: PreTrainedTokenizerBase, mask: int, row_id: int = 0) -> list[SlottedCanvas]:
+        """One canvas for each length to try: prompt, answer, and the end-of-sequence token, as in training.
+
+        Raises:
+            ValueError: see `Template.canvases`.
+        """
+        start = len(self.prompt)
+        return [
+            SlottedCanvas(
+                [*self.prompt, *canvas.tokens, tokenizer.eos_token_id],
+                start + canvas.prompt_length,
+                row_id,
+                tuple(range(start + slot.start, start + slot.stop) for slot in canvas.slots),
+            )
+            for canvas in super().canvases(tokenizer, mask, row_id)
+        ]
+
+
 def answer(config: Config) -> None:
     """Answer `prompt` or fill in `template` on the terminal, or answer every row of the file `input` into `output`.
 
     Raises:
-        ValueError: none or several of the three; see `answer_prompt`, `fill_template` and `answer_file`.
+        ValueError: none of the three, or `input` with another; see `answer_prompt`, `fill_template` and `answer_file`.
     """
-    if [config.prompt, config.template, config.input].count(None) != 2:
-        raise ValueError("give one of prompt=…, template=… or input=FILE.jsonl output=FILE.jsonl")
+    if (config.input is None) == (config.prompt is None and config.template is None):
+        raise ValueError("give prompt=…, template=… or both, or input=FILE.jsonl output=FILE.jsonl")
     if config.template is not None:
         fill_template(config)
     elif config.input is not None:
@@ -35,19 +65,17 @@ def answer(config: Config) -> None:
 
 
 def answer_prompt(config: Config) -> None:
-    """Print the response to `config.prompt`.
+    """Print the response to `config.prompt`. On a terminal stderr shows it while it forms.
 
     Raises:
         ValueError: an output, several ranks, an empty prompt or one too long for the model, or no checkpoint.
     """
-    if config.output is not None:
-        raise ValueError(f"output={config.output}: goes with input=FILE; prompt=… is answered on the terminal")
-    check_alone("prompt=…")
-    if not config.prompt.strip():
-        raise ValueError("prompt= is empty: give a question, such as prompt='Solve 3x+5=20'")
+    check_for_terminal(config, "prompt=…")
     model, tokenizer = load_for_sampling(config)
-    prompt = prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
-    [response] = generate(model, tokenizer, [prompt], config.sampling)
+    prompt = tokens_of_prompt(config, tokenizer)
+    check_context(model, len(prompt), config.sampling)
+    console = Console(stderr=True) if sys.stderr.isatty() else None
+    response = respond(model, tokenizer, prompt, config.sampling, console)
     print(for_stdout(response.text))
     if not response.text:
         print("the response is empty: the model ended it at once", file=sys.stderr)
@@ -56,22 +84,44 @@ def answer_prompt(config: Config) -> None:
 
 
 def fill_template(config: Config) -> None:
-    """Fill the slots of `config.template`, such as `<|mask:12|>`, and print it. The template is raw text, not a chat.
+    """Fill the slots of `config.template`, such as `<|mask:12|>`, and print it.
+
+    With `config.prompt` the template is the whole answer to it in a chat. Alone it is raw text. Its control tokens are
+    real.
 
     Raises:
-        ValueError: an output, several ranks, no checkpoint, or a template without slots or too long for the model.
+        ValueError: an output, several ranks, no checkpoint, an empty prompt, or a template without slots or too long
+            for the model.
     """
-    if config.output is not None:
-        raise ValueError(f"output={config.output}: goes with input=FILE; template=… is filled in on the terminal")
-    check_alone("template=…")
+    check_for_terminal(config, "template=…")
     template = Template.parse(config.template)
     model, tokenizer = load_for_sampling(config)
+    if config.prompt is not None:
+        template = AnswerTemplate(template.pieces, template.slots, tuple(tokens_of_prompt(config, tokenizer)))
     special = special_tokens(model, tokenizer, config.sampling)
     length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
     if length > (context := model.lm.config.max_position_embeddings):
         raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
     [filled] = infill_templates(model, tokenizer, [template], config.sampling, special)
     print(for_stdout(filled.text))
+
+
+def tokens_of_prompt(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of `config.prompt` in a chat, up to the start of the answer."""
+    return prompt_ids([Message(role="user", content=config.prompt)], tokenizer)
+
+
+def check_for_terminal(config: Config, what: str) -> None:
+    """Refuse settings that do not go with an answer on the terminal.
+
+    Raises:
+        ValueError: an output, several ranks, or an empty prompt.
+    """
+    if config.output is not None:
+        raise ValueError(f"output={config.output}: goes with input=FILE; {what} is answered on the terminal")
+    check_alone(what)
+    if config.prompt is not None and not config.prompt.strip():
+        raise ValueError("prompt= is empty: give a question, such as prompt='Solve 3x+5=20'")
 
 
 def check_alone(what: str) -> None:
@@ -87,7 +137,7 @@ def check_alone(what: str) -> None:
 def answer_file(config: Config) -> None:
     """Write the rows of `config.input` to `config.output`, each with its `response`, `nfe` and `tokens_per_forward`.
 
-    A row's own `response` becomes its `reference`. After an interruption the same command resumes.
+    A row's own `response` or `completion` becomes its `reference`. After an interruption the same command resumes.
 
     Raises:
         ValueError: before any sampling: no output, or one that exists; a row without a prompt; no checkpoint; or see
@@ -132,7 +182,12 @@ def _digest(rows: list[PlacedRow]) -> str:
 
 
 def with_fields(row: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
-    """A row with added fields. Its own fields of these names become `reference` (a response) or `input_NAME`."""
+    """A row with added fields.
+
+    Its own fields of these names become `reference` (`response`, or else `completion`) or `input_NAME`.
+    """
+    if COMPLETION in row and row.get("response") is None:
+        row = {"response" if name == COMPLETION else name: value for name, value in row.items() if name != "response"}
     kept = {name: value for name, value in row.items() if name not in added}
     for name in (name for name in row if name in added):
         other = "reference" if name == "response" else f"input_{name}"

@@ -5,13 +5,10 @@ import readline  # noqa: F401 — gives `input` line editing and a history
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import groupby, islice
 
-import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -22,9 +19,10 @@ from data.chat import Message
 from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM
-from diffllm.generate import Response, check_context, response_of, special_tokens
+from diffllm.generate import check_context, special_tokens
 from launch.answers import check_alone
-from sampling import Canvas, SamplingConfig, StepEvent, fill
+from launch.drawing import respond
+from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.schema import resolve
@@ -35,9 +33,9 @@ HELP = """\
 /system TEXT      give a system message; without TEXT, none
 /reset            forget the conversation; the system message and the settings stay
 /help             show this
-/quit             leave, as Ctrl-D does; Ctrl-C stops a response"""
-COMMANDS = ["/set", "/settings", "/system", "/reset", "/help", "/quit"]
-MASKED, COMMITTED, CLEAN = "dim", "bold green", "default"
+/quit, /exit      leave, as Ctrl-D does; Ctrl-C stops a response"""
+LEAVE = ("/quit", "/exit")
+COMMANDS = ["/set", "/settings", "/system", "/reset", "/help", *LEAVE]
 
 
 def chat(config: Config) -> None:
@@ -87,7 +85,11 @@ class Conversation:
         self.turns: list[Message] = []
 
     def run(self) -> None:
-        """Read lines until /quit or the end of the input."""
+        """Read lines until /quit, /exit or the end of the input.
+
+        Raises:
+            ValueError: a response cannot be sampled: the compiler fails, and `sampling.compile=true`.
+        """
         interrupted = False
         while True:
             try:
@@ -95,7 +97,7 @@ class Conversation:
                     self.show("\nstopped: a turn without a complete response is not kept. /quit or Ctrl-D leaves")
                 interrupted = False
                 line = self.read().strip()
-                if line == "/quit":
+                if line in LEAVE:
                     return
                 self.take(line)
             except EOFError:
@@ -104,14 +106,19 @@ class Conversation:
                 interrupted = True
 
     def take(self, line: str) -> None:
-        """Carry out a command or respond to a message. Print errors."""
+        """Carry out a command or respond to a message. Print an error of the line."""
+        if not line:
+            return
         try:
             if line.startswith("/"):
                 self.command(line)
-            elif line:
-                self.turn(line)
+                return
+            user = Message(role="user", content=line)
+            prompt = self.prompt(user)
         except ValueError as error:
             self.show(f"error: {error}", "red")
+            return
+        self.turn(user, prompt)
 
     def command(self, line: str) -> None:
         """Carry out a command.
@@ -136,50 +143,26 @@ class Conversation:
             case _:
                 raise ValueError(f"{name}: no such command; {nearest(name, COMMANDS)}")
 
-    def turn(self, text: str) -> None:
-        """Respond to a message of the user. Keep both if the response is complete.
+    def prompt(self, user: Message) -> list[int]:
+        """Token ids of the conversation with a message of the user.
 
         Raises:
-            ValueError: the conversation does not fit the model's context.
+            ValueError: they do not fit the model's context.
         """
-        user = Message(role="user", content=text)
         system = [Message(role="system", content=self.system)] if self.system else []
         prompt = prompt_ids([*system, *self.turns, user], self.tokenizer)
         try:
             check_context(self.model, len(prompt), self.config, "a chat")
         except ValueError as error:
             raise ValueError(f"{error}: not sent. /reset, or /set max_new_tokens to less") from error
-        response = self.respond(prompt)
+        return prompt
+
+    def turn(self, user: Message, prompt: list[int]) -> None:
+        """Respond to a message of the user. Keep both if the response is complete. The turn's number keys its draws."""
+        response = respond(self.model, self.tokenizer, prompt, self.config, self.console, len(self.turns) // 2)
         self.console.out(printable(response.text), highlight=False)
         self.show(f"{response.tokens} tokens, NFE {response.nfe}, {response.tokens_per_forward:.2f} tokens a forward")
         self.turns += [user, Message(role="assistant", content=response.text)]
-
-    def respond(self, prompt: list[int]) -> Response:
-        """Sample a response to token ids and show every step. The turn's number keys its draws."""
-        special = special_tokens(self.model, self.tokenizer, self.config)
-        canvas = Canvas.after(prompt, self.config.max_new_tokens, special.mask, len(self.turns) // 2)
-        with Live(console=self.console, auto_refresh=False, transient=True) as live:
-
-            def draw(event: StepEvent) -> None:
-                live.update(self.draft(event), refresh=True)
-
-            try:
-                [filled] = fill(self.model, [canvas], self.config, special, on_step=draw)
-            finally:
-                live.update("")  # the last frame is drawn whole, and one taller than the screen cannot be erased
-        return response_of(filled, self.tokenizer, self.config)
-
-    def draft(self, event: StepEvent) -> Text:
-        """The response after a step: masked, committed by this step, and committed before."""
-        styles = np.full(len(event.tokens), CLEAN, dtype=object)
-        styles[event.committed], styles[event.masked] = COMMITTED, MASKED
-        response = zip(styles.tolist(), event.tokens.tolist(), strict=True)
-        text = Text()
-        for style, run in groupby(islice(response, event.prompt_length, None), key=lambda token: token[0]):
-            ids = [token for _, token in run]
-            shown = "▒" * len(ids) if style == MASKED else self.tokenizer.decode(ids, skip_special_tokens=True)
-            text.append(printable(shown), style)
-        return text
 
     def set(self, argument: str) -> None:
         """Change one field of the settings, written `NAME VALUE` or `sampling.NAME=VALUE`.

@@ -6,10 +6,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
-from inspect import getfile
 from pathlib import Path
 
 import hydra
@@ -26,32 +25,38 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from data.errors import nearest
-from data.storage import find_full_disk
+from data.storage import find_full_disk, first_line
 from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import CONF
 from launch.recommended import recommend
-from launch.sweep import Sweep, reported, train_job
+from launch.sweep import Sweep, recorded, reported
 from trainer.config import Config
 from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
 from trainer.schema import field_names, resolve
 
+EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
+
+
+def register_defaults() -> None:
+    """Give Hydra the defaults of all groups and objectives.
+
+    They are plain values, not the dataclasses: `resolve` then reports a wrong value the same way, whatever its source.
+    """
+    store, tree = ConfigStore.instance(), defaults(Config)
+    OmegaConf.set_struct(tree.model.chat_template_kwargs, False)  # the template decides its names
+    del tree.diffusion  # each choice begins with the defaults of its objective
+    store.store("defaults", tree)
+    for name, objective in OBJECTIVES.items():
+        settings = defaults(objective.settings)
+        OmegaConf.set_struct(settings, False)  # settings of another objective are refused by `resolve`
+        store.store(name, settings, group="diffusion")
+
 
 def defaults(schema: type) -> DictConfig:
     """Defaults of a dataclass as plain values."""
     return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema)))
-
-
-# Plain values, not the dataclasses: `resolve` then reports a wrong value the same way, whatever its source.
-DEFAULTS = defaults(Config)
-OmegaConf.set_struct(DEFAULTS.model.chat_template_kwargs, False)  # the template decides its names
-del DEFAULTS.diffusion  # each choice begins with the defaults of its objective
-ConfigStore.instance().store("defaults", DEFAULTS)
-for name, objective in OBJECTIVES.items():
-    settings = defaults(objective.settings)
-    OmegaConf.set_struct(settings, False)  # settings of another objective are refused by `resolve`
-    ConfigStore.instance().store(name, settings, group="diffusion")
 
 
 def run_name(overrides: str) -> str:
@@ -62,47 +67,79 @@ def run_name(overrides: str) -> str:
     return name if len(name) <= 100 else f"{name[:91]}_{sha1(overrides.encode()).hexdigest()[:8]}"
 
 
+register_defaults()
 OmegaConf.register_new_resolver("run_name", run_name)
 
 
-def entry(run: Callable[[Config], None]) -> Callable[[], None]:
+def entry(
+    reads: Sequence[str], run_job: Callable[[bool], float | None] | None = None
+) -> Callable[[Callable[[Config], None]], Callable[[], None]]:
     """Make a root script's main function from a function of the resolved configuration.
 
-    A user's mistake ends the process with a message and exit code 1. A sweep of train.py starts processes for each job;
-    a sweep of another script runs its jobs in this process.
+    A user's mistake ends the process with a message and exit code 1.
+
+    Args:
+        reads: groups and settings that the function reads. The command line is warned about others.
+        run_job: runs a job of a sweep, with or without tracebacks; by default `job_here`.
     """
 
-    debug = "HYDRA_FULL_ERROR" in os.environ
-    trains = Path(getfile(run)).name == "train.py"
+    def decorate(run: Callable[[Config], None]) -> Callable[[], None]:
+        debug = "HYDRA_FULL_ERROR" in os.environ
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def composed(config: DictConfig) -> float | None:
-        with user_errors(debug):
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                if trains:
-                    return train_job(debug)
-                config.trainer.output_dir = HydraConfig.get().runtime.output_dir
-            if (line := recommend(config, HydraConfig.get().overrides.task)) and ranks_from_environment()[0] == 0:
-                print(printable(line), file=sys.stderr, flush=True)
-            return run(resolve(config))
+        @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+        def composed(config: DictConfig) -> float | None:
+            with user_errors(debug):
+                if HydraConfig.get().mode != RunMode.MULTIRUN:
+                    return run(settings_of(config))
+                return run_job(debug) if run_job else job_here(run, config, debug)
 
-    def main() -> None:
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
-        sys.argv[1:] = map(quote_text, sys.argv[1:])
-        Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
+        def main() -> None:
+            transformers_logging.disable_progress_bar()
+            transformers_logging.set_verbosity_error()
+            hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
+            sys.argv[1:] = map(quote_text, sys.argv[1:])
+            Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
+            try:
+                with Deadline.on_error(), user_errors(debug), reported():
+                    check_arguments(sys.argv[1:])
+                    warn_of_unread(sys.argv[1:], reads)
+                    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+                    composed()
+            except BaseException as error:
+                if run.__module__ == "__main__" and Sweep.directory is None:
+                    leave(error)
+                raise
+
+        return main
+
+    return decorate
+
+
+def settings_of(config: DictConfig) -> Config:
+    """Resolve a composed tree, with the sampling settings that its checkpoint recommends.
+
+    Raises:
+        ValueError: see `recommend` and `resolve`.
+    """
+    line = recommend(config, HydraConfig.get().overrides.task)
+    if line and ranks_from_environment()[0] == 0:
+        print(printable(line), file=sys.stderr, flush=True)
+    return resolve(config)
+
+
+def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> None:
+    """Run a job of a sweep in this process. An error ends the job, not the sweep."""
+    Deadline.armed = False  # it would end the process
+    with recorded() as (directory, job):
+        config.trainer.output_dir = str(directory)
         try:
-            with Deadline.on_error(), user_errors(debug), reported():
-                check_arguments(sys.argv[1:])
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
-                composed()
-        except BaseException as error:
-            if run.__module__ == "__main__" and Sweep.directory is None:
-                leave(error)
-            raise
-
-    return main
+            run(settings_of(config))
+            job["error"] = None
+        except Exception as error:
+            expected = isinstance(error, EXPECTED)
+            job["error"] = " ".join(describe(error).split()) if expected else first_line(error)
+            if debug or not expected:
+                traceback.print_exc()
 
 
 @contextmanager
@@ -122,29 +159,26 @@ def user_errors(debug: bool) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(": ".join([STOPPED, *error.args]), file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except (
-        ValueError,
-        OSError,
-        MemoryError,
-        FloatingPointError,
-        HydraException,
-        OmegaConfBaseException,
-        YAMLError,
-    ) as error:
+    except EXPECTED as error:
         if debug:
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0" and not FirstError.claimed:
             time.sleep(SPEAK_SECONDS)
-        ours = type(error) is ValueError  # only our own errors have meaningful lines
-        message = printable(str(error).replace("\n", "\n  ") if ours else " ".join(str(error).split()))
-        if (full := find_full_disk(error)) and full not in message:
-            message = f"{full}: {message}"
+        message = describe(error)
         report_to_torchrun(f"error: {message}")
         print("error:", message, file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception:
         report_to_torchrun(traceback.format_exc())
         raise
+
+
+def describe(error: BaseException) -> str:
+    """Message of an expected error, without a traceback. A full disk is named first."""
+    ours = type(error) is ValueError  # only our own errors have meaningful lines
+    message = printable(str(error).replace("\n", "\n  ") if ours else " ".join(str(error).split()))
+    full = find_full_disk(error)
+    return f"{full}: {message}" if full and full not in message else message
 
 
 def quote_text(argument: str) -> str:
@@ -173,6 +207,9 @@ def check_arguments(arguments: list[str]) -> None:
     choices = group_choices()
     names = sorted({*choices, *field_names()})
     for argument in arguments:
+        if groups := sorted(group for group in choices if argument in choices[group]):
+            meant = " or ".join(f"{group}={argument}" for group in groups)
+            raise ValueError(f"{argument}: write choices as GROUP=CHOICE; did you mean {meant}?")
         if argument.startswith("-") or "=" not in argument:
             continue
         try:
@@ -195,6 +232,20 @@ def check_arguments(arguments: list[str]) -> None:
         for value in values:
             if value not in choices[key]:
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
+
+
+def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
+    """Name the groups and settings of a command line that its script does not read. Experiments may hold such ones."""
+
+    def within(name: str, group: str) -> bool:
+        return name == group or name.startswith((f"{group}.", f"{group}/"))
+
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    keys, known = [re.split("[=@]", argument.lstrip("+~"))[0] for argument in given], ("experiment", "hydra", *reads)
+    unread = [key for key in keys if not any(within(key, name) or within(name, key) for name in known)]
+    if unread and os.environ.get("RANK", "0") == "0":
+        script = Path(sys.argv[0]).name
+        print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
 
 
 def group_choices() -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ def evaluate(config: Config) -> None:
     path = Path(config.trainer.output_dir) / "evaluation.json"
     with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config, distributed.device)
-        questions = questions_of(task, tokenizer)
+        questions = questions_of(task, tokenizer, config.seed)
         if distributed.is_main and task.bad.count:
             print(printable(task.bad.text()))
 

@@ -1,7 +1,7 @@
-"""Sweeps of train.py: each job is one run on all devices of a machine; a table of all jobs ends the sweep.
+"""Sweeps: a table of all jobs ends them.
 
-Hydra's sweeper chooses the jobs and its launcher starts them. A job's directory holds the files of the trainer, the
-output of the run (`output.log`) and its status (`job.json`).
+Hydra's sweeper chooses the jobs and its launcher starts them. A job of train.py is one run on all devices of a machine.
+A job's directory holds the files of the run, its status (`job.json`), and the output of train.py (`output.log`).
 """
 
 import csv
@@ -29,6 +29,7 @@ from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SCORES = ("exact_match", "nfe", "tokens_per_forward")  # of evaluation.json
 ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # further lines are indented
 
 
@@ -41,6 +42,23 @@ class Sweep(Callback):
         Sweep.directory = Path(config.hydra.sweep.dir)
 
 
+@contextmanager
+def recorded() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Record the job that runs in the block in `job.json` of its directory.
+
+    Yields:
+        The directory, and the record, in which the block replaces `error`.
+    """
+    hydra, start = HydraConfig.get(), time.perf_counter()
+    directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
+    write_object(directory / "job.json", job)
+    try:
+        yield directory, job
+    finally:
+        write_object(directory / "job.json", job | {"seconds": round(time.perf_counter() - start)})
+
+
 def train_job(debug: bool) -> float | None:
     """Run train.py with the overrides of this job on all devices of this machine.
 
@@ -48,31 +66,31 @@ def train_job(debug: bool) -> float | None:
         The first validation metric, such as val/elbo, or train/loss without validation, for a sweeper to minimise. None
         for a failed job: the optuna sweeper counts a failed trial, whereas NaN would end the sweep.
     """
-    hydra = HydraConfig.get()
-    directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    output_dir = QuotedString(str(directory), Quote.single).with_quotes()
-    command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *overrides, f"trainer.output_dir={output_dir}"]
     environment = os.environ | {"PYTHON": sys.executable}
     if not debug:
         environment.pop("HYDRA_FULL_ERROR", None)  # the sweep's own setting
-    job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
-    record, log, start = directory / "job.json", directory / "output.log", time.perf_counter()
-    write_object(record, job)
-    exit_code, stopped = run_copied(command, environment, log)
-    job |= {"exit_code": exit_code, "seconds": round(time.perf_counter() - start), "error": None}
+    with recorded() as (directory, job):
+        output_dir = QuotedString(str(directory), Quote.single).with_quotes()
+        arguments = [*job["overrides"], f"trainer.output_dir={output_dir}"]
+        log = directory / "output.log"
+        command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *arguments]
+        job["exit_code"], stopped = run_copied(command, environment, log)
+        job["error"] = f"stopped by {stopped.name}" if stopped else _cause(job["exit_code"], log)
+    if stopped == signal.SIGINT:
+        raise KeyboardInterrupt
     if stopped:
-        write_object(record, job | {"error": f"stopped by {stopped.name}"})
-        if stopped == signal.SIGINT:
-            raise KeyboardInterrupt
         raise SystemExit(128 + stopped)
-    if exit_code:
-        found = ERROR.search(log.read_text(errors="replace"))  # the first error is the cause
-        cause = found[0].removeprefix("error: ") if found else f"exit code {exit_code}, see {log}"
-        job["error"] = " ".join(cause.split())
-    write_object(record, job)
     metrics = last_metrics(directory)
     validated = [value for name, value in metrics.items() if name.startswith("val/")]
     return None if job["error"] else validated[0] if validated else metrics.get("train/loss")
+
+
+def _cause(exit_code: int, log: Path) -> str | None:
+    """The first error in the output of a failed job, in one line."""
+    if not exit_code:
+        return None
+    found = ERROR.search(log.read_text(errors="replace"))
+    return " ".join(found[0].removeprefix("error: ").split()) if found else f"exit code {exit_code}, see {log}"
 
 
 def run_copied(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, signal.Signals | None]:
@@ -122,11 +140,15 @@ def _end_with_parent() -> None:
 
 
 def last_metrics(run: Path) -> dict[str, float | None]:
-    """The last values of train/loss and of the validation metrics."""
+    """The last values of train/loss and of the validation metrics, and the scores of an evaluation."""
     last = {}
     for record in read_records(run / "metrics.jsonl").objects:
         last |= record
-    return {name: value for name, value in last.items() if name == "train/loss" or name.startswith("val/")}
+    metrics = {name: value for name, value in last.items() if name == "train/loss" or name.startswith("val/")}
+    if (evaluation := run / "evaluation.json").exists():
+        scores = read_object(evaluation)["scores"]
+        metrics |= {name: scores[name] for name in SCORES}
+    return metrics
 
 
 def results(sweep: Path) -> list[dict[str, Any]]:

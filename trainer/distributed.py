@@ -152,7 +152,7 @@ def init_distributed() -> Iterator[Distributed]:
             distributed.wait()  # peers treat a rank that leaves early as dead
             if watch is not None:
                 watch.stop()
-        if together or device.type == "cpu":  # NCCL would wait for failed ranks
+        if together or size == 1 or device.type == "cpu":  # NCCL would wait for failed ranks
             dist.destroy_process_group()
 
 

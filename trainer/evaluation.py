@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import PlacedRow, prompt_ids
 from data.chat import Message, tools_of
+from data.curation import subset
 from data.errors import differences
 from data.storage import AppendedRecords, digest_bytes, read_object, read_records, refuse_links, whole_file
 from data.tasks.base import Task
@@ -55,11 +56,11 @@ def ask(row: PlacedRow, messages: list[Message], tokenizer: PreTrainedTokenizerB
     return Question(row, messages, np.array(ids, dtype=np.int32))
 
 
-def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """Return the questions of a task's test rows. Add rows that cannot be used to `task.bad`.
+def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Question]:
+    """Return the questions of a task's test rows, or of `data.subset` of them. Add unusable rows to `task.bad`.
 
     Raises:
-        ValueError: rows cannot be used, unless `data.on_bad_row=skip`, or none is left.
+        ValueError: rows cannot be used, unless `data.on_bad_row=skip`; none is left; or see `data.curation.subset`.
     """
     questions = []
     for row in task.rows("test"):
@@ -72,7 +73,9 @@ def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Questio
         task.bad.refuse()
     if not questions:
         raise ValueError(f"task.name={task.name}: it has no test rows")
-    return questions
+    if task.config.subset is None:
+        return questions
+    return [questions[i] for i in subset(len(questions), task.config.subset, seed)]
 
 
 def answer_all(

@@ -318,6 +318,19 @@ class TestCompletion:
         with pytest.raises(ValueError, match="rows:1: field 'response' and field 'completion' differ"):
             chat_of(row | {"response": "5"})
 
+    @pytest.mark.parametrize("completion", [" 4", [assistant(" 4")]])
+    def test_it_is_trained_on(self, tokenizer, tmp_path, completion):
+        expected = decoded(tokenizer, prepared(tokenizer, {"prompt": "2+2?", "response": " 4"})[0])
+        row = {"prompt": "2+2?", "completion": completion}
+        assert decoded(tokenizer, prepared(tokenizer, row, filter="len(completion) > 0")[0]) == expected
+        renamed = {"query": "2+2?", "output": completion}
+        columns = {"prompt": "query", "completion": "output"}
+        assert decoded(tokenizer, prepared(tokenizer, renamed, columns=columns)[0]) == expected
+        held_out = tmp_path / "test.jsonl"
+        held_out.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match="no row is left"):
+            prepared(tokenizer, row, decontaminate_files=[str(held_out)])
+
     @pytest.mark.parametrize("completion", [[], [assistant(), user(), assistant()], [user()], 3, "", None])
     def test_other_completions(self, completion):
         with pytest.raises(ValueError, match=r"rows:1: .*'completion'"):

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from data import DataConfig, rows_of_files
@@ -183,6 +185,18 @@ class TestCuration:
         assert len(prepared(tokenizer, rows, decontaminate_files=[held_out])[0]) == 1
 
 
+def test_a_split_of_a_folder_of_chats(tokenizer, tmp_path):
+    """As sets of the hub that data/README.md names, such as SmolTalk, hold them."""
+    messages = [{"content": each["content"], "role": each["role"]} for each in MESSAGES[1:]]
+    for split in ("train", "test"):
+        rows = pa.table({"full_topic": ["Sums"], "messages": [messages], "source": [split]})
+        pyarrow.parquet.write_table(rows, tmp_path / f"{split}-00000-of-00001.parquet")
+    config = DataConfig(cache_dir=str(tmp_path / "cache"))
+    tokens, report = rows_of_files([f"{tmp_path}:test"], config, tokenizer, "training", True)
+    assert tokenizer.decode(tokens.ids(0)).endswith("3+3?<|im_end|>\n<|im_start|>assistant\n6<|endoftext|>")
+    assert report.unused == {"full_topic": 1}
+
+
 class TestMemory:
     def test_texts_are_tokenized_a_few_at_a_time(self, tokenizer, monkeypatch):
         sizes = []
@@ -226,6 +240,16 @@ class TestBadRows:
         _, report = prepared(tokenizer, rows, on_bad_row="skip")
         assert report.kept == 1
         assert report.dropped["cannot be used"].examples[2].startswith("rows:4: a row with 'question' among rows with")
+
+    def test_rows_of_several_schemas_belong_into_several_files(self, tokenizer):
+        rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}, row(), {"text": "a"}]
+        advice = "^rows:3: a row with 'question' among rows with 'prompt': put .* into a file of their own$"
+        with pytest.raises(ValueError, match=advice):
+            prepared(tokenizer, rows)
+
+    def test_a_row_of_no_schema_is_no_other_schema(self, tokenizer):
+        with pytest.raises(ValueError, match=r"^rows:2: field 'question' is missing"):
+            prepared(tokenizer, [{"prompt": "a", "response": "b"}, {"text": "a"}])
 
     def test_skipping_none_is_said(self, tokenizer):
         assert prepared(tokenizer, [row()], on_bad_row="skip")[1].text().splitlines()[1] == "  0 cannot be used"

@@ -47,6 +47,8 @@ THOUGHT = "<think>\nTwo twos.\n</think>\n4"
         ("sharegpt", {"messages": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "4"}]}, "4"),
         ("prompt_response", {"prompt": "2+2?", "response": "4"}, "4"),
         ("prompt_response", {"prompt": [USER], "response": "4", "split": "a"}, "4"),
+        ("prompt_response", {"prompt": "2+2?", "completion": "4"}, "4"),
+        ("prompt_response", {"prompt": [USER], "completion": [ASSISTANT]}, "4"),
     ],
 )
 def test_raw_rows_become_training_rows(name, raw, response):

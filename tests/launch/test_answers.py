@@ -16,9 +16,9 @@ from diffllm import ModelConfig, new_model
 from diffllm.generate import Response, generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
 from launch import answers
-from launch.answers import answer
+from launch.answers import answer, with_fields
 from launch.cli import user_errors
-from sampling import SamplingConfig
+from sampling import SamplingConfig, infill_templates
 from tests.conftest import small_shape
 from trainer import evaluation
 from trainer.build import load_for_sampling
@@ -172,6 +172,13 @@ def test_fields_of_a_row_are_kept_when_it_is_answered_again(config, tmp_path):
     assert second["nfe"] == first["nfe"]
 
 
+@pytest.mark.parametrize("more", [{}, {"response": None}])
+def test_a_completion_is_a_reference(more):
+    row = {"prompt": "2+2?", "completion": "4", "id": 1} | more
+    answered = with_fields(row, {"response": "5"})
+    assert answered == {"prompt": "2+2?", "id": 1, "reference": "4", "response": "5"}
+
+
 def test_own_fields_keep_their_order():
     """Also from one process to another, in which sets have other orders."""
     row = {"nfe": 1, "a": 2, "tokens_per_forward": 3, "response": "4"}
@@ -197,7 +204,7 @@ def test_mistakes_are_named_before_anything_is_sampled(config, sampled, tmp_path
     refused(r"output=out\.parquet: give output=FILE\.jsonl", output="out.parquet")
     refused("output=None: give output", output=None)
     refused(r"output=.*goes with input=FILE", input=None, prompt="Hi")
-    refused("give one of prompt", prompt="Hi")
+    refused("give prompt", prompt="Hi")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("prompt=… is for one rank, torchrun has started 2", input=None, output=None, prompt="Hi")
 
@@ -218,6 +225,45 @@ def test_a_template_is_filled_in(config, capsys):
     assert text.endswith("!\n")
 
 
+@pytest.mark.parametrize("prompt", [None, "Solve 3x=9"])
+def test_a_template_may_be_the_answer_to_a_prompt(config, monkeypatch, capsys, prompt):
+    canvases = []
+
+    def watched(model, tokenizer, templates, *given):
+        [template] = templates
+        canvases.extend(template.canvases(tokenizer, tokenizer.mask_token_id))
+        return infill_templates(model, tokenizer, templates, *given)
+
+    monkeypatch.setattr(answers, "infill_templates", watched)
+    text = "<think>\n9/3=<|mask:1-2|>\n</think>\n<|mask:1|>"
+    answer(replace(config, input=None, output=None, template=text, prompt=prompt))
+    filled = capsys.readouterr().out
+    assert filled.startswith("<think>\n9/3=")
+    assert "</think>" in filled
+    tokenizer = builtin_tokenizer()
+    chat = prompt and tokenizer.decode(prompt_ids([{"role": "user", "content": prompt}], tokenizer))
+    for canvas, length in zip(canvases, (1, 2), strict=True):
+        masks = ["<|mask|>" * length, "<|mask|>"]
+        whole = f"<think>\n9/3={masks[0]}\n</think>\n{masks[1]}"
+        assert tokenizer.decode(canvas.tokens) == (f"{chat}{whole}<|endoftext|>" if prompt else whole)
+        assert [tokenizer.decode(canvas.tokens[slot.start : slot.stop]) for slot in canvas.slots] == masks
+        assert canvas.prompt_length == canvas.slots[0].start
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_stderr_shows_a_response_while_it_forms(config, small_model, tokenizer, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(answers, "load_for_sampling", lambda *_: (small_model, tokenizer))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    answer(replace(config, input=None, output=None, prompt="Hi"))
+    prompt = prompt_ids([{"role": "user", "content": "Hi"}], tokenizer)
+    [response] = generate(small_model, tokenizer, [prompt], config.sampling)
+    out, err = capsys.readouterr()
+    assert out == response.text + "\n"
+    assert ("▒" in err) == terminal
+    assert terminal or not err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -227,9 +273,9 @@ def test_a_template_is_filled_in(config, capsys):
         (" a\n", ""),
     ],
 )
-def test_a_response_in_which_nothing_is_seen(config, tokenizer, monkeypatch, capsys, text, message):
-    monkeypatch.setattr(answers, "load_for_sampling", lambda *_: (None, tokenizer))
-    monkeypatch.setattr(answers, "generate", lambda *_: [Response(0, text, 1, 1, 1.0)])
+def test_a_response_in_which_nothing_is_seen(config, small_model, tokenizer, monkeypatch, capsys, text, message):
+    monkeypatch.setattr(answers, "load_for_sampling", lambda *_: (small_model, tokenizer))
+    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0))
     answer(replace(config, input=None, output=None, prompt="Hi"))
     assert capsys.readouterr() == (text + "\n", message)
 
@@ -240,10 +286,11 @@ def test_a_response_in_which_nothing_is_seen(config, tokenizer, monkeypatch, cap
         ({"template": "no slot", "output": None}, "the template has no slot: write"),
         ({"template": "<|mask:0|>", "output": None}, "slot <|mask:0|>: write"),
         ({"template": "<|mask:3000|>", "output": None}, "template: its 3000 tokens do not fit the model's context of"),
-        ({"template": "<|mask:3|>"}, "goes with input=FILE; template=… is filled in on the terminal"),
-        ({"template": "<|mask:3|>", "prompt": "a"}, "give one of prompt=…, template=… or input="),
+        ({"template": "<|mask:3|>"}, "goes with input=FILE; template=… is answered on the terminal"),
+        ({"template": "<|mask:3|>", "prompt": " ", "output": None}, "prompt= is empty"),
+        ({"template": "<|mask:3|>", "input": "a.jsonl"}, "give prompt=…, template=… or both, or input="),
     ],
 )
 def test_a_template_that_cannot_be_filled_in(config, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        answer(replace(config, input=None, **changes))
+        answer(replace(config, **{"input": None} | changes))

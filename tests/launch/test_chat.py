@@ -1,6 +1,7 @@
 """The chat, with lines that are written beforehand."""
 
 import io
+import re
 from dataclasses import asdict
 
 import pytest
@@ -8,8 +9,9 @@ from rich.console import Console
 
 from data import prompt_ids
 from data.terminal import printable
-from diffllm.generate import generate
+from diffllm.generate import Response, generate
 from launch import chat as chat_module
+from launch import drawing
 from launch.chat import Conversation, chat
 from sampling import SamplingConfig, StepEvent, fill
 from tests.conftest import small_shape
@@ -138,11 +140,25 @@ def test_settings_and_help(talk):
     }
     shown = talk.hear("/help")
     for command in chat_module.COMMANDS:
-        assert f"\n{command} " in f"\n{shown}"
+        assert re.search(rf"(\n|, ){command}\b", f"\n{shown}")
 
 
-def test_quit_ends_it(talk):
-    assert talk.hear("/quit", "Hi") == ""
+@pytest.mark.parametrize("line", ["/quit", " /exit "])
+def test_leaving(talk, line):
+    assert talk.hear(line, "Hi") == ""
+    assert talk.turns == []
+
+
+def test_a_compiler_that_fails_ends_the_chat(talk, monkeypatch):
+    """Each further line would fail alike."""
+
+    def fail(*_, **__):
+        raise ValueError("sampling.compile=true: compilation failed")
+
+    monkeypatch.setattr(drawing, "fill", fail)
+    with pytest.raises(ValueError, match=r"sampling\.compile=true"):
+        talk.hear("/set steps 0", "Hi", "And then?")
+    assert next(talk.lines) == "And then?"
     assert talk.turns == []
 
 
@@ -176,7 +192,7 @@ def test_ctrl_c_ends_a_response_and_not_the_chat(talk, monkeypatch):
         return fill(model, canvases, config, special, on_step=press)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat_module, "fill", interrupted)
+        patch.setattr(drawing, "fill", interrupted)
         assert talk.hear("Never mind").count("stopped: a turn without a complete response is not kept") == 1
     assert talk.turns == said
     shown = talk.hear(KeyboardInterrupt(), KeyboardInterrupt(), "And then?")
@@ -199,22 +215,22 @@ def test_ctrl_c_twice(talk, monkeypatch):
     assert "12 tokens" in shown
 
 
-def test_a_canvas_forms(small_model, tokenizer):
+def test_a_canvas_forms(small_model, tokenizer, monkeypatch):
     """Masks, what the last step committed and what stood before look different."""
     config = SamplingConfig(
         max_new_tokens=8, steps=8, transfer="even", alg="left_to_right", forbidden=["<|endoftext|>"]
     )
     talk = Talk(small_model, tokenizer, config, terminal=True)
     drafts = []
-    draft = talk.draft
-    talk.draft = lambda row: drafts.append(draft(row)) or drafts[-1]
+    draft = drawing.draft
+    monkeypatch.setattr(drawing, "draft", lambda *given: drafts.append(draft(*given)) or drafts[-1])
     shown = talk.hear("Hi")
     assert "▒" in shown
     assert [text.plain.count("▒") for text in drafts] == [7, 6, 5, 4, 3, 2, 1, 0]
     styles = [[span.style for span in text.spans] for text in drafts]
-    assert styles[0] == [chat_module.COMMITTED, chat_module.MASKED]
-    assert styles[3] == [chat_module.CLEAN, chat_module.COMMITTED, chat_module.MASKED]
-    assert styles[-1] == [chat_module.CLEAN, chat_module.COMMITTED]
+    assert styles[0] == [drawing.COMMITTED, drawing.MASKED]
+    assert styles[3] == [drawing.CLEAN, drawing.COMMITTED, drawing.MASKED]
+    assert styles[-1] == [drawing.CLEAN, drawing.COMMITTED]
 
 
 def test_a_pipe_sees_no_canvas(talk):
@@ -224,8 +240,8 @@ def test_a_pipe_sees_no_canvas(talk):
 
 
 def test_markup_in_messages_is_text(talk, monkeypatch):
-    said = chat_module.Response(0, "[bold]x[/bold] :smile: " + "word " * 50, 3, 1, 3.0)
-    monkeypatch.setattr(talk, "respond", lambda prompt: said)
+    said = Response(0, "[bold]x[/bold] :smile: " + "word " * 50, 3, 1, 3.0)
+    monkeypatch.setattr(chat_module, "respond", lambda *_: said)
     assert talk.hear("[red]Hi[/]").splitlines()[0] == said.text
 
 

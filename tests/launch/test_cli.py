@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 import evaluate
 import sample
+import train
 from launch import cli
 from tests.conftest import GOLDEN, ROOT
 from tests.trainer.runs import metrics
-from trainer.schema import resolve
+from trainer.schema import field_names, resolve
 
 SMALL = [
     "data.max_length=64", "data.num_workers=0", "data.train_batch_size=8", "trainer.max_steps=3",
@@ -64,6 +65,9 @@ def assert_one_error(result, *words):
     [
         (["optim.lrr=1"], ["optim.lrr", "did you mean optim.lr"]),
         (["+optim.lrr=1"], ["optim.lrr", "did you mean optim.lr"]),
+        (["lr=1"], ["lr=1: no such setting; did you mean optim.lr?"]),
+        (["tiny"], ["tiny: write choices as GROUP=CHOICE; did you mean model=tiny?"]),
+        (["dream"], ["did you mean diffusion=dream or sampling=dream?"]),
         (["optm=adamw"], ["optm", "did you mean optim"]),
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
@@ -71,7 +75,6 @@ def assert_one_error(result, *words):
         (["data.filter=difficulty>3"], ["data.filter=difficulty>3", "once more for the shell: 'NAME=\"VALUE\"'"]),
         (["diffusion=null"], ["diffusion=null", "masked"]),
         (["task=null"], ["task=null", "equations"]),
-        (["task.name=equation"], ["task.name=equation", "equations"]),
         (["diffusion.objective=null"], ["diffusion.objective=None", "masked"]),
         (["seed=-1"], ["seed=-1", "[0, "]),
         (["optim.lr=fast"], ["optim.lr", "'fast'"]),
@@ -186,6 +189,26 @@ def test_a_task_is_chosen(script, monkeypatch):
     assert [config.task.name for config in chosen] == [None, "rows"]
 
 
+@pytest.mark.parametrize(
+    ("reads", "arguments", "unread"),
+    [
+        (evaluate.READS, ["optim.lr=1", "data.subset=9", "+data.packing=true", "~task"], "optim.lr, data.packing"),
+        (evaluate.READS, ["data=s1k", "experiment=quickstart", "hydra/launcher=joblib", "hydra.verbose=true"], None),
+        (evaluate.READS, ["diffusion=dream", "prompt=Hi"], "diffusion, prompt"),
+        (sample.READS, ["seed=1", "sampling.seed=1", "data.columns={prompt: a}"], "seed"),
+        (train.READS, ["-m", "data.subset=9", "task=rows", "task.name=rows"], "task, task.name"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_reader_are_named(monkeypatch, capsys, reads, arguments, unread):
+    assert {*reads} <= {*cli.group_choices(), *field_names()}
+    monkeypatch.setattr(sys, "argv", ["some.py"])
+    cli.warn_of_unread(arguments, reads)
+    assert capsys.readouterr().err == (f"warning: some.py does not read {unread}\n" if unread else "")
+    monkeypatch.setenv("RANK", "1")
+    cli.warn_of_unread(arguments, reads)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_mask_token_needs_no_quotes():
     override = OverridesParser.create().parse_override(cli.quote_text("model.mask_token=<|fim_pad|>"))
     assert override.value() == "<|fim_pad|>"
@@ -237,7 +260,7 @@ def test_train_sample_evaluate(script, tmp_path):
     [
         (["prompt=Hi"], ["model.path is not given"]),
         ([], ["prompt=", "input=FILE.jsonl output=FILE.jsonl"]),
-        (["prompt=Hi", "input=a.jsonl"], ["one of prompt="]),
+        (["prompt=Hi", "input=a.jsonl"], ["or input="]),
         (["input=a.jsonl"], ["output=FILE.jsonl"]),
         (["input=a.jsonl", "output=b.jsonl"], ["a.jsonl", "no such file or folder"]),
         (["prompt=Hi", f"model.path={GOLDEN / 'dream_tiny'}"], ["no tokenizer files"]),

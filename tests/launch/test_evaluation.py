@@ -69,10 +69,43 @@ def test_fields_that_mean_something_reach_the_questions(small_model, tmp_path, m
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     config = DataConfig(val_files=[str(tmp_path / "test.jsonl")], columns={"prompt": "query", "response": "reply"})
     task = Rows(config)
-    [question] = questions_of(task, tokenizer)
+    [question] = questions_of(task, tokenizer, seed=0)
     chat = "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(question.ids) == f'[{{"name": "add"}}]{chat}'
     assert task.reference(question.row) == "<think>\nOne and one.\n</think>\n2"
+
+
+@pytest.mark.parametrize(("size", "count"), [(100, 100), (0.5, 275), (550, 550)])
+def test_a_subset_of_the_questions(tokenizer, size, count):
+    every = [question.row.place for question in questions_of(Equations(), tokenizer, seed=1)]
+    some = questions_of(Equations(DataConfig(subset=size)), tokenizer, seed=1)
+    places = [question.row.place for question in some]
+    assert len(places) == count
+    assert places == [place for place in every if place in {*places}]
+    other = questions_of(Equations(DataConfig(subset=size)), tokenizer, seed=2)
+    assert (places == [question.row.place for question in other]) == (count == len(every))
+
+
+def test_a_subset_larger_than_the_questions(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.subset=551: selects 551 of 550 rows; give a share"):
+        questions_of(Equations(DataConfig(subset=551)), tokenizer, seed=0)
+
+
+def test_an_evaluation_of_a_subset(small_model, tokenizer, tmp_path, monkeypatch):
+    config = Config(data=DataConfig(subset=3))
+    config.trainer.output_dir = str(tmp_path)
+    config.sampling.max_new_tokens, config.sampling.steps = 2, 1
+    monkeypatch.setattr(evaluation, "load_for_sampling", lambda *_: (small_model, tokenizer))
+    evaluation.evaluate(config)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["questions"] == 3
+
+
+@pytest.mark.parametrize("completion", [" 4", [{"role": "assistant", "content": " 4"}]])
+def test_a_completion_is_a_response(tokenizer, tmp_path, completion):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "2+2?", "completion": completion}) + "\n")
+    task = Rows(DataConfig(val_files=[str(tmp_path / "test.jsonl")]))
+    [question] = questions_of(task, tokenizer, seed=0)
+    assert (task.score(question.row, "4"), task.score(question.row, "5")) == (1, 0)
 
 
 ECHO = """

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import evaluate
 from launch import cli, sweep
 from tests.conftest import ROOT
 from tests.launch.test_cli import SMALL, assert_one_error, script  # noqa: F401
@@ -119,7 +121,48 @@ def test_a_failed_job_does_not_stop_the_others(script, local, tmp_path):  # noqa
 
 def test_the_other_scripts_do_not_start_processes(script, local):  # noqa: F811
     local("raise AssertionError")
-    assert_one_error(script("sample.py", "-m", "seed=1,2", "prompt=Hi"), "model.path is not given")
+    code, _, err = script("sample.py", "-m", "sampling.seed=1,2", "prompt=Hi")
+    assert code == 1
+    for job, line in enumerate(err.splitlines()):
+        assert line.startswith(f"error: job {job}: model.path is not given")
+
+
+def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
+    """A mistake and a bug fail their jobs only."""
+    seen = []
+
+    def evaluated(config):
+        seen.append(config.sampling.steps)
+        if config.sampling.steps == 2:
+            raise RuntimeError("out of memory\nmore")
+        scores = {"questions": 2, "exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": 1.5}
+        (Path(config.trainer.output_dir) / "evaluation.json").write_text(json.dumps({"scores": scores}))
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    code, out, err = script("evaluate.py", "-m", "sampling.steps=0,2,8", "model.path=a")
+    assert (code, seen) == (1, [2, 8])
+    [directory] = (tmp_path / "multirun").iterdir()
+    with (directory / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["failed", "failed", "done"]
+    assert [row["error"] for row in rows] == ["sampling.steps=0: must be at least 1", "out of memory", ""]
+    done = {name: value for name, value in rows[2].items() if name not in ("seconds", "error")}
+    assert done == {
+        "job": "2", "sampling.steps": "8", "status": "done",
+        "exact_match": "0.5", "nfe": "3.0", "tokens_per_forward": "1.5",
+    }  # fmt: skip
+    assert out.splitlines()[-2].split() == ["2", "8", "done", rows[2]["seconds"], "0.5", "3", "1.5"]
+    assert err.count("Traceback") == 1
+
+
+def test_an_interrupted_sweep_of_evaluations(script, monkeypatch):  # noqa: F811
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    code, out, _ = script("evaluate.py", "-m", "sampling.steps=1,2")
+    assert code == 130
+    assert [line.split()[1] for line in out.splitlines()[-2:-1]] == ["failed"]
 
 
 @pytest.mark.parametrize("choice", ["hydra/launcher=joblibb", "hydra/sweeper=optun"])

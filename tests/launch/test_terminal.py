@@ -20,6 +20,7 @@ from diffllm import adapt
 from diffllm.generate import Response
 from launch import answers, cli, evaluation
 from launch.chat import Conversation
+from launch.drawing import draft
 from sampling import SamplingConfig, StepEvent
 from trainer import evaluation as engine
 from trainer import export, replay
@@ -78,14 +79,14 @@ def config(small_model, tokenizer, monkeypatch, tmp_path) -> Config:
 @hostile
 def test_a_response_on_a_terminal(config, monkeypatch, capsys, text):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(answers, "generate", lambda *_: [Response(0, text, 1, 1, 1.0)])
+    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0))
     answers.answer(replace(config, prompt="Hi"))
     assert_shown(text, capsys.readouterr().out)
 
 
 @hostile
 def test_a_response_in_a_pipe_is_exact(config, monkeypatch, capsys, text):
-    monkeypatch.setattr(answers, "generate", lambda *_: [Response(0, text, 1, 1, 1.0)])
+    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0))
     answers.answer(replace(config, prompt="Hi"))
     assert capsys.readouterr().out == text + "\n"
 
@@ -101,7 +102,7 @@ def test_a_template_on_a_terminal(config, monkeypatch, capsys, text):
 def test_a_chat(small_model, tokenizer, monkeypatch, text):
     console = Console(file=io.StringIO(), width=200)
     chat = Conversation(small_model, tokenizer, SamplingConfig(stop=[text]), console, None)
-    monkeypatch.setattr(chat, "respond", lambda prompt: Response(0, text, 1, 1, 1.0))
+    monkeypatch.setattr("launch.chat.respond", lambda *_: Response(0, text, 1, 1, 1.0))
     chat.take("Hi")
     assert chat.turns[-1]["content"] == text
     assert_shown(text, console.file.getvalue())
@@ -113,7 +114,7 @@ def test_a_chat(small_model, tokenizer, monkeypatch, text):
     tokens = np.array(tokenizer(text)["input_ids"])
     none = np.empty(0, dtype=int)
     event = StepEvent(0, 0, tokens, tokens == tokenizer.mask_token_id, 0, none, none, None, none, 1)
-    assert_shown(text, chat.draft(event).plain)
+    assert_shown(text, draft(event, tokenizer).plain)
 
 
 @hostile

@@ -1,0 +1,27 @@
+"""List the commands: `diffllm` or `python -m diffllm`."""
+
+from data.terminal import running
+
+COMMANDS = {
+    "train.py": ("train a model", "torchrun --nproc_per_node=2 train.py experiment=quickstart"),
+    "sample.py": ("answer prompts, fill in templates, chat", 'python sample.py model.path=DIR prompt="Solve 3x+5=20"'),
+    "evaluate.py": ("score answers to a task", "python evaluate.py model.path=DIR data.val_files=[test.jsonl]"),
+    "data.prepare": ("convert a published set to rows", "python -m data.prepare gsm8k train.jsonl"),
+    "diffllm.adapt": ("make a causal model a diffusion model", "python -m diffllm.adapt Qwen/Qwen2.5-7B DIR"),
+    "launch.plan": ("predict memory and time", "python -m launch.plan model=dream_7b gpus=8 gpu_memory=80"),
+    "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
+    "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),
+    "trainer.replay": ("repeat a step that was not finite", "python -m trainer.replay FILE"),
+}
+
+
+def main() -> None:
+    """Print one line for each command, with an example. They run in a checkout of the repository."""
+    names, texts = max(map(len, COMMANDS)), max(len(text) for text, _ in COMMANDS.values())
+    with running():
+        for name, (text, example) in COMMANDS.items():
+            print(f"{name:{names}}  {text:{texts}}  {example}")
+
+
+if __name__ == "__main__":
+    main()
