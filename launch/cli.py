@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
@@ -204,7 +205,7 @@ def check_arguments(arguments: list[str]) -> None:
         raise ValueError(
             "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
         )
-    choices = group_choices()
+    choices = group_choices(config_dir(arguments))
     names = sorted({*choices, *field_names()})
     for argument in arguments:
         if groups := sorted(group for group in choices if argument in choices[group]):
@@ -248,13 +249,29 @@ def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
         print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
 
 
-def group_choices() -> dict[str, list[str]]:
-    """Choices of each group: files of conf/, and the objectives.
+def config_dir(arguments: Sequence[str]) -> Path | None:
+    """The directory of a command line's `--config-dir`.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    directory = parser.parse_known_args(arguments)[0].config_dir
+    if directory is not None and not directory.is_dir():
+        raise ValueError(f"--config-dir {directory}: no such directory; it holds choices such as experiment/mine.yaml")
+    return directory
+
+
+def group_choices(directory: Path | None = None) -> dict[str, list[str]]:
+    """Choices of each group: files of conf/ and of another directory, and the objectives.
 
     Raises:
         ValueError: a file has the name of an objective. Its `defaults` would include itself.
     """
-    choices = {group.name: [file.stem for file in group.glob("*.yaml")] for group in CONF.iterdir() if group.is_dir()}
+    groups = [group.name for group in CONF.iterdir() if group.is_dir()]
+    folders = [CONF, *filter(None, [directory])]
+    choices = {name: [file.stem for folder in folders for file in (folder / name).glob("*.yaml")] for name in groups}
     if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
         raise ValueError(
             f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the objective with its defaults; give the file "

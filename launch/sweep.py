@@ -71,7 +71,9 @@ def train_job(debug: bool) -> float | None:
         environment.pop("HYDRA_FULL_ERROR", None)  # the sweep's own setting
     with recorded() as (directory, job):
         output_dir = QuotedString(str(directory), Quote.single).with_quotes()
-        arguments = [*job["overrides"], f"trainer.output_dir={output_dir}"]
+        own = [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
+        options = [option for path in own for option in ("--config-dir", path)]
+        arguments = [*options, *job["overrides"], f"trainer.output_dir={output_dir}"]
         log = directory / "output.log"
         command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *arguments]
         job["exit_code"], stopped = run_copied(command, environment, log)

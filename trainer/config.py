@@ -128,7 +128,7 @@ class Config:
     # sample.py: answer | chat, on the terminal
     mode: str = setting("answer", choices=("answer", "chat"), free_when_resuming=True)
     prompt: str | None = setting(None, free_when_resuming=True)  # sample.py: one question
-    # sample.py: text with slots to fill, such as <|mask:12|>, or <|mask:4-16|> for 4 to 16
+    # sample.py: text with slots to fill, such as <|mask:12|>, or <|mask:4-16|> for 4 to 16; with prompt, its answer
     template: str | None = setting(None, free_when_resuming=True)
     # sample.py: a .jsonl or .parquet file of rows with question or prompt
     input: str | None = setting(None, path=True, free_when_resuming=True)

@@ -339,3 +339,32 @@ def test_the_command_lines_people_know(start, arguments, tmp_path):
     for run in runs:
         assert (run / "hf" / "model.safetensors").is_file()
         assert metrics(run)[-1]["val/elbo"] > 0
+
+
+@pytest.fixture
+def own_choices(tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "small.yaml").write_text(
+        "# @package _global_\noptim:\n  lr: 0.25\ntrainer:\n  experiment_name: small\n"
+    )
+    return tmp_path / "mine"
+
+
+def test_a_directory_of_own_choices(script, own_choices, tmp_path):
+    code, out, err = script("train.py", "--config-dir", str(own_choices), "experiment=small", *SMALL)
+    assert code == 0, err
+    assert "lr 0.25" in out
+    assert (tmp_path / "outputs" / "small" / "hf").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config-dir", "nowhere", "experiment=small"], ["--config-dir nowhere", "no such directory"]),
+        (["experiment=small"], ["experiment=small: no such choice"]),
+        (["--config-dir=mine", "experiment=smal"], ["experiment=smal", "small"]),
+    ],
+    ids=str,
+)
+def test_mistakes_with_own_choices(script, own_choices, arguments, words):
+    assert_one_error(script("train.py", *arguments), *words)
