@@ -60,8 +60,9 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # loss weights stay float32; hidden states have the dtype of the embedding
     )
-    # On one rank frozen weights, which have the dtype of the forward, would only be copied.
-    alone = {p for p in model.parameters() if not p.requires_grad} if distributed.size == 1 else set()
+    # On one rank frozen weights, which have the dtype of the forward, would only be copied, unless from the host.
+    kept = distributed.size == 1 and not settings.cpu_offload
+    alone = {p for p in model.parameters() if not p.requires_grad} if kept else set()
     split = partial(
         fully_shard,
         ignored_params=alone,
