@@ -1,7 +1,7 @@
-"""Predict memory and time of a run without a GPU: `python -m launch.plan model=dream_7b gpus=8 gpu_memory=80`.
+"""Predict memory, time and disk of a run without a GPU: `python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8`.
 
-Takes the settings of train.py and those of `Machine`. Predicts the memory of each GPU, the largest micro-batch, and the
-time of a step at a given MFU. The exit code is 1 if the run does not fit.
+Takes the settings of train.py and those of `launch.machine`. Predicts the memory of each GPU, the largest micro-batch,
+what helps if it does not fit, the time at a given MFU, and the disk. The exit code is 1 if the run does not fit.
 
 `trainer.memory` computes the state. Activations and logits are counted in a forward and backward pass over tensors
 without data, in the worst case: rows of data.max_length, all tokens masked. A run is taken to be long enough for
@@ -11,67 +11,93 @@ tokens took 29.4 GiB where 30.3 are planned, and compiled 23.2 where 24.5 are.
 
 import math
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from pathlib import Path
+from itertools import chain, takewhile
 
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from data import BatchLayout
 from data.errors import nearest
 from data.terminal import printable, table
-from diffllm import DiffLLM, ModelConfig, new_model
-from diffllm.adapt import with_mask
-from diffllm.checkpoint_source import CheckpointSource
+from diffllm import DiffLLM
 from diffllm.diffusion.loss import LOGITS_PER_CHUNK
-from diffllm.families import family_of
-from diffllm.loading import empty_model
-from diffllm.lora import add_lora
-from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer
-from launch.activations import pass_memory
+from diffllm.lora import base_name
+from launch.activations import PassMemory, pass_memory
+from launch.budget import CUDA, HOST_ADAMW, PCIE, count_rows, count_steps, disk, step_time
 from launch.cli import CONF, check_arguments, user_errors
+from launch.machine import Gpus, Machine, complete, explanations
+from launch.quantities import UNITS, count_text, duration_text, size_text, unit_of
+from launch.shapes import meta_model
 from trainer.build import compute_dtype
 from trainer.config import Config, batch_layout
-from trainer.distributed import Distributed
-from trainer.memory import GIB, remedies, state_memory, whole_gradients
+from trainer.distributed import GIB
+from trainer.memory import MORE_GPUS, remedies, state_memory, whole_gradients
 from trainer.schema import field_names, resolve
-from trainer.speed import Speed
 
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
-CUDA = torch.device("cuda")
-SHAPES = Path(__file__).with_name("shapes.yaml")
-UNREAD_IDS = {"mask_token_id": 0, "eos_token_id": 1}  # a model must have them, a plan does not use them
+HELP = """python -m launch.plan [NAME=VALUE …] predicts memory, time and disk of a training run, without a GPU.
+
+It takes the choices and settings of train.py (python train.py --help), and
+
+{}
+
+  python -m launch.plan experiment=dream_s1k_lora_24gb gpu=4090
+  python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8
+  python -m launch.plan model.path=DIR data.train_files=[rows.jsonl] data.max_length=4096 model.lora_rank=16
+
+The exit code is 0 if the run fits, and 1 if it does not."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs to plan for."""
+class Plan:
+    """A run on some GPUs, and the memory that it needs."""
 
-    gpus: int = 8
-    gpu_memory: float = 80.0  # GiB of each
-    mfu: float = 0.4  # model FLOPs utilisation, see trainer.speed
-    tflops: float = 989.0  # peak of each, bf16
+    config: Config
+    layout: BatchLayout
+    gpus: Gpus
+    model: DiffLLM  # on the meta device
+    file: str  # with the model's shape
+    passed: PassMemory
+    memory: dict[str, tuple[int, ...]]  # see memory_table
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: must be a positive number")
-        if self.mfu > 1:
-            raise ValueError(f"mfu={self.mfu}: must be in (0, 1]")
+    @property
+    def needed(self) -> int:
+        """Bytes of a GPU at the peak."""
+        return max(self.memory["total"])
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that the run may take."""
+        return (1 - MARGIN) * self.gpus.memory
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.usable
 
 
-def memory_table(model: DiffLLM, config: Config, layout: BatchLayout) -> dict[str, tuple[int, ...]]:
+def micro_batch_memory(model: DiffLLM, config: Config, layout: BatchLayout) -> PassMemory:
+    """Memory of a micro-batch's forward and backward pass on a GPU."""
+    whole_layers = config.model.enable_gradient_checkpointing and config.model.recompute == "full"
+    compiling = config.model.compile != "false" and not whole_layers  # recomputed ones keep their inputs alone
+    return pass_memory(model, config, layout.micro_batch_size, compute_dtype(config, CUDA), compiling)
+
+
+def memory_table(
+    model: DiffLLM, config: Config, layout: BatchLayout, passed: PassMemory | None = None
+) -> dict[str, tuple[int, ...]]:
     """Bytes of a GPU in each of PHASES, and their totals.
 
     In the backward pass gradients grow as activations shrink: the peak is at the last layer or at the first.
+
+    Args:
+        passed: of `micro_batch_memory`, if known.
     """
     dtype, head = compute_dtype(config, CUDA), model.lm.lm_head.weight
-    whole_layers = config.model.enable_gradient_checkpointing and config.model.recompute == "full"
-    compiling = config.model.compile != "false" and not whole_layers  # recomputed ones keep their inputs alone
-    passed = pass_memory(model, config, layout.micro_batch_size, dtype, compiling)
+    passed = passed or micro_batch_memory(model, config, layout)
     state = state_memory(model, config, layout.ranks, CUDA)
     if config.trainer.cpu_offload:
         state = replace(state, weights=0, gradients=0, optimizer=0)
@@ -125,7 +151,7 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
         elif name not in field_names() and get_close_matches(name, names):
             raise ValueError(f"{argument}: no such setting; {nearest(name, names)}")
         elif "=" not in argument:
-            raise ValueError(f"{argument}: write settings as NAME=VALUE, such as gpus=8")
+            raise ValueError(f"{argument}: write settings as NAME=VALUE, such as gpu=4090; --help explains them")
         else:
             settings.append(argument)
     check_arguments(settings)
@@ -137,89 +163,167 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
     return machine, resolve(composed), choice
 
 
-def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
-    """The model on the meta device, and the file with its shape.
+def make_plan(arguments: list[str], like: Plan | None = None) -> Plan:
+    """The plan of a command line.
+
+    Args:
+        like: a plan whose parts are taken over where the settings agree; they take seconds.
 
     Raises:
-        ValueError: no file has the shape, or the context is shorter than data.max_length.
+        ValueError: settings that contradict each other, or see `read_arguments` and `meta_model`.
     """
-    attention = "sdpa"  # FlashAttention keeps the same tensors, and may not be installed
-    if config.model.path is None:
-        file = f"conf/model/{choice}.yaml"
-        with torch.device("meta"):
-            model = new_model(replace(config.model, attn_implementation=attention), builtin_tokenizer())
-    else:
-        source, file = _source(config.model)
-        model = empty_model(source, attn_implementation=attention)
-    if config.model.lora_rank:
-        add_lora(model, config.model, config.seed)
-    context = model.lm.config.max_position_embeddings
-    if config.data.max_length > context:
-        raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
-    return model, file
-
-
-def _source(config: ModelConfig) -> tuple[CheckpointSource, str]:
-    """The checkpoint of `model.path`, adapted if causal, and the file with its shape: its config.json or SHAPES.
-
-    Raises:
-        ValueError: neither has it.
-    """
-    if Path(config.path).exists():
-        source = CheckpointSource.open(config.path)
-        file = config.path if Path(config.path).is_file() else f"{config.path}/config.json"
-        return with_mask(source, config.mask_token or MASK_TOKEN)[0] if source.is_autoregressive else source, file
-    shapes = OmegaConf.to_object(OmegaConf.load(SHAPES))
-    if config.path not in shapes:
-        raise ValueError(
-            f"model.path={config.path}: no such file or directory, and launch/{SHAPES.name} does not have its shape; "
-            f"for a checkpoint on the hub choose one of {', '.join(shapes)}, or download its config.json"
-        )
-    published = shapes[config.path] | UNREAD_IDS
-    return CheckpointSource(None, published, family_of(published, config.path)), f"launch/{SHAPES.name}"
-
-
-def plan(arguments: list[str]) -> bool:
-    """Print the plan of a command line. Return whether the run fits."""
     machine, config, choice = read_arguments(arguments)
-    layout, length = batch_layout(config.data, 0, machine.gpus), config.data.max_length
-    if machine.gpus % config.trainer.replicate:
-        raise ValueError(f"trainer.replicate={config.trainer.replicate}: must divide gpus={machine.gpus}")
-    model, file = meta_model(config, choice)
-    parameters, tokens = sum(parameter.numel() for parameter in model.parameters()), layout.global_batch_size * length
-    print(printable(f"{parameters / 1e9:.2f} billion parameters, shape from {file}"))
-    print(
-        f"{tokens:,} tokens a step: gpus={machine.gpus} × {layout.micro_batches} forward passes × "
-        f"{layout.micro_batch_size} rows × {length}\n"
+    gpus = complete(machine)
+    layout = batch_layout(config.data, 0, gpus.count)
+    if gpus.count % config.trainer.replicate:
+        raise ValueError(f"trainer.replicate={config.trainer.replicate}: must divide gpus={gpus.count}")
+    if like is None or config.model != like.config.model:
+        like, (model, file) = None, meta_model(config, choice)
+    else:
+        model, file = like.model, like.file
+    if like is None or _micro_batch(config, layout) != _micro_batch(like.config, like.layout):
+        passed = micro_batch_memory(model, config, layout)
+    else:
+        passed = like.passed
+    return Plan(config, layout, gpus, model, file, passed, memory_table(model, config, layout, passed))
+
+
+def _micro_batch(config: Config, layout: BatchLayout) -> tuple[int, int]:
+    return layout.micro_batch_size, config.data.max_length
+
+
+def helping(plan: Plan, arguments: list[str]) -> Iterator[tuple[str, Plan]]:
+    """Yield each setting that alone lowers the peak of a run that does not fit; all together if none suffices."""
+    accumulated = replace(plan.layout, micro_batches=max(2, plan.layout.micro_batches))
+    largest = largest_micro_batch(plan.model, plan.config, accumulated, plan.usable)
+    lower = []
+    for setting in remedies(plan.config, plan.layout, largest):
+        if setting == MORE_GPUS:
+            setting, other = _more_gpus(plan, arguments)
+        else:
+            other = _changed(plan, arguments, setting)
+        if other is not None and other.needed < plan.needed:
+            lower.append((setting, other))
+    yield from lower
+    if len(lower) > 1 and not any(other.fits for _, other in lower):
+        together = _changed(plan, arguments, " ".join(setting for setting, _ in lower))
+        if together is not None:
+            yield "all of these", together
+
+
+def _more_gpus(plan: Plan, arguments: list[str]) -> tuple[str, Plan | None]:
+    """The first of four doublings of the GPUs that fits, else the first; None if it does not divide the batch."""
+    doublings = [f"gpus={plan.gpus.count * 2**i}" for i in range(1, 5)]
+    plans = takewhile(lambda each: each[1] is not None, ((more, _changed(plan, arguments, more)) for more in doublings))
+    first = next(plans, (MORE_GPUS, None))
+    return next((each for each in chain([first], plans) if each[1] is not None and each[1].fits), first)
+
+
+def _changed(plan: Plan, arguments: list[str], setting: str) -> Plan | None:
+    """The plan with other settings; None if they contradict the rest, as GPUs that do not divide the batch."""
+    try:
+        return make_plan([*arguments, *setting.split()], like=plan)
+    except ValueError:
+        return None
+
+
+def print_plan(arguments: list[str]) -> bool:
+    """Print the plan of a command line. Return whether the run fits."""
+    plan = make_plan(arguments)
+    print(printable("\n".join([*_run_lines(plan), "", *_memory_lines(plan, arguments), "", *_cost_lines(plan)])))
+    return plan.fits
+
+
+def _run_lines(plan: Plan) -> Iterator[str]:
+    """The model, the GPUs and a step."""
+    sizes = [(name, weight.numel(), weight.requires_grad) for name, weight in plan.model.named_parameters()]
+    own = sum(size for name, size, _ in sizes if base_name(name) is not None)
+    trained = sum(size for _, size, is_trained in sizes if is_trained)
+    adapters = f", {count_text(trained)} trained in adapters" if plan.config.model.lora_rank else ""
+    yield f"{count_text(own)} parameters{adapters}, shape from {plan.file}"
+    gpus, layout, length = plan.gpus, plan.layout, plan.config.data.max_length
+    yield f"gpus={gpus.count} of {gpus.source}: gpu_memory={gpus.memory / GIB:.4g} GiB, tflops={gpus.tflops:g}"
+    yield (
+        f"{layout.global_batch_size * length:,} tokens a step: {gpus.count} × {layout.micro_batches} forward passes of "
+        f"data.micro_batch_size_per_gpu={layout.micro_batch_size} × data.max_length={length}"
     )
 
-    bytes_in, usable = memory_table(model, config, layout), (1 - MARGIN) * machine.gpu_memory * GIB
-    rows = ([name, *(f"{size / GIB:.2f}" for size in phases)] for name, phases in bytes_in.items())
-    print(table([["GiB on each GPU", *PHASES], *rows]))
-    if config.trainer.cpu_offload:
-        state = state_memory(model, config, machine.gpus, CUDA)
-        print(f"and in the host's memory {(state.total - state.gathered) / GIB:.2f} for each GPU")
-    needed = max(bytes_in["total"])
-    fits = needed <= usable
-    largest = max(largest_micro_batch(model, config, layout, usable), layout.micro_batch_size if fits else 0)
-    print(
-        f"\n{'fits' if fits else 'does not fit'}: {needed / GIB:.2f} of {usable / GIB:.2f} GiB, which is gpu_memory="
-        f"{machine.gpu_memory:g} less {MARGIN:.0%} for fragmentation, NCCL and the CUDA context"
-    )
-    print(f"largest micro-batch that fits: {largest or 'none'}")
-    if not fits:
-        print("what helps:", ", ".join(remedies(config, layout, largest)))
 
-    speed = Speed(model, Distributed(0, machine.gpus, torch.device("cpu")), compute_dtype(config, CUDA), machine.tflops)
-    counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "masked": tokens / 2}
-    seconds = speed.flops(counts) / (machine.tflops * 1e12 * machine.gpus * machine.mfu)
-    print(
-        f"{seconds:.2f} s a step, {tokens / seconds:,.0f} tokens/s with mfu={machine.mfu:g}, tflops={machine.tflops:g} "
-        "and half of the tokens masked"
+def _memory_lines(plan: Plan, arguments: list[str]) -> Iterator[str]:
+    """Memory by part and phase, whether it fits, and what helps if not."""
+    unit = unit_of(plan.needed)
+    rows = ([name, *(f"{size / UNITS[unit]:.2f}" for size in phases)] for name, phases in plan.memory.items())
+    yield table([[f"{unit} on each GPU", *PHASES], *rows])
+    if plan.config.trainer.cpu_offload:
+        yield f"and in the host's memory {size_text(_in_host(plan))} for each GPU"
+    yield ""
+    yield (
+        f"{'fits' if plan.fits else 'does not fit'}: {size_text(plan.needed)} of {size_text(plan.usable)}, which is "
+        f"gpu_memory={plan.gpus.memory / GIB:.4g} less {MARGIN:.0%} for fragmentation, NCCL and the CUDA context"
     )
-    return fits
+    if plan.fits:
+        largest = largest_micro_batch(plan.model, plan.config, plan.layout, plan.usable)
+        yield f"largest micro-batch that fits: {max(largest, plan.layout.micro_batch_size)}"
+    elif helps := list(helping(plan, arguments)):
+        verdicts = ([name, size_text(other.needed), _verdict(other)] for name, other in helps)
+        yield table([["what helps, each alone", "needs", ""], *verdicts])
+    else:
+        yield "no setting helps: take a smaller model"
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return "lower"
+    return f"fits, with {size_text(_in_host(plan))} of the host" if plan.config.trainer.cpu_offload else "fits"
+
+
+def _in_host(plan: Plan) -> int:
+    """Bytes of the host's memory that `trainer.cpu_offload` takes for a GPU, and the copy that is saved from."""
+    state = state_memory(plan.model, plan.config, plan.layout.ranks, CUDA)
+    copied = state.weights + state.optimizer if plan.config.trainer.async_checkpoints else 0
+    return state.total - state.gathered + copied
+
+
+def _cost_lines(plan: Plan) -> Iterator[str]:
+    """Time of a step and of the run; disk."""
+    config, layout = plan.config, plan.layout
+    tokens, step = layout.global_batch_size * config.data.max_length, step_time(plan.model, config, layout, plan.gpus)
+    yield (
+        f"time: {duration_text(step.total)} a step, {tokens / step.total:,.0f} tokens/s, with mfu={plan.gpus.mfu:g} "
+        f"and half of the tokens masked{'; too little work to keep a GPU busy' if step.is_launching else ''}"
+    )
+    if step.offload:
+        yield (
+            f"  {duration_text(step.offload)} of it for trainer.cpu_offload: {PCIE / 1e9:g} GB/s over PCIe, and AdamW "
+            f"on the host at {HOST_ADAMW * 1e9:g} s a billion weights"
+        )
+    rows = None if config.trainer.max_steps else count_rows(config)
+    steps, epochs = count_steps(config, layout, rows), config.trainer.total_epochs
+    if steps is None:
+        epoch = 1000 / layout.global_batch_size * step.total
+        yield (
+            f"  1,000 rows take {duration_text(epoch)} an epoch, {duration_text(epochs * epoch)} in "
+            f"trainer.total_epochs={epochs} (not on this machine: {', '.join(config.data.train_files)})"
+        )
+    else:
+        reason = f"trainer.max_steps={steps}" if rows is None else f"trainer.total_epochs={epochs} of {rows:,} rows"
+        yield f"  {duration_text(steps * step.total)} for {steps:,} steps: {reason}"
+    yield f"  all rows are taken to have data.max_length={config.data.max_length} tokens; shorter ones take less"
+    written, keep = disk(plan.model, config, steps), config.trainer.keep_checkpoints
+    yield (
+        f"disk: {size_text(written.total)} at most: {written.checkpoints} × {size_text(written.checkpoint)} for "
+        f"checkpoints with trainer.keep_checkpoints={keep}, {size_text(written.export)} for hf/"
+    )
+
+
+def main(arguments: list[str]) -> bool:
+    """Print the plan of a command line, or the help. Return whether the run fits."""
+    if {"-h", "--help"} & {*arguments}:
+        print(HELP.format(explanations()))
+        return True
+    return print_plan(arguments)
 
 
 if __name__ == "__main__":
     with user_errors(debug=False):
-        sys.exit(0 if plan(sys.argv[1:]) else 1)
+        sys.exit(0 if main(sys.argv[1:]) else 1)

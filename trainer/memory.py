@@ -14,6 +14,8 @@ from trainer.build import compute_dtype, frozen_dtype
 from trainer.config import Config, batch_layout
 from trainer.distributed import GIB, Distributed, device_memory
 
+MORE_GPUS = "more GPUs"
+
 
 @dataclass(frozen=True)
 class StateMemory:
@@ -48,7 +50,7 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
         frozen -= matrices
         packed = round(NF4_BYTES * matrices)
         held -= held * matrices // (layer * len(layers))
-    if ranks == 1 and config.model.lora_rank:  # frozen weights are not gathered
+    if ranks == 1 and config.model.lora_rank and not config.trainer.cpu_offload:  # frozen weights are not gathered
         root, held = 0, held * trained // (trained + frozen)
     return StateMemory(
         weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards + packed,
@@ -103,21 +105,28 @@ def naming_remedies(config: Config, layout: BatchLayout) -> Iterator[None]:
 
 
 def remedies(config: Config, layout: BatchLayout, largest: int | None = None) -> list[str]:
-    """Settings that need less memory than those of the run.
+    """Settings that may need less memory than those of the run. They keep the rows of an optimizer step.
 
     Args:
         largest: micro-batch that is known to fit, 0 if none; by default half of the run's is named.
     """
-    rows = layout.micro_batch_size // 2 if largest is None else largest
+    limit = layout.micro_batch_size // 2 if largest is None else min(largest, layout.micro_batch_size - 1)
+    rank_rows = layout.micro_batch_size * layout.micro_batches
+    rows = max((n for n in range(1, limit + 1) if rank_rows % n == 0), default=0)
+    derived = config.data.train_batch_size is not None and config.data.gradient_accumulation_steps is None
+    accumulation = "" if derived or not rows else f" data.gradient_accumulation_steps={rank_rows // rows}"
+    checkpointing = config.model.enable_gradient_checkpointing
     settings = {
-        f"data.micro_batch_size_per_gpu={rows}": 0 < rows < layout.micro_batch_size,
-        "model.enable_gradient_checkpointing=true": not config.model.enable_gradient_checkpointing,
+        f"data.micro_batch_size_per_gpu={rows}{accumulation}": rows,
+        "model.enable_gradient_checkpointing=true": not checkpointing,
+        "model.recompute=full": checkpointing and config.model.recompute != "full",
         "trainer.reduce_each_micro_batch=true": layout.micro_batches > 1 and not config.trainer.reduce_each_micro_batch,
         "trainer.reshard_after_forward=true": not config.trainer.reshard_after_forward,
-        "more GPUs": True,
+        MORE_GPUS: True,
         "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
-        "model.lora_rank=16": not config.model.lora_rank,
+        "model.lora_rank=16 optim.lr=1e-4": not config.model.lora_rank,
         "trainer.cpu_offload=true": not config.trainer.cpu_offload,
+        f"data.max_length={config.data.max_length // 2}": config.data.max_length > 1 and layout.micro_batch_size == 1,
     }
     return [setting for setting, helps in settings.items() if helps]
 

@@ -1,6 +1,7 @@
 """Speed of a run: tokens per second, model FLOP/s utilisation, memory."""
 
 import resource
+from typing import NamedTuple
 
 import torch
 
@@ -8,8 +9,39 @@ from diffllm import DiffLLM
 from diffllm.quantize import count
 from trainer.distributed import Distributed
 
-# Dense bf16 TFLOP/s of the data sheets, by a part of the device's name.
-DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+
+class DataSheet(NamedTuple):
+    """A GPU by its vendor's data sheet."""
+
+    memory: float  # GiB; of L4, L40 and L40S less the sixteenth that error correction takes
+    tflops: float  # dense bf16 without sparsity, accumulated in float32
+
+
+# By short names, from the vendors' data sheets and white papers. All parts of a short name, split at the hyphen, occur
+# in the name that CUDA reports, and not in those of the GPUs behind it.
+GPUS = {
+    "3090": DataSheet(24, 71),
+    "4090": DataSheet(24, 165),
+    "5090": DataSheet(32, 210),
+    "a6000": DataSheet(48, 155),
+    "6000-ada": DataSheet(48, 364),
+    "l40s": DataSheet(45, 362),
+    "l40": DataSheet(45, 181),
+    "l4": DataSheet(22.5, 121),
+    "a100-40": DataSheet(40, 312),
+    "a100-80": DataSheet(80, 312),
+    "h100-pcie": DataSheet(80, 756),
+    "h100-nvl": DataSheet(94, 835),
+    "h100": DataSheet(80, 989),
+    "h200": DataSheet(141, 989),
+    "b200": DataSheet(180, 2250),
+}
+
+
+def find_gpu(device_name: str) -> str | None:
+    """Short name in GPUS of a GPU that CUDA calls `device_name`; None if it is not among them."""
+    parts = ((name, name.split("-")) for name in GPUS)
+    return next((name for name, found in parts if all(part in device_name.lower() for part in found)), None)
 
 
 class Speed:
@@ -66,8 +98,8 @@ def _flops(weight: torch.Tensor) -> int:
 def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops for part, tflops in DATA_SHEET.items() if part in name), None)
+    name = find_gpu(torch.cuda.get_device_name(device))
+    return GPUS[name].tflops if name else None
 
 
 def _peak_memory(device: torch.device) -> int:

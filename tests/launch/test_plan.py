@@ -1,6 +1,7 @@
 """Predicted memory against what a process takes, and what a user types and reads."""
 
 import runpy
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -8,20 +9,25 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 from diffllm import ModelConfig, new_model
 from diffllm.adapt import adapt
 from diffllm.tokenizer import builtin_tokenizer
 from launch.activations import pass_memory
 from launch.cli import CONF
-from launch.plan import largest_micro_batch, memory_table, meta_model, read_arguments
+from launch.plan import largest_micro_batch, memory_table, read_arguments
+from launch.shapes import meta_model
 from tests.benchmarks.measure import peak_bytes
 from tests.conftest import GOLDEN, small_shape
 from tests.diffllm.decoders import write_decoder
+from tests.diffllm.test_gguf import write_gguf
 from trainer.config import Config, batch_layout
 from trainer.parallel import recompute_activations
+from trainer.speed import GPUS
 
-COMMAND = ["model=dream_7b", "gpus=8", "gpu_memory=80", "data.max_length=2048", "data.micro_batch_size_per_gpu=4"]
+COMMAND = ["model=dream_7b", "gpus=8", "gpu=h100", "data.max_length=2048", "data.micro_batch_size_per_gpu=4"]
 ROWS, LENGTH = 4, 256
 RECOMPUTED = {"hidden_size": 128, "num_key_value_heads": 2, "vocab_size": 2000, "enable_gradient_checkpointing": True}
 # Shapes whose peak is in activations of many layers, logits, or a recomputed layer.
@@ -94,33 +100,66 @@ def test_a_plan(run):
     code, out, err = run(*COMMAND)
     assert (code, err) == (0, "")
     assert "7.62 billion parameters, shape from launch/shapes.yaml" in out
+    assert "gpus=8 of gpu=h100: gpu_memory=80 GiB, tflops=989" in out
+    assert "GiB on each GPU" in out
     for row in ("weights", "gradients", "optimizer", "gathered weights", "activations", "logits"):
         assert f"\n{row} " in out
     # 16 bytes of state a parameter, less the gradients until they are there.
     state = 16 * 7.616e9 / 8 / 2**30
     assert all(0.75 * state < total < 0.75 * state + 12 for total in totals(out))
-    assert f"fits: {max(totals(out)):.2f} of 72.00 GiB" in out
+    assert f"fits: {max(totals(out)):.1f} GiB of 72.0 GiB" in out
     assert "gpu_memory=80 less 10%" in out
-    assert "largest micro-batch that fits: 5" in out
-    assert "mfu=0.4, tflops=989" in out
+    assert "largest micro-batch that fits: 56" in out
+    assert "mfu=0.4" in out
+    assert (
+        "disk: 284 GiB at most: 3 × 85.1 GiB for checkpoints with trainer.keep_checkpoints=2, 28.4 GiB for hf/"
+        in run(*COMMAND, "trainer.save_checkpoint_steps=5", "trainer.max_steps=20")[1]
+    )
 
 
-def test_what_does_not_fit_is_told_what_helps(run):
-    code, out, _ = run("model=llada_8b", "gpus=4", "gpu_memory=24", "model.enable_gradient_checkpointing=false")
+def helps(out: str) -> dict[str, tuple[str, str]]:
+    """What helps: need and verdict by setting."""
+    lines = out.partition("what helps")[2].partition("\n\n")[0].splitlines()[1:]
+    return {line.split("  ")[0]: tuple(part.strip() for part in line.split("  ")[1:] if part) for line in lines}
+
+
+def test_what_does_not_fit_is_told_what_helps_and_what_suffices(run):
+    code, out, _ = run("experiment=dream_s1k", "gpu=4090")
     assert code == 1
-    assert "8.02 billion parameters" in out
-    assert "does not fit" in out
-    assert "largest micro-batch that fits: none" in out
-    [helps] = [line for line in out.splitlines() if line.startswith("what helps")]
-    for setting in ("more GPUs", "enable_gradient_checkpointing", "lora_rank", "adamw_8bit", "cpu_offload"):
-        assert setting in helps
+    assert "does not fit: 126 GiB of 21.6 GiB" in out
+    assert "largest micro-batch" not in out
+    found = helps(out)
+    assert found["gpus=16"] == ("20.0 GiB", "fits")
+    assert found["trainer.cpu_offload=true"][1].startswith("fits, with ")
+    for setting in ("model.lora_rank=16 optim.lr=1e-4", "data.max_length=8192"):
+        assert found[setting][1] == "lower"
+    assert not any("checkpointing" in setting or "micro_batch" in setting for setting in found)  # no room in them
 
 
-def test_a_smaller_micro_batch_helps(run):
-    code, out, _ = run(*COMMAND, "gpu_memory=24", "data.micro_batch_size_per_gpu=8")
+def test_what_does_not_lower_the_peak_is_not_named(run):
+    """Two ranks would gather weights that one rank keeps."""
+    small = ["model.hidden_size=64", "model.lora_rank=1", "data.max_length=8", "gpu_memory=1e-3", "model.compile=false"]
+    found = helps(run(*small)[1])
+    assert found["all of these"][1] == "lower"
+    assert not any(setting.startswith("gpus") for setting in found)
+
+
+def test_a_smaller_micro_batch_helps_that_divides_the_batch(run):
+    command = [*COMMAND, "gpu=4090", "data.micro_batch_size_per_gpu=32"]
+    code, out, _ = run(*command)
     assert code == 1
-    [largest] = [line.split()[-1] for line in out.splitlines() if line.startswith("largest")]
-    assert f"what helps: data.micro_batch_size_per_gpu={largest}, more GPUs" in out
+    setting = "data.micro_batch_size_per_gpu=2 data.gradient_accumulation_steps=16"  # the same step
+    assert helps(out)[setting] == ("21.1 GiB", "fits")
+    assert helps(out)["gpus=16"][1] == "lower"
+
+
+def test_small_models_are_planned_in_mebibytes(run):
+    _, out, _ = run("experiment=quickstart", "gpu=h100")
+    assert "801,792 parameters" in out
+    assert "MiB on each GPU" in out
+    assert min(totals(out)) > 1
+    assert "too little work to keep a GPU busy" in out
+    assert "15.0 s for 2,000 steps: trainer.max_steps=2000" in out
 
 
 # In billions, as published.
@@ -162,20 +201,41 @@ def test_a_causal_directory_is_planned_as_it_is_adapted(tmp_path, tokenizer):
     assert shapes[0] == shapes[1]
 
 
-def test_time_follows_mfu_and_gpus(run):
-    small = ("model.num_hidden_layers=1", "tflops=1e-3")
-    seconds = [
-        float(run(*small, *more)[1].splitlines()[-1].split()[0]) for more in ([], ["mfu=0.2"], ["gpus=1", "mfu=0.2"])
-    ]
-    assert seconds[1] == pytest.approx(2 * seconds[0], rel=1e-3)
-    assert seconds[2] == seconds[1]
+def test_a_gguf_file_has_its_shape(tmp_path, tokenizer, run):
+    source = write_decoder("qwen2", tmp_path / "source", tokenizer, vocab_size=260)
+    file = write_gguf(AutoModelForCausalLM.from_pretrained(source), tmp_path)
+    code, out, _ = run(
+        f"model.path={file}", "model.mask_token='<|fim_pad|>'", "data.max_length=16", "model.compile=false"
+    )
+    assert code == 0
+    assert f"shape from {file}" in out
+
+
+def test_a_cached_checkpoint_of_the_hub_needs_no_shape(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--dream"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(GOLDEN / "dream_tiny", repository / "snapshots" / ("0" * 40))
+    code, out, _ = run("model.path=someone/dream", "data.max_length=16")
+    assert code == 0
+    assert "shape from someone/dream/config.json" in out
+
+
+def test_the_help_explains_each_setting(run):
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    for name in ("gpu ", "gpus", "gpu_memory", "tflops", "mfu"):
+        assert f"\n  {name}" in out
+    assert all(name in out for name in GPUS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gpu=8"], ["gpu=8: no such setting; did you mean gpus"]),
-        (["--help"], ["NAME=VALUE"]),
+        (["gpu=8"], ["gpu=8", "4090", "gpu_memory="]),
+        (["gpuz=8"], ["gpuz=8: no such setting; did you mean gpu"]),
+        (["dream_s1k"], ["NAME=VALUE", "--help"]),
         (["gpus=0"], ["gpus=0", "positive"]),
         (["gpus=2.5"], ["gpus", "2.5"]),
         (["gpu_memory=-1"], ["gpu_memory=-1", "positive"]),
@@ -185,8 +245,9 @@ def test_time_follows_mfu_and_gpus(run):
         (["model.path=nowhere"], ["model.path=nowhere", "Dream-org/Dream-v0-Base-7B"]),
         (["experiment=adapt_ar", "model.path=Qwen/Qwen2.5-3B"], ["model.path=Qwen/Qwen2.5-3B", "SmolLM2", "shape"]),
         (["model=llada_8b", "data.max_length=8192"], ["data.max_length=8192", "context is 4096"]),
-        (["data.train_batch_size=9"], ["train_batch_size=9", "ranks=8"]),
-        (["trainer.replicate=3"], ["trainer.replicate=3", "gpus=8"]),
+        (["data.train_batch_size=9", "gpus=8"], ["train_batch_size=9", "ranks=8"]),
+        (["data.train_batch_size=4096", "data.micro_batch_size_per_gpu=1"], ["train_batch_size=4096", "training rows"]),
+        (["trainer.replicate=3", "gpus=8"], ["trainer.replicate=3", "gpus=8"]),
     ],
     ids=str,
 )

@@ -51,12 +51,13 @@ def test_adapters_train_the_same_on_two_ranks_and_resume(lora_run, pretrained, t
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(alone).items())
 
 
-def test_one_rank_copies_no_frozen_weight(lora_run):
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_one_rank_copies_no_frozen_weight_unless_from_the_host(lora_run, offloaded):
     with init_distributed() as distributed:
-        model = FSDPSFTTrainer(lora_run(), distributed).model
+        model = FSDPSFTTrainer(lora_run(trainer__cpu_offload=offloaded), distributed).model
     assert {parameter.requires_grad: isinstance(parameter, DTensor) for parameter in model.parameters()} == {
         True: True,
-        False: False,
+        False: offloaded,
     }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data import BatchLayout
 from diffllm import ModelConfig
 from launch.cli import user_errors
 from tests.conftest import GOLDEN
@@ -11,7 +12,7 @@ from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.distributed import Distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
-from trainer.memory import check_gathers, check_memory, state_memory
+from trainer.memory import check_gathers, check_memory, remedies, state_memory
 
 
 def test_state_of_each_rank(small_model):
@@ -57,6 +58,23 @@ def test_out_of_memory_names_what_helps(small_run, monkeypatch):
         MemoryError, match=words + r".*more GPUs, .* \(CUDA out of memory\. Tried to allocate 2 GiB\.\)$"
     ):
         train(small_run())
+
+
+def test_a_smaller_micro_batch_divides_the_batch_and_keeps_it():
+    config = Config()
+    layout = BatchLayout(rank=0, ranks=2, micro_batch_size=6, micro_batches=2)
+    keeping = "data.micro_batch_size_per_gpu={} data.gradient_accumulation_steps={}"
+    assert remedies(config, layout)[0] == keeping.format(3, 4)
+    assert remedies(config, layout, largest=5)[0] == keeping.format(4, 3)
+    assert not any("micro_batch_size" in setting for setting in remedies(config, layout, largest=0))
+    config.data.train_batch_size = 24
+    assert remedies(config, layout, largest=2)[0] == "data.micro_batch_size_per_gpu=2"
+
+
+def test_what_a_single_row_can_still_give_up():
+    config = Config(model=ModelConfig(enable_gradient_checkpointing=True, recompute="selective"))
+    layout = BatchLayout(rank=0, ranks=1, micro_batch_size=1, micro_batches=4)
+    assert {"model.recompute=full", "data.max_length=1024"} <= {*remedies(config, layout)}
 
 
 def test_out_of_memory_ends_a_command_in_one_line(capsys):

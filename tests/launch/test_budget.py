@@ -1,0 +1,117 @@
+"""Rows, steps, time and disk of a run."""
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+
+from data.tasks.equations import Equations
+from diffllm import new_model
+from diffllm.lora import add_lora
+from diffllm.tokenizer import builtin_tokenizer
+from launch.budget import count_rows, count_steps, disk, step_time
+from launch.machine import Machine, complete
+from tests.conftest import small_shape
+from tests.trainer.runs import newest
+from trainer.config import Config, batch_layout
+from trainer.manifest import read_manifest
+
+ROW = {"question": "2+2?", "answer": "4"}
+
+
+def files_of(*names: str, subset: float | None = None) -> Config:
+    config = Config()
+    config.data.train_files, config.data.subset = [*map(str, names)], subset
+    return config
+
+
+def test_rows_of_files_of_all_kinds(tmp_path):
+    jsonl, parquet, listed, folder = (tmp_path / name for name in ("a.jsonl", "b.parquet", "c.json", "d"))
+    jsonl.write_text(f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}")
+    pq.write_table(pa.Table.from_pylist([ROW] * 3), parquet)
+    listed.write_text(json.dumps([ROW] * 5))
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(f"{json.dumps(ROW)}\n" * 7)
+    (folder / "test.jsonl").write_text(f"{json.dumps(ROW)}\n")
+    Dataset.from_list([ROW] * 11).save_to_disk(tmp_path / "saved")
+    assert count_rows(files_of(jsonl, parquet)) == 5
+    assert count_rows(files_of(listed)) == 5
+    assert count_rows(files_of(f"{folder}:train")) == 7
+    assert count_rows(files_of(tmp_path / "saved")) == 11
+    assert count_rows(files_of(f"{folder}:train", subset=4)) == 4
+    assert count_rows(files_of()) == len(Equations().rows("train"))
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "openai/gsm8k", "openai/gsm8k/main:test"])
+def test_rows_of_files_elsewhere_are_unknown(name):
+    assert count_rows(files_of(name)) is None
+
+
+def test_steps():
+    config = Config()
+    config.data.train_batch_size = 32
+    layout = batch_layout(config.data, 0, 2)
+    assert count_steps(config, layout, None) is None
+    assert count_steps(config, layout, 1000) == 3 * 31
+    with pytest.raises(ValueError, match=r"data\.train_batch_size=32: .* 31 "):
+        count_steps(config, layout, 31)
+    config.trainer.max_steps = 7
+    assert count_steps(config, layout, None) == 7
+
+
+@pytest.fixture
+def large():
+    """A model of 1.9 billion parameters on the meta device."""
+    shape = small_shape(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, vocab_size=70_000)
+    with torch.device("meta"):
+        return new_model(replace(shape, num_attention_heads=16, num_key_value_heads=16), builtin_tokenizer())
+
+
+def test_time_follows_flops(large):
+    config, base = Config(model=small_shape()), Machine(gpu="h100")
+    layout = batch_layout(config.data, 0, 1)
+    seconds = step_time(large, config, layout, complete(base)).total
+    for machine, factor in ((replace(base, mfu=0.2), 2), (Machine(gpu="a100-80"), 989 / 312)):
+        assert step_time(large, config, layout, complete(machine)).total == pytest.approx(factor * seconds)
+    shared = step_time(large, config, batch_layout(config.data, 0, 8), complete(replace(base, gpus=8)))
+    assert shared.total == pytest.approx(seconds)  # a step has eight times as many rows
+    config.data.max_length = 4
+    assert step_time(large, config, layout, complete(base)).is_launching
+
+
+def test_offloading_takes_time_for_transfers_and_the_update(large):
+    config = Config(model=small_shape())
+    config.trainer.cpu_offload = True
+    config.data.train_batch_size, config.data.micro_batch_size_per_gpu = 8, 2
+    parameters = sum(parameter.numel() for parameter in large.parameters())
+    step = step_time(large, config, batch_layout(config.data, 0, 1), complete(Machine(gpu="h100")))
+    assert step.offload == pytest.approx(4 * 3 * 4 * parameters / 25e9 + 2e-9 * parameters)
+    assert step.total == step.compute + step.offload
+
+
+def test_disk_is_what_a_run_writes(default_run, small_run, small_model):
+    written = disk(small_model, small_run(), steps=12)
+    files = read_manifest(newest(default_run))["files"]
+    tensors = sum(file["bytes"] for name, file in files.items() if name.endswith(".distcp"))
+    assert written.checkpoint == pytest.approx(tensors, rel=0.15)
+    assert written.export == pytest.approx((default_run / "hf" / "model.safetensors").stat().st_size, rel=0.05)
+
+
+def test_checkpoints_on_the_disk_at_once(large):
+    config = Config(model=small_shape())
+    for interval, steps, most in ((None, None, 1), (5, None, 3), (5, 20, 3), (5, 10, 2), (5, 4, 1)):
+        config.trainer.save_checkpoint_steps = interval
+        assert disk(large, config, steps).checkpoints == most
+
+
+def test_adapters_alone_are_saved_and_the_whole_model_is_exported(large):
+    config = Config(model=small_shape(lora_rank=8))
+    parameters = sum(parameter.numel() for parameter in large.parameters())
+    add_lora(large, config.model, seed=0)
+    adapters = sum(parameter.numel() for parameter in large.parameters() if parameter.requires_grad)
+    written = disk(large, config, steps=1)
+    assert (written.checkpoint, written.export) == (12 * adapters, 2 * parameters)

@@ -1,0 +1,67 @@
+"""Experiments that are named after a card fit on it, and the README has their figures."""
+
+import re
+
+import pytest
+
+from launch.budget import count_steps, step_time
+from launch.cli import CONF
+from launch.machine import Machine, complete
+from launch.plan import make_plan
+from launch.quantities import duration_text, size_text
+from tests.conftest import ROOT
+from trainer.speed import GPUS
+
+# Cards by their size in GB. The names of experiments promise sizes.
+CARDS = {24: ("3090", "4090", "l4"), 48: ("a6000", "6000-ada", "l40s"), 80: ("a100-80", "h100-pcie", "h100")}
+SIZE = re.compile(r"(\d+)gb")
+RECIPES = {path.stem: (1, int(SIZE.search(path.stem)[1])) for path in CONF.glob("experiment/*gb*.yaml")}
+RECIPES["dream_s1k"] = (8, 80)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Each recipe, planned for the card of its size with the least memory."""
+    cards = {size: min(names, key=lambda name: GPUS[name].memory) for size, names in CARDS.items()}
+    return {
+        name: make_plan([f"experiment={name}", f"gpu={cards[size]}", f"gpus={gpus}"])
+        for name, (gpus, size) in RECIPES.items()
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_card(plans, name):
+    plan = plans[name]
+    assert plan.fits, f"{plan.needed:,} of {plan.usable:,.0f} bytes"
+    assert plan.layout.global_batch_size == 32
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_adapters_have_a_learning_rate_of_their_own(plans, name):
+    config = plans[name].config
+    assert bool(config.model.lora_rank) == ("lora" in name)
+    assert config.optim.lr == (1e-4 if "lora" in name else 2e-6)
+    assert config.model.lora_alpha == max(16, config.model.lora_rank)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("experiment/*.yaml")))
+def test_an_experiment_names_its_run(name):
+    assert f"experiment_name: {name}\n" in (CONF / "experiment" / f"{name}.yaml").read_text()
+
+
+# Cells of a row: experiment, arguments of launch.plan, memory, time.
+TABLE = re.findall(r"^\| `(\w+)` \|.*\| `(.*?)` \| (.*) \| (.*) \|$", (ROOT / "launch" / "README.md").read_text(), re.M)
+
+
+def test_the_readme_names_every_recipe():
+    assert {name for name, *_ in TABLE} == {*RECIPES}
+
+
+@pytest.mark.parametrize(("name", "arguments", "memory", "time"), TABLE, ids=[name for name, *_ in TABLE])
+def test_the_readme_has_the_figures_of_launch_plan(plans, name, arguments, memory, time):
+    plan, machine = plans[name], dict(argument.split("=") for argument in arguments.split())
+    gpus = complete(Machine(gpu=machine["gpu"], gpus=int(machine.get("gpus", 1))))
+    steps = count_steps(plan.config, plan.layout, rows=1000)
+    assert (gpus.count, plan.config.trainer.total_epochs) == (plan.gpus.count, 3)
+    assert memory == size_text(plan.needed)
+    assert time == duration_text(steps * step_time(plan.model, plan.config, plan.layout, gpus).total)
