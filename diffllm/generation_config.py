@@ -24,7 +24,11 @@ def generation_json(
     if sampling is not None:
         kept = {name: value for name, value in asdict(sampling).items() if name in RECOMMENDED and value is not None}
         others = {name: value for name, value in settings.items() if name not in RECOMMENDED}
-        settings = {**others, **kept, "do_sample": sampling.temperature > 0}  # else Transformers warns
+        if sampling.temperature:
+            kept["do_sample"] = True
+        else:  # Transformers warns of a temperature of 0
+            del kept["temperature"]
+        settings = others | kept
     return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
 
 

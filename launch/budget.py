@@ -1,4 +1,4 @@
-"""Time and disk of a run, from its settings and the shapes of its model."""
+"""Time of a run, from its settings and the shapes of its model."""
 
 import math
 from pathlib import Path
@@ -13,9 +13,8 @@ from data.errors import BadRows
 from data.files import iterate, outline
 from data.tasks.equations import Equations
 from diffllm import DiffLLM
-from diffllm.lora import base_name
 from launch.machine import Gpus
-from trainer.build import compute_dtype, frozen_dtype
+from trainer.build import compute_dtype
 from trainer.config import Config
 from trainer.distributed import Distributed
 from trainer.memory import state_memory
@@ -40,18 +39,6 @@ class StepTime(NamedTuple):
     def total(self) -> float:
         """Without overlap."""
         return self.compute + self.offload
-
-
-class Disk(NamedTuple):
-    """Bytes that a run writes."""
-
-    checkpoint: int
-    checkpoints: int  # most that exist at once: the kept ones and an unfinished one
-    export: int
-
-    @property
-    def total(self) -> int:
-        return self.checkpoint * self.checkpoints + self.export
 
 
 def step_time(model: DiffLLM, config: Config, layout: BatchLayout, gpus: Gpus) -> StepTime:
@@ -86,6 +73,8 @@ def count_rows(config: Config) -> int | None:
     if None in counts:
         return None
     rows = sum(counts)
+    if config.data.val_split and not config.data.val_files:
+        rows -= math.ceil(config.data.val_split * rows)
     return rows if config.data.subset is None else len(subset(rows, config.data.subset, config.seed))
 
 
@@ -120,22 +109,3 @@ def count_steps(config: Config, layout: BatchLayout, rows: int | None) -> int | 
             f"data.train_batch_size={layout.global_batch_size}: more than the {rows} training rows; lower it"
         )
     return config.trainer.total_epochs * (rows // layout.global_batch_size)
-
-
-def disk(model: DiffLLM, config: Config, steps: int | None) -> Disk:
-    """Checkpoints, with trained weights in float32 and two moments, and the export.
-
-    Args:
-        steps: of the run; None for so many that old checkpoints are deleted.
-    """
-    state, keep = state_memory(model, config, 1, CUDA), config.trainer.keep_checkpoints
-    if (interval := config.trainer.save_checkpoint_steps) is None:
-        saves = 1
-    else:
-        saves = keep + 1 if steps is None else math.ceil(steps / interval)
-    exported = sum(weight.numel() for name, weight in model.named_parameters() if base_name(name) is not None)
-    return Disk(
-        checkpoint=state.gradients + state.optimizer,  # gradients are as large as the weights that they train
-        checkpoints=min(saves, keep + 1),
-        export=frozen_dtype(config, CUDA).itemsize * exported,
-    )

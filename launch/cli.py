@@ -205,7 +205,8 @@ def check_arguments(arguments: list[str]) -> None:
         raise ValueError(
             "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
         )
-    choices = group_choices(config_dir(arguments))
+    directory, arguments = split_config_dir(arguments)
+    choices = group_choices(directory)
     names = sorted({*choices, *field_names()})
     for argument in arguments:
         if groups := sorted(group for group in choices if argument in choices[group]):
@@ -249,18 +250,19 @@ def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
         print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
 
 
-def config_dir(arguments: Sequence[str]) -> Path | None:
-    """The directory of a command line's `--config-dir`.
+def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The directory of a command line's `--config-dir`, and the other arguments.
 
     Raises:
         ValueError: it does not exist.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
-    directory = parser.parse_known_args(arguments)[0].config_dir
+    known, others = parser.parse_known_args(arguments)
+    directory = known.config_dir
     if directory is not None and not directory.is_dir():
         raise ValueError(f"--config-dir {directory}: no such directory; it holds choices such as experiment/mine.yaml")
-    return directory
+    return directory, others
 
 
 def group_choices(directory: Path | None = None) -> dict[str, list[str]]:

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: launch/local.sh train.py experiment=quickstart …
-# One rank a GPU, for the largest power of two of them, or two CPU ranks without a GPU; RANKS=N overrides.
+# One rank a GPU, for as many of them as divide the batch, or two CPU ranks without a GPU; RANKS=N overrides.
 # RESTARTS=N restarts the ranks up to N times when one of them dies; they resume from the newest checkpoint.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-ranks=1
-while ((ranks * 2 <= (gpus > 0 ? gpus : 2))); do ranks=$((ranks * 2)); done
-ranks=${RANKS:-$ranks}
+ranks=$((gpus > 0 ? gpus : 2))
+if [[ -n ${RANKS:-} ]]; then
+    ranks=$RANKS
+elif ((ranks & (ranks - 1))); then # a power of two divides most batches, and asking takes seconds
+    ranks=$("$python" -m launch.ranks "$ranks" "${@:2}")
+fi
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 fi

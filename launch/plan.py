@@ -13,29 +13,27 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from itertools import chain, takewhile
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from data import BatchLayout
-from data.errors import nearest
+from data.quantities import UNITS, count_text, duration_text, size_text, unit_of
 from data.terminal import printable, table
 from diffllm import DiffLLM
 from diffllm.diffusion.loss import LOGITS_PER_CHUNK
 from diffllm.lora import base_name
 from launch.activations import PassMemory, pass_memory
-from launch.budget import CUDA, HOST_ADAMW, PCIE, count_rows, count_steps, disk, step_time
-from launch.cli import CONF, check_arguments, user_errors
+from launch.budget import CUDA, HOST_ADAMW, PCIE, count_rows, count_steps, step_time
+from launch.cli import user_errors
 from launch.machine import Gpus, Machine, complete, explanations
-from launch.quantities import UNITS, count_text, duration_text, size_text, unit_of
+from launch.settings import read_settings
 from launch.shapes import meta_model
 from trainer.build import compute_dtype
 from trainer.config import Config, batch_layout
+from trainer.disk import disk
 from trainer.distributed import GIB
 from trainer.memory import MORE_GPUS, remedies, state_memory, whole_gradients
-from trainer.schema import field_names, resolve
 
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
@@ -143,24 +141,8 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
     Raises:
         ValueError: an unknown name, or a value outside its range.
     """
-    names, machine_values, settings = [field.name for field in fields(Machine)], {}, []
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in names:
-            machine_values[name] = value
-        elif name not in field_names() and get_close_matches(name, names):
-            raise ValueError(f"{argument}: no such setting; {nearest(name, names)}")
-        elif "=" not in argument:
-            raise ValueError(f"{argument}: write settings as NAME=VALUE, such as gpu=4090; --help explains them")
-        else:
-            settings.append(argument)
-    check_arguments(settings)
-    machine = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), machine_values))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", ["trainer.experiment_name=plan", *settings], return_hydra_config=True)
-    with open_dict(composed):
-        choice = composed.pop("hydra").runtime.choices.model
-    return machine, resolve(composed), choice
+    values, config, choice = read_settings(arguments, [field.name for field in fields(Machine)])
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), values)), config, choice
 
 
 def make_plan(arguments: list[str], like: Plan | None = None) -> Plan:
@@ -309,10 +291,10 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
         reason = f"trainer.max_steps={steps}" if rows is None else f"trainer.total_epochs={epochs} of {rows:,} rows"
         yield f"  {duration_text(steps * step.total)} for {steps:,} steps: {reason}"
     yield f"  all rows are taken to have data.max_length={config.data.max_length} tokens; shorter ones take less"
-    written, keep = disk(plan.model, config, steps), config.trainer.keep_checkpoints
+    written = disk(plan.model, config, steps, CUDA)
     yield (
-        f"disk: {size_text(written.total)} at most: {written.checkpoints} × {size_text(written.checkpoint)} for "
-        f"checkpoints with trainer.keep_checkpoints={keep}, {size_text(written.export)} for hf/"
+        f"disk: {size_text(written.total)} at most: {written.most} × {size_text(written.checkpoint)} for checkpoints "
+        f"({written.kept} are kept), {size_text(written.export)} for hf/"
     )
 
 

@@ -7,16 +7,17 @@ weights. The rows are the first of the first step.
 import sys
 from dataclasses import replace
 
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from data import BatchLayout
 from diffllm.diffusion import build_objective
-from launch.cli import CONF, check_arguments, user_errors
+from launch.cli import user_errors
+from launch.settings import read_settings
 from trainer.build import build_batches, build_tokenizer
 from trainer.config import DEFAULT_MICRO_BATCH_SIZE
 from trainer.preview import CHARACTERS, print_preview
-from trainer.schema import resolve
+
+DEFAULTS = {"rows": 3, "characters": CHARACTERS}
 
 
 def show(arguments: list[str]) -> None:
@@ -25,19 +26,8 @@ def show(arguments: list[str]) -> None:
     Raises:
         ValueError: an unknown setting, a wrong value, or rows that cannot be trained on.
     """
-    own = {"rows": 3, "characters": CHARACTERS}
-    for argument in list(arguments):
-        name, _, value = argument.partition("=")
-        if name in own:
-            if not value.isdigit():
-                raise ValueError(f"{argument}: must be a whole number")
-            own[name] = int(value)
-            if name == "rows" and not own[name]:
-                raise ValueError(f"{argument}: must be at least 1")
-            arguments.remove(argument)
-    check_arguments(arguments)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config", ["trainer.experiment_name=show", *arguments]))
+    values, config, _ = read_settings(arguments, ["rows", "characters"])
+    rows, characters = (_whole(name, values.get(name), default) for name, default in DEFAULTS.items())
     tokenizer = build_tokenizer(config.model)
     objective = build_objective(config.diffusion, tokenizer.mask_token_id, config.seed)
     data = config.data
@@ -48,9 +38,15 @@ def show(arguments: list[str]) -> None:
     source, _, prepared = build_batches(config, tokenizer, BatchLayout(0, 1, size, 1), objective.corrupt, None)
     for _, report in prepared.values():
         print(report.text())
-    rows = prepared["training"].rows if "training" in prepared else None
-    batches = (batch for micro_batches in source.loader(range(-(-own["rows"] // size))) for batch in micro_batches)
-    print_preview(Console(), batches, tokenizer, rows, own["rows"], own["characters"])
+    table = prepared["training"].rows if "training" in prepared else None
+    batches = (batch for micro_batches in source.loader(range(-(-rows // size))) for batch in micro_batches)
+    print_preview(Console(), batches, tokenizer, table, rows, characters)
+
+
+def _whole(name: str, value: str | None, default: int) -> int:
+    if value is not None and not value.isdigit():
+        raise ValueError(f"{name}={value}: must be a whole number")
+    return default if value is None else int(value)
 
 
 if __name__ == "__main__":

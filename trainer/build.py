@@ -314,7 +314,7 @@ def export_dtype(config: Config, source: CheckpointSource) -> torch.dtype:
     if config.trainer.export_dtype != "auto":
         return EXPORT_DTYPES[config.trainer.export_dtype]
     given = source.published.get("dtype") or source.published.get("torch_dtype")
-    return torch.float32 if source.name is None or given == "float32" else torch.bfloat16
+    return torch.float32 if config.model.path is None or given == "float32" else torch.bfloat16
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:

@@ -125,6 +125,7 @@ def remedies(config: Config, layout: BatchLayout, largest: int | None = None) ->
         MORE_GPUS: True,
         "optim.name=adamw_8bit trainer.async_checkpoints=false": config.optim.name == "adamw",
         "model.lora_rank=16 optim.lr=1e-4": not config.model.lora_rank,
+        "model.quantize=nf4": config.model.lora_rank and config.model.quantize == "none",
         "trainer.cpu_offload=true": not config.trainer.cpu_offload,
         f"data.max_length={config.data.max_length // 2}": config.data.max_length > 1 and layout.micro_batch_size == 1,
     }

@@ -61,8 +61,8 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # loss weights stay float32; hidden states have the dtype of the embedding
     )
-    # On one rank frozen weights, which have the dtype of the forward, would only be copied, unless from the host. Packed
-    # ones stay whole on every rank.
+    # On one rank frozen weights, which have the dtype of the forward, would only be copied, unless from the host.
+    # Packed ones stay whole on every rank.
     kept = distributed.size == 1 and not settings.cpu_offload
     whole = {p for p in model.parameters() if is_quantized(p) or (kept and not p.requires_grad)}
     split = partial(

@@ -3,8 +3,9 @@
 import math
 import time
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from typing import Any
+
+from data.quantities import duration_text
 
 ESTIMATED_AFTER = 10  # steps
 
@@ -60,14 +61,10 @@ class Clock:
         if self.steps != ESTIMATED_AFTER or not left:
             return None
         seconds = self._later_steps / (self.steps - 1)
-        return f"{seconds:.3g} s a step: {duration(seconds * left)} for the {left:,} steps left, without validation"
+        rest = duration_text(seconds * left)
+        return f"{duration_text(seconds)} a step: {rest} for the {left:,} steps left, without validation"
 
     @property
     def total(self) -> str:
         """Time since the start."""
-        return duration(time.perf_counter() - self.began)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as [D days,] H:MM:SS."""
-    return str(timedelta(seconds=round(seconds)))
+        return duration_text(time.perf_counter() - self.began)

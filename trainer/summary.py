@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 
 from data import BatchSource, TokenRows
+from data.quantities import count_text, size_text
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.compilation import is_compiled
 from diffllm.quantize import count
-from trainer.build import compute_dtype, export_dtype
+from trainer.build import compute_dtype
 from trainer.config import Config, TrainerConfig, warmup_steps
+from trainer.disk import disk
 from trainer.distributed import Distributed
-from trainer.memory import state_memory
 from trainer.progress import Clock, Progress
 
 TOY = (
@@ -56,11 +57,7 @@ def _model(config: Config, model: DiffLLM) -> str:
 
 
 def _count(parameters: list[torch.Tensor]) -> str:
-    total = sum(map(count, parameters))
-    for size, name in ((1e9, "billion"), (1e6, "million")):
-        if total >= size:
-            return f"{total / size:.2f} {name}"
-    return f"{total:,}"
+    return count_text(sum(map(count, parameters)))
 
 
 def _device(config: Config, distributed: Distributed, model: DiffLLM, passes: int) -> str:
@@ -104,32 +101,17 @@ def _validation(settings: TrainerConfig, rows: TokenRows | None) -> str:
 
 
 def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int) -> str:
-    """Files that a run will write, their sizes, and the space left.
-
-    Checkpoints hold the trained weights in float32 and the optimizer's moments. One more than those kept exists during
-    a save.
-    """
-    settings, directory = config.trainer, Path(config.trainer.output_dir)
-    state = state_memory(model, config, ranks=1, device=distributed.device)
-    checkpoint, model_size = state.gradients + state.optimizer, _export_size(config, model)
-    saves = -(-steps // (settings.save_checkpoint_steps or steps or 1))
-    kept = (min(saves, settings.keep_checkpoints) + settings.keep_best) * settings.save_checkpoints
-    parts = [f"checkpoints of {_size(checkpoint)}, {kept} kept"] if kept else []
-    parts += [f"hf/ of {_size(model_size)}"] if settings.save_model else []
-    needed = (kept + (saves > 1)) * checkpoint * bool(kept) + model_size * settings.save_model
+    directory, written = Path(config.trainer.output_dir), disk(model, config, steps, distributed.device)
+    parts = [f"{written.kept} × {size_text(written.checkpoint)} for checkpoints"] if written.kept else []
+    parts += [f"{size_text(written.export)} for hf/"] if written.export else []
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    room = f"{_size(free)} are free" if needed <= free else f"ONLY {_size(free)} ARE FREE, it needs {_size(needed)}"
+    room = (
+        f"{size_text(free)} free"
+        if written.total <= free
+        else (f"ONLY {size_text(free)} FREE, {size_text(written.total)} needed")
+    )
     return f"{directory}: {', '.join(['metrics', *parts])}; {room}"
-
-
-def _export_size(config: Config, model: DiffLLM) -> int:
-    dtype = export_dtype(config, model.source)
-    return dtype.itemsize * sum(count(p) for name, p in model.named_parameters() if ".lora_" not in name)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def conclude(settings: TrainerConfig, progress: Progress, clock: Clock, best: Path | None) -> list[str]:

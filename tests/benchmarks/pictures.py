@@ -1,7 +1,6 @@
 """Draw the pictures of the README from a finished run: `python -m tests.benchmarks.pictures outputs/quickstart`.
 
-`launch/pictures/forming.svg` is an answer after some of its steps, `launch/pictures/curve.svg` the bound in training and in
-validation.
+In `launch/pictures`, forming.svg is an answer after some of its steps, curve.svg the bound in training and validation.
 """
 
 import io
@@ -23,7 +22,7 @@ from launch.drawing import draft
 from sampling import Canvas, SamplingConfig, fill
 
 PICTURES = Path(__file__).parents[2] / "launch" / "pictures"
-QUESTION = "Solve 7x-15=34"
+QUESTION = "Solve 6x-9=33"
 SHOWN = (2, 6, 10, 14, 17)  # steps
 WINDOW = 50  # steps of the mean in the curve
 
@@ -61,7 +60,8 @@ def curve(run: Path) -> bytes:
     validated = {record["step"]: record["val/elbo"] for record in records if "val/elbo" in record}
     pyplot.rcParams["svg.hashsalt"] = "curve"  # the same picture from the same numbers
     figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot(range(WINDOW, len(trained) + 1), mean, label=f"training, mean of {WINDOW} steps")
+    steps = np.arange(WINDOW, len(trained) + 1)
+    axes.plot(steps[::10], mean[::10], label=f"training, mean of {WINDOW} steps")
     axes.plot(list(validated), list(validated.values()), "o-", label="validation")
     axes.set(xlabel="step", ylabel="elbo, nats a token", yscale="log", title=run.name)
     axes.legend()

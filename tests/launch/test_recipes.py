@@ -4,11 +4,11 @@ import re
 
 import pytest
 
+from data.quantities import duration_text, size_text
 from launch.budget import count_steps, step_time
 from launch.cli import CONF
 from launch.machine import Machine, complete
 from launch.plan import make_plan
-from launch.quantities import duration_text, size_text
 from tests.conftest import ROOT
 from trainer.speed import GPUS
 

@@ -23,11 +23,7 @@ def test_rows_of_a_file_are_shown(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [
-        ("rows=many", "rows=many: must be a whole number"),
-        ("row=3", r"row=3: no such setting"),
-        ("rows=0", "rows=0: must be"),
-    ],
+    [("rows=many", "rows=many: must be a whole number"), ("row=3", r"row=3: no such setting")],
 )
 def test_wrong_arguments(argument, message):
     with pytest.raises(ValueError, match=message):

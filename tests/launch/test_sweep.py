@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import evaluate
 from launch import cli, sweep
-from tests.conftest import ROOT
+from tests.conftest import GOLDEN, ROOT
 from tests.launch.test_cli import SMALL, assert_one_error, script  # noqa: F401
 from tests.trainer.runs import metrics
 
@@ -139,7 +139,7 @@ def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
         (Path(config.trainer.output_dir) / "evaluation.json").write_text(json.dumps({"scores": scores}))
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
-    code, out, err = script("evaluate.py", "-m", "sampling.steps=0,2,8", "model.path=a")
+    code, out, err = script("evaluate.py", "-m", "sampling.steps=0,2,8", f"model.path={GOLDEN / 'dream_tiny'}")
     assert (code, seen) == (1, [2, 8])
     [directory] = (tmp_path / "multirun").iterdir()
     with (directory / "results.csv").open() as file:

@@ -121,7 +121,7 @@ def test_time_left_is_estimated_once_without_the_first_step():
     for _ in range(12):
         clock.add(2.0, 10)
         lines.append(clock.estimate(30))
-    assert [line for line in lines if line] == ["2 s a step: 0:01:00 for the 30 steps left, without validation"]
+    assert [line for line in lines if line] == ["2.00 s a step: 60.0 s for the 30 steps left, without validation"]
     assert clock.tokens == 130
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 
@@ -29,10 +30,10 @@ def test_a_run_says_what_it_is(small_run, capsys):
     assert lines["batch"].startswith("8 rows a forward × 1 accumulated × 1 ranks = 8 rows a step, up to 512 tokens")
     assert lines["steps"] == "8, 0.2 epochs of 320 rows; lr 0.001, 1 of them warm-up, then cosine"
     assert lines["validation"] == "40 rows, every 5 steps and at the end"
-    kept = sum(file.stat().st_size for file in (run / "checkpoints" / "step_00000008").glob("*.distcp")) / 1e6
-    said = float(lines["files"].partition("checkpoints of ")[2].partition(" ")[0])
-    assert said == pytest.approx(kept, rel=0.2)  # the files have headers
-    assert "2 kept" in lines["files"]
+    kept = sum(file.stat().st_size for file in (run / "checkpoints" / "step_00000008").glob("*.distcp")) / 2**20
+    foretold = re.search(r"2 × (.*) MiB for checkpoints, (.*) MiB for hf/", lines["files"])
+    assert float(foretold[1]) == pytest.approx(kept, rel=0.2)  # the files have headers
+    assert float(foretold[2]) == pytest.approx((run / "hf" / "model.safetensors").stat().st_size / 2**20, rel=0.1)
     assert "RANDOM" in lines["note"]  # rows are given, and no model
 
 

@@ -1,0 +1,44 @@
+"""The settings of train.py for the tools of this package, which have some of their own."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+
+from data.errors import nearest
+from launch import CONF
+from launch.cli import check_arguments, split_config_dir
+from trainer.config import Config
+from trainer.schema import field_names, resolve
+
+
+def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[dict[str, str], Config, str]:
+    """Values of a tool's own settings, the settings of train.py, and the choice of the group `model`.
+
+    Args:
+        own: names of the tool's own settings.
+
+    Raises:
+        ValueError: an unknown name, a value outside its range, or see `check_arguments`.
+    """
+    directory, others = split_config_dir(arguments)
+    values, settings, names = {}, [], field_names()
+    for argument in others:
+        name, equals, value = argument.partition("=")
+        if name in own and equals:
+            values[name] = value
+        elif name not in names and get_close_matches(name, own):
+            raise ValueError(f"{argument}: no such setting; {nearest(name, own)}")
+        elif not equals:
+            raise ValueError(f"{argument}: write settings as NAME=VALUE; --help explains them")
+        else:
+            settings.append(argument)
+    options = [f"--config-dir={directory}"] if directory else []
+    check_arguments([*options, *settings])
+    search = [f"hydra.searchpath=[file://{directory.resolve()}]"] if directory else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", ["trainer.experiment_name=tool", *search, *settings], return_hydra_config=True)
+    with open_dict(composed):
+        choice = composed.pop("hydra").runtime.choices.model
+    return values, resolve(composed), choice

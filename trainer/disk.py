@@ -1,0 +1,48 @@
+"""Bytes that a run writes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from diffllm import DiffLLM
+from diffllm.lora import base_name
+from diffllm.quantize import count
+from trainer.build import export_dtype
+from trainer.config import Config
+from trainer.memory import state_memory
+
+
+class Disk(NamedTuple):
+    """Bytes that a run writes, beside its small files."""
+
+    checkpoint: int
+    kept: int  # checkpoints at the end
+    most: int  # checkpoints at once: one more during a save
+    export: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint * self.most + self.export
+
+
+def disk(model: DiffLLM, config: Config, steps: int | None, device: torch.device) -> Disk:
+    """Checkpoints, with trained weights in float32 and two moments, and the export.
+
+    Args:
+        model: may be on the meta device.
+        steps: of the run; None for so many that old checkpoints are deleted.
+        device: of the run.
+    """
+    settings = config.trainer
+    state, most = state_memory(model, config, 1, device), settings.keep_checkpoints + settings.keep_best
+    saves = most + 1 if steps is None else math.ceil(steps / (settings.save_checkpoint_steps or steps or 1))
+    if settings.save_checkpoint_steps is None:
+        saves = 1 + settings.keep_best
+    exported = sum(count(weight) for name, weight in model.named_parameters() if base_name(name) is not None)
+    return Disk(
+        checkpoint=state.gradients + state.optimizer,  # gradients are as large as the weights that they train
+        kept=min(saves, most) * settings.save_checkpoints,
+        most=min(saves, most + 1) * settings.save_checkpoints,
+        export=export_dtype(config, model.source).itemsize * exported * settings.save_model,
+    )
