@@ -142,6 +142,13 @@ def test_a_name_that_is_only_listed_is_found(name):
     assert not is_handled(name, "only_listed")
 
 
+@pytest.mark.parametrize(
+    ("name", "table"), [("mode", MODES), ("model.family", FAMILIES), ("optim.lr_schedule", LR_SCHEDULES)]
+)
+def test_what_a_table_handles_is_listed(name, table):
+    assert {*listed()[name]} == {*table}
+
+
 def test_no_setting_is_left_over():
     assert {*RUN} | {*NAMED} == {*listed()}
 
