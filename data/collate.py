@@ -32,12 +32,12 @@ def response_widths(
     drawn = rng.integers(len(totals))
     if not config.enable_perbatch_cutoff:
         widths = config.max_length - prompt_lengths
-    elif config.perbatch_cutoff_type == "min_pad":
-        widths = totals.max() - prompt_lengths
-    elif config.perbatch_cutoff_type == "random":
-        widths = totals[drawn] - prompt_lengths
     else:
-        widths = np.full_like(response_lengths, response_lengths[drawn])
+        widths = {
+            "min_pad": totals.max() - prompt_lengths,
+            "random": totals[drawn] - prompt_lengths,
+            "random_with_input_pad": np.full_like(response_lengths, response_lengths[drawn]),
+        }[config.perbatch_cutoff_type]
 
     widths = np.minimum(widths, config.max_length - prompt_lengths)
     shortest = widths.min()

@@ -42,6 +42,8 @@ def computed(row: RowState) -> np.ndarray:
             active[step.start : step.end] = True
         case "delayed":
             active |= row.tokens == row.special.mask
+        case kind:
+            raise NotImplementedError(f"sampling.cache={kind}")
     active[:-1] |= active[1:]
     return active
 
@@ -90,7 +92,7 @@ class LayerStates:
 
 
 class CanvasCache(Cache):
-    """Keys and values of whole canvases, of which a forward replaces some columns.
+    """Keys and values of whole canvases. A forward replaces those of some columns.
 
     Args:
         round_to: the number of computed columns is a multiple of it, so that shapes occur again.

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sampling.config import SamplingConfig
+from sampling.policies import ALGS, CONFIDENCES, USE_ENTROPY, Softmax
 
 NUCLEUS = 64  # most likely tokens that are searched first for the nucleus
 
@@ -37,9 +37,10 @@ def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> 
         return _rate(logits, None, None, config)
     values, ids = support(logits, config)
     place = values.argmax(-1) if uniforms is None else inverse_cdf(values, uniforms)
-    if config.confidence == "scaled":
-        return _rate(values, place, ids, config)
-    return _rate(logits, place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1), None, config)
+    rating, rated_ids = CONFIDENCES[config.confidence](logits, values, ids)
+    if ids is not None and rated_ids is None:
+        place = ids.gather(-1, place[:, None]).squeeze(-1)
+    return _rate(rating, place, rated_ids, config)
 
 
 def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
@@ -82,10 +83,6 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
 def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:
     """Rate tokens in few passes over the logits, which are overwritten.
 
-    `maskgit_plus` (arXiv 2202.04200) p(token) · `topk_margin` (arXiv 2502.06768) p of the first minus p of the second ·
-    `entropy` Σ p log p, the negative entropy · `origin` (arXiv 2107.03006) and `left_to_right` a constant: the order is
-    random, or that of the positions.
-
     Args:
         logits: [N, K].
         place: [N] index of the drawn token; None takes the most likely.
@@ -104,16 +101,7 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
         total = exp.sum(-1)
         entropy = torch.zeros_like(total)
     p = at_place.exp() / total
-    match config.alg:
-        case "maskgit_plus":
-            confidence = p
-        case "topk_margin":
-            first, second = F.pad(exp, (0, 1)).topk(2, dim=-1).values.unbind(-1)  # top_k=1 leaves no second
-            confidence = (first - second) / total
-        case "entropy":
-            confidence = -entropy
-        case _:
-            confidence = torch.zeros_like(p)
+    confidence = ALGS[config.alg](Softmax(exp, total, p, entropy if config.alg in USE_ENTROPY else None))
     tokens = place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
     return Proposal(tokens, confidence, p, entropy)
 
@@ -121,18 +109,16 @@ def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Samp
 def priority(confidence: np.ndarray, uniforms: np.ndarray | None, config: SamplingConfig) -> np.ndarray:
     """[N] priorities; the highest are committed first.
 
-    With `alg_temp` above 0 the k highest of confidence/alg_temp + Gumbel noise are k positions drawn without
-    replacement from softmax(confidence/alg_temp) (arXiv 1903.06059). `origin` is the same with equal confidences.
+    At a temperature T above 0 the k highest of confidence/T + Gumbel noise are k positions drawn without replacement
+    from softmax(confidence/T) (arXiv 1903.06059).
 
     Args:
         confidence: [N].
-        uniforms: [N] draws in [0, 1); unused if confidence alone decides.
+        uniforms: [N] draws in [0, 1); unused at temperature 0.
     """
-    if config.alg == "origin":
-        return gumbel(uniforms)
-    if config.alg_temp == 0 or config.alg == "left_to_right":
+    if config.order_temp == 0:
         return confidence
-    return confidence / config.alg_temp + gumbel(uniforms)
+    return confidence / config.order_temp + gumbel(uniforms)
 
 
 def gumbel(uniforms: np.ndarray) -> np.ndarray:

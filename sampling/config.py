@@ -3,11 +3,17 @@
 import re
 from dataclasses import dataclass, field
 
-ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy", "left_to_right")
+from sampling.policies import ADAPTIVE, ALGS, CONFIDENCES, ORDER_TEMP, SCHEDULED, USE_ENTROPY
+
 LLADA_ALGS = {"random": "origin", "low_confidence": "maskgit_plus"}
-SCHEDULED = ("linear", "cosine", "even")
-ADAPTIVE = ("threshold", "factor", "entropy_bound")
 CACHES = ("none", "prefix", "dual", "delayed")
+CHOICES = {
+    "alg": (*ALGS, *LLADA_ALGS),
+    "transfer": (*SCHEDULED, *ADAPTIVE),
+    "confidence": tuple(CONFIDENCES),
+    "cache": CACHES,
+    "compile": ("auto", "true", "false"),
+}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -38,7 +44,7 @@ class SamplingConfig:
     threshold: float = 0.9  # of transfer=threshold: the least probability
     factor: float = 1.0  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
     entropy_bound: float = 0.1  # of transfer=entropy_bound: nats
-    remask: float = 0.0  # largest share of the committed tokens that a step masks again (ReMDM)
+    remask: float = 0.0  # a step masks at most this share of the committed tokens again (ReMDM)
     cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
@@ -55,13 +61,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         self.alg = LLADA_ALGS.get(self.alg, self.alg)
         self.compile = str(self.compile).lower()  # a bool in YAML and on the command line
-        for name, allowed in (
-            ("alg", (*ALGS, *LLADA_ALGS)),
-            ("transfer", SCHEDULED + ADAPTIVE),
-            ("confidence", ("unscaled", "scaled")),
-            ("cache", CACHES),
-            ("compile", ("auto", "true", "false")),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
         for name in ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"):
@@ -99,9 +99,19 @@ class SamplingConfig:
         return self.transfer in ADAPTIVE
 
     @property
+    def bound(self) -> float:
+        """The setting of an adaptive transfer."""
+        return {"threshold": self.threshold, "factor": self.factor, "entropy_bound": self.entropy_bound}[self.transfer]
+
+    @property
+    def order_temp(self) -> float:
+        """Temperature of the draw of positions; 0 takes the most confident ones."""
+        return ORDER_TEMP.get(self.alg, self.alg_temp)
+
+    @property
     def uses_entropy(self) -> bool:
         """Whether `alg` or `transfer` rates positions by entropy."""
-        return self.alg == "entropy" or self.transfer == "entropy_bound"
+        return not USE_ENTROPY.isdisjoint((self.alg, self.transfer))
 
 
 def unescape(name: str, texts: list[str]) -> list[str]:

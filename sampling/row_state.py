@@ -135,7 +135,7 @@ class RowState:
             confidence, p, entropy: [N], see `Proposal`.
         """
         config, step, columns = self.config, self.step, self.masked(self.step.end)
-        random = config.alg == "origin" or config.alg_temp > 0 or step.n_remask
+        random = config.order_temp > 0 or step.n_remask
         draws = self.uniforms()[1] if random else None
         order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")
         chosen = select_adaptive(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sampling.batch import Denoiser, LogitsProcessor, RowBatch
 from sampling.canvas import Canvas, Tokens, trim
-from sampling.config import SCHEDULED, SamplingConfig
+from sampling.config import SamplingConfig
 from sampling.events import StepEvent
+from sampling.policies import SCHEDULED
 from sampling.row_state import Criterion, RowState
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]

@@ -134,8 +134,10 @@ class MaskedDiffusion(Objective):
                 return (batch["masked"] * batch["importance"].double()).sum()
             case "maskable":
                 return batch["maskable"].sum().double()
-            case _:
+            case "sequence":
                 return torch.tensor(len(batch["sample_index"]), dtype=torch.float64)
+            case norm:
+                raise NotImplementedError(f"diffusion.loss_norm={norm}")
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens."""

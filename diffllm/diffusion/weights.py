@@ -30,8 +30,10 @@ def time_weights(t: Tensor, masked: Tensor, attended: Tensor, kind: str, cart_p:
             weights = 1 / t
         case "linear":
             weights = 1 - t
-        case _:
+        case "none":
             weights = torch.ones_like(t)
+        case _:
+            raise NotImplementedError(f"diffusion.time_reweighting={kind}")
     return weights.float() * masked
 
 

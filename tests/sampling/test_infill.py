@@ -8,7 +8,8 @@ import torch
 
 from diffllm import new_model
 from sampling import SamplingConfig, Template, Tokens, infill, infill_templates, score_positions
-from sampling.config import CACHES, SCHEDULED
+from sampling.config import CACHES
+from sampling.policies import SCHEDULED
 from tests.conftest import ROOT, small_shape
 
 SOURCE = (ROOT / "sampling/schedule.py").read_text()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampling import Canvas, SamplingConfig, fill, left_pad, sample
-from sampling.config import ADAPTIVE, ALGS, SCHEDULED
+from sampling.policies import ADAPTIVE, ALGS, SCHEDULED
 from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V, unpadded
 
 
@@ -35,8 +35,8 @@ def fill_rows(rows, config, special=SPECIAL, **kwargs):
     batch_size=st.integers(1, 5),
     steps=st.integers(1, 14),
     block_length=st.none() | st.integers(1, 12),
-    alg=st.sampled_from(ALGS),
-    transfer=st.sampled_from(SCHEDULED + ADAPTIVE),
+    alg=st.sampled_from([*ALGS]),
+    transfer=st.sampled_from([*SCHEDULED, *ADAPTIVE]),
     threshold=st.sampled_from([0.1, 0.3, 0.6]),
     factor=st.sampled_from([0.5, 2.0]),
     entropy_bound=st.sampled_from([0.5, 5.0]),

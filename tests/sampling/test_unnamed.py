@@ -97,8 +97,9 @@ def test_nor_in_slots_and_chats(model, gapped, config):
     [infilled] = infill_templates(model, gapped, [template], config, model.special_tokens)
     assert_named(infilled.tokens, gapped)
     chat = Conversation(model, gapped, config, Console(file=io.StringIO()), None)
-    chat.turn("Hi")
-    [response] = generate(model, gapped, [prompt_ids(MESSAGES, gapped)], config)
+    prompt = prompt_ids(MESSAGES, gapped)
+    chat.turn(MESSAGES[-1], prompt)
+    [response] = generate(model, gapped, [prompt], config)
     assert chat.turns[-1]["content"] == response.text
 
 
