@@ -35,6 +35,7 @@ from data.config import DataConfig
 from data.curation import held_out, subset
 from data.packing import noise_and_pack
 from data.tasks.equations import Equations
+from data.terminal import announced
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, with_mask
 from diffllm.attention import attention_for
@@ -157,7 +158,8 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     settings = replace(config.model, attn_implementation=attention)
     if device.type == "cuda" and config.model.quantize == "none":
         _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
-    model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
+    with announced("loading the model"):
+        model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
     _check_attention(config.model, model)
     if config.model.quantize != "none":
         quantize(model, device)
