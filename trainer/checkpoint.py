@@ -101,13 +101,20 @@ class Checkpoints:
 
     Args:
         broken: damaged checkpoints. They do not count toward `keep` and are not deleted, unless they are unfinished.
+        keep_best: do not delete the checkpoint of the `best_step` in the newest manifest.
     """
 
     def __init__(
-        self, directory: Path, state: TrainingState, keep: int, asynchronous: bool, broken: Iterable[Path] = ()
+        self,
+        directory: Path,
+        state: TrainingState,
+        keep: int,
+        asynchronous: bool,
+        broken: Iterable[Path] = (),
+        keep_best: bool = False,
     ):
         self.directory, self.state, self.keep, self.asynchronous = directory, state, keep, asynchronous
-        self.best: Path | None = None  # is not deleted
+        self.keep_best = keep_best
         self._broken = set(broken)
         # A separate group: saves run beside the collectives of training.
         self._group = dist.new_group(backend="gloo")
@@ -199,6 +206,10 @@ class Checkpoints:
             self.poll()
             self._stager.close()
 
+    def best_of(self, step: int) -> Path | None:
+        """The checkpoint of the step with the best validation, 0 if there is none, or None if it is not kept."""
+        return path_of(self.directory, step) if self.keep_best and step else None
+
     def _new_stager(self) -> DefaultStager:
         cuda = self.state.distributed.device.type == "cuda"
         return DefaultStager(
@@ -222,7 +233,8 @@ class Checkpoints:
         write_manifest(unfinished, self._manifest, self._writer.digests)
         publish(unfinished, self._target)
         self._broken.discard(self._target)
-        old_ones = [path for path in self._whole()[self.keep :] if path != self.best]
+        best = self.best_of(self._manifest.get("best_step", 0))
+        old_ones = [path for path in self._whole()[self.keep :] if path != best]
         for old in (*old_ones, *self.directory.glob(f"*{UNFINISHED}")):
             try:
                 shutil.rmtree(old)

@@ -129,9 +129,8 @@ class TrainingLoop(ABC):
             self.report(done)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(
-                directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken
+                directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken, settings.keep_best
             )
-            self._keep_best()
             try:
                 log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.distributed)
                 batches = self.source.loader(range(done, self.steps))
@@ -174,7 +173,6 @@ class TrainingLoop(ABC):
             signals = [name for name in NAMES if counts[name] and not last]
             due = last or bool(signals) or self._is_due(step, settings.save_checkpoint_steps)
             if settings.save_checkpoints and (due or (improved and settings.keep_best)):
-                self._keep_best()
                 self.checkpoints.save(step, self._manifest(step))
             if signals:
                 self._stop(step, signals[0])
@@ -211,22 +209,18 @@ class TrainingLoop(ABC):
         patience = self.config.trainer.patience
         return patience is not None and self.progress.not_better >= patience
 
-    def _keep_best(self) -> None:
-        """Protect the checkpoint of the best validation from deletion, if `trainer.keep_best`."""
-        if self.config.trainer.keep_best and self.progress.best_step:
-            self.checkpoints.best = path_of(self.checkpoints.directory, self.progress.best_step)
-
     def _finish(self, state: TrainingState) -> None:
         """Export the model and sum the run up. Collective."""
-        settings = self.config.trainer
+        settings, best = self.config.trainer, None
         if settings.save_model:
-            if self.checkpoints.best is not None:
-                load(self.checkpoints.best, state)
+            best = self.checkpoints.best_of(self.progress.best_step)
+            if best is not None:
+                load(best, state)
             with announced("writing the model"):
                 self.export(self.output_dir / "hf")
             if (repository := settings.push_to_hub) is not None:
                 self.print_main(self.distributed.on_main(lambda: push(self.output_dir / "hf", repository)))
-        self.print_main(*conclude(settings, self.progress, self.clock, self.checkpoints.best))
+        self.print_main(*conclude(settings, self.progress, self.clock, best))
 
     def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
         """Take one optimizer step, a function of the parameters and the rows, whatever the layout.
@@ -354,6 +348,12 @@ class TrainingLoop(ABC):
         self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
         self.progress = Progress.of(manifest)
+        best_step = self.progress.best_step
+        if self.config.trainer.keep_best and best_step and not path_of(directory, best_step).exists():
+            self.print_main(
+                f"step {best_step}, the best so far, has no checkpoint in {directory}: it is not considered"
+            )
+            self.progress.forget_best()
         if position := manifest.get("stream"):
             self.source.resume(position)
         self.print_main(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")

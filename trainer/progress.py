@@ -40,6 +40,10 @@ class Progress:
             self.not_better += 1
         return better
 
+    def forget_best(self) -> None:
+        """Judge the next validation as the first."""
+        self.best, self.best_step, self.not_better = None, 0, 0
+
 
 @dataclass
 class Clock:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.runs import metrics, train, weights
+from trainer.checkpoint import Checkpoints
 from trainer.export import export
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.progress import Clock, Progress
@@ -130,3 +131,39 @@ def test_a_finished_run_names_the_next_command(small_run):
     lines = conclude(settings, Progress(), Clock(steps=3, tokens=1234.0), None)
     assert lines[0].endswith("for 3 steps and 1,234 tokens")
     assert lines[-1] == f"next: python sample.py model.path={settings.output_dir}/hf mode=chat"
+
+
+def test_a_best_step_of_another_directory_is_not_considered(small_run, validated, capsys):
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_best": True}
+    validated([1.0, 2.0])
+    first = train(small_run(trainer__max_steps=6, **settings))
+    validated([4.0, 3.0])
+    last = first / "checkpoints" / "step_00000006"
+    second = train(small_run("second", trainer__resume=str(last), **settings))
+    assert "step 3, the best so far, has no checkpoint in" in capsys.readouterr().out
+    assert checkpoints(second) == ["step_00000009", "step_00000012"]
+
+
+def test_the_best_checkpoint_lives_until_a_better_one_is_whole(small_run, validated, monkeypatch, tmp_path):
+    """A run that dies while it writes the new best one resumes with the old one."""
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_checkpoints": 1, "trainer__keep_best": True}
+    validated([3.0, 4.0, 2.0])
+    save, saved = Checkpoints.save, []
+
+    def dies(self, step, manifest):
+        saved.append(step)
+        if step == 9:
+            self.wait()
+            raise OSError("killed")
+        save(self, step, manifest)
+
+    monkeypatch.setattr(Checkpoints, "save", dies)
+    with pytest.raises(OSError, match="killed"):
+        train(small_run(trainer__save_checkpoint_steps=2, **settings))
+    assert saved[-1] == 9
+    assert checkpoints(tmp_path / "run") == ["step_00000003", "step_00000008"]
+    monkeypatch.undo()
+    validated([2.5, 2.0])
+    run = train(small_run(**settings))
+    assert "step_00000012" in checkpoints(run)
+    assert metrics(run)[-1]["val/elbo"] == 2.0
