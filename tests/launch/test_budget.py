@@ -1,4 +1,4 @@
-"""Rows, steps, time and disk of a run."""
+"""Rows, steps and time of a run."""
 
 import json
 from dataclasses import replace
@@ -11,14 +11,11 @@ from datasets import Dataset
 
 from data.tasks.equations import Equations
 from diffllm import new_model
-from diffllm.lora import add_lora
 from diffllm.tokenizer import builtin_tokenizer
-from launch.budget import count_rows, count_steps, disk, step_time
+from launch.budget import count_rows, count_steps, step_time
 from launch.machine import Machine, complete
 from tests.conftest import small_shape
-from tests.trainer.runs import newest
 from trainer.config import Config, batch_layout
-from trainer.manifest import read_manifest
 
 ROW = {"question": "2+2?", "answer": "4"}
 
@@ -93,25 +90,8 @@ def test_offloading_takes_time_for_transfers_and_the_update(large):
     assert step.total == step.compute + step.offload
 
 
-def test_disk_is_what_a_run_writes(default_run, small_run, small_model):
-    written = disk(small_model, small_run(), steps=12)
-    files = read_manifest(newest(default_run))["files"]
-    tensors = sum(file["bytes"] for name, file in files.items() if name.endswith(".distcp"))
-    assert written.checkpoint == pytest.approx(tensors, rel=0.15)
-    assert written.export == pytest.approx((default_run / "hf" / "model.safetensors").stat().st_size, rel=0.05)
-
-
-def test_checkpoints_on_the_disk_at_once(large):
-    config = Config(model=small_shape())
-    for interval, steps, most in ((None, None, 1), (5, None, 3), (5, 20, 3), (5, 10, 2), (5, 4, 1)):
-        config.trainer.save_checkpoint_steps = interval
-        assert disk(large, config, steps).checkpoints == most
-
-
-def test_adapters_alone_are_saved_and_the_whole_model_is_exported(large):
-    config = Config(model=small_shape(lora_rank=8))
-    parameters = sum(parameter.numel() for parameter in large.parameters())
-    add_lora(large, config.model, seed=0)
-    adapters = sum(parameter.numel() for parameter in large.parameters() if parameter.requires_grad)
-    written = disk(large, config, steps=1)
-    assert (written.checkpoint, written.export) == (12 * adapters, 2 * parameters)
+def test_held_out_rows_are_not_trained_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(ROW)}\n" * 50)
+    config = files_of(tmp_path / "a.jsonl")
+    config.data.val_split = 0.1
+    assert count_rows(config) == 45
