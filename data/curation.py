@@ -170,21 +170,26 @@ def _is_number(value: Any) -> bool:
 def held_out(rows: TokenRows, share: float, seed: int) -> np.ndarray:
     """[rows] whether a row is held out. Rows with equal prompts stay together.
 
-    Prompts are ordered by a digest of their tokens and the seed, and held out until the share of the rows is reached:
-    at least one prompt, but not all.
+    In each source the prompts are ordered by a digest of their tokens and the seed, and held out until the share of its
+    rows is reached: at least one prompt, but not all.
 
     Raises:
-        ValueError: all rows have the same prompt.
+        ValueError: no source has two prompts.
     """
-    key = str(seed).encode()
+    key, column = str(seed).encode(), rows.column("source").tolist()
     prompts = (rows.ids(row)[:length] for row, length in enumerate(rows.prompt_lengths))
     digests = [sha256(key + prompt.tobytes()).digest() for prompt in prompts]
-    counts = Counter(digests)
-    if len(counts) < 2:
-        raise ValueError(f"data.val_split={share:g}: all rows have the same prompt; give data.val_files")
-    order = sorted(counts)
-    through = np.cumsum([counts[digest] for digest in order])
-    chosen = {*order[: min(np.searchsorted(through, share * len(rows)) + 1, len(order) - 1)]}
+    sources: dict[int, Counter[bytes]] = {}
+    first = {}  # source of each prompt
+    for digest, source in zip(digests, column, strict=True):
+        sources.setdefault(first.setdefault(digest, source), Counter())[digest] += 1
+    chosen: set[bytes] = set()
+    for counts in sources.values():
+        order = sorted(counts)
+        through = np.cumsum([counts[digest] for digest in order])
+        chosen |= {*order[: min(np.searchsorted(through, share * through[-1]) + 1, len(order) - 1)]}
+    if not chosen:
+        raise ValueError(f"data.val_split={share:g}: all rows of a source have the same prompt; give data.val_files")
     return np.array([digest in chosen for digest in digests])
 
 

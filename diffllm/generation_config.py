@@ -39,4 +39,4 @@ def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "alg" not in generation:
         return {}
-    return {name: generation[name] for name in RECOMMENDED if name in generation}
+    return {name: generation[name] for name in RECOMMENDED if generation.get(name) is not None}

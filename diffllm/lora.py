@@ -15,7 +15,16 @@ from diffllm.modeling_diffllm import DiffLLM
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 _PEFT = "base_model.model."  # begins the names in PEFT's files
-PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+# Settings of PEFT that change more than B·A beside a weight, and their values that do not.
+PLAIN = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
+}
 
 
 def add_lora(model: DiffLLM, config: ModelConfig, seed: int) -> None:
@@ -107,20 +116,24 @@ def load_adapter(model: DiffLLM, config: ModelConfig) -> None:
     """
     adapter, scale = _read_adapter(config)
     weights, name = dict(model.named_parameters()), f"model.adapter={config.adapter}"
-    changed = {}
-    for layer in sorted({key.rpartition(".lora_")[0] for key in adapter}):
-        plain, beside = weights.get(f"lm.{layer}.weight"), weights.get(f"lm.{layer}{_A}")
-        if (beside if config.lora_rank else plain) is None:
-            raise ValueError(
-                f"{name}: the model trains no layer {layer}; give the adapter's own base and target_modules"
-            )
-        a, b = (adapter[f"{layer}.lora_{part}.weight"] for part in "AB")
-        if config.lora_rank:
-            changed |= {f"lm.{layer}{_A}": a, f"lm.{layer}{_B}": b}
-        else:
-            changed[f"lm.{layer}.weight"] = plain.float() + scale * (b.float() @ a.float())
-    for key, value in changed.items():
-        weights[key].copy_(value)
+    layers = {key.rpartition(".lora_")[0] for key in adapter}
+    if config.lora_rank:
+        own = {key.removeprefix("lm.").removesuffix(_A) for key in weights if key.endswith(_A)}
+        changed = {f"lm.{key.replace('.weight', '.default.weight')}": tensor for key, tensor in adapter.items()}
+    else:
+        own = {key.removeprefix("lm.").removesuffix(".weight") for key in weights} & layers
+        pairs = {layer: [adapter.get(f"{layer}.lora_{part}.weight") for part in "AB"] for layer in layers}
+        changed = {f"lm.{layer}.weight": scale * (b.float() @ a.float()) for layer, (a, b) in pairs.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in changed.items()}
+    fitting = {key: tuple(weights[key].shape) for key in shapes if key in weights}
+    if layers != own or len(adapter) != 2 * len(layers) or shapes != fitting:
+        other = sorted(layers ^ own) or sorted(key for key in shapes if shapes[key] != fitting.get(key))
+        raise ValueError(
+            f"{name}: does not belong beside this model: {', '.join(other[:3])}; give its own base, and its "
+            "model.target_modules to train it further"
+        )
+    for key, tensor in changed.items():
+        weights[key].copy_(tensor if config.lora_rank else weights[key].float() + tensor)
 
 
 def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], float]:
@@ -139,7 +152,7 @@ def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], float]:
         raise ValueError(f"{name}: cannot be read ({first_line(error)})") from error
     if settings.peft_type != "LORA":
         raise ValueError(f"{name}: its peft_type is {settings.peft_type}; only LORA can be loaded")
-    if other := [key for key, value in PLAIN.items() if getattr(settings, key) != value]:
+    if other := [key for key, values in PLAIN.items() if getattr(settings, key) not in values]:
         raise ValueError(f"{name}: {', '.join(f'{key}={getattr(settings, key)}' for key in other)} is not supported")
     rank, alpha = settings.r, settings.lora_alpha
     if config.lora_rank and (rank, alpha, settings.use_rslora) != (config.lora_rank, config.lora_alpha, False):

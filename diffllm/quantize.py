@@ -7,9 +7,8 @@ from torch import nn
 
 from diffllm.modeling_diffllm import DiffLLM
 
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # of a weight: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
+# Bytes of a weight: 4 bits, an 8-bit scale for 64 weights, a float32 scale for 256 of these.
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 def quantize(model: DiffLLM, device: torch.device) -> None:
@@ -28,16 +27,16 @@ def quantize(model: DiffLLM, device: torch.device) -> None:
     for layer in decoder.layers:
         linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, module in linear.items():
-            layer.set_submodule(name, _quantized(module, bitsandbytes.nn, device))
+            layer.set_submodule(name, _quantized(module, bitsandbytes, device))
     decoder.is_loaded_in_4bit = True  # peft then makes adapters for such layers
 
 
-def _quantized(module: nn.Linear, layers: Any, device: torch.device) -> nn.Linear:
-    size, dtype = (module.in_features, module.out_features), module.weight.dtype
+def _quantized(module: nn.Linear, bitsandbytes: Any, device: torch.device) -> nn.Linear:
+    size, dtype, biased = (module.in_features, module.out_features), module.weight.dtype, module.bias is not None
     with torch.device("meta"):
-        quantized = layers.Linear4bit(*size, bias=module.bias is not None, compute_dtype=dtype, quant_type="nf4")
-    weight = layers.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    quantized.weight = weight.to(device)
+        quantized = bitsandbytes.nn.Linear4bit(*size, bias=biased, compute_dtype=dtype, quant_type="nf4")
+    settings = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+    quantized.weight = bitsandbytes.nn.Params4bit(module.weight.data, **settings).to(device)
     quantized.bias = module.bias
     return quantized
 
@@ -47,6 +46,6 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "quant_state")
 
 
-def count(parameter: nn.Parameter) -> int:
+def numel(parameter: nn.Parameter) -> int:
     """Number of weights in a parameter; packed ones are two in a byte."""
     return parameter.numel() * (2 if is_quantized(parameter) else 1)

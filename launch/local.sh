@@ -5,11 +5,9 @@
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-ranks=$((gpus > 0 ? gpus : 2))
-if [[ -n ${RANKS:-} ]]; then
-    ranks=$RANKS
-elif ((ranks & (ranks - 1))); then # a power of two divides most batches, and asking takes seconds
-    ranks=$("$python" -m launch.ranks "$ranks" "${@:2}")
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+if [[ -z ${RANKS:-} && $gpus -gt 1 && $(basename "$1") == train.py ]]; then
+    ranks=$("$python" -m launch.ranks "$gpus" "${@:2}")
 fi
 if ((gpus == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}

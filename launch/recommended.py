@@ -29,15 +29,15 @@ def recommend(config: DictConfig, overrides: Iterable[str]) -> str | None:
     Raises:
         ValueError: no checkpoint in `model.path`, see `CheckpointSource.open`.
     """
-    said = {override.partition("=")[0].lstrip("+") for override in overrides}
-    if config.model.path is None or "sampling" in said:
+    chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
+    if config.model.path is None or "sampling" in chosen:
         return None
     settings, origin = _settings(config.model.path)
     defaults = OmegaConf.structured(SamplingConfig)
     free = [
         name
         for name, value in settings.items()
-        if f"sampling.{name}" not in said and config.sampling[name] == defaults[name] != value
+        if f"sampling.{name}" not in chosen and config.sampling[name] == defaults[name] != value
     ]
     for name in free:
         config.sampling[name] = settings[name]

@@ -8,7 +8,7 @@ from omegaconf import open_dict
 
 from data.errors import nearest
 from launch import CONF
-from launch.cli import check_arguments, split_config_dir
+from launch.cli import check_arguments, quote_text, split_config_dir
 from trainer.config import Config
 from trainer.schema import field_names, resolve
 
@@ -22,7 +22,7 @@ def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[di
     Raises:
         ValueError: an unknown name, a value outside its range, or see `check_arguments`.
     """
-    directory, others = split_config_dir(arguments)
+    directory, others = split_config_dir([*map(quote_text, arguments)])
     values, settings, names = {}, [], field_names()
     for argument in others:
         name, equals, value = argument.partition("=")

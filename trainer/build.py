@@ -54,6 +54,7 @@ from diffllm.tokenizer import (
     set_chat_template,
     set_template_variables,
 )
+from sampling import SamplingConfig
 from trainer.config import Config, OptimConfig, warmup_steps
 from trainer.distributed import GIB, device_memory
 
@@ -155,7 +156,7 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = attention_for(config.model.attn_implementation, device, dtype)
-    settings = replace(config.model, attn_implementation=attention)
+    settings = replace(config.model, attn_implementation=attention, lora_rank=0)  # an adapter is merged
     if device.type == "cuda" and config.model.quantize == "none":
         _check_weights_fit(CheckpointSource.open(config.model.path), dtype, device)
     with announced("loading the model"):
@@ -317,6 +318,12 @@ def export_dtype(config: Config, source: CheckpointSource) -> torch.dtype:
         return EXPORT_DTYPES[config.trainer.export_dtype]
     given = source.published.get("dtype") or source.published.get("torch_dtype")
     return torch.float32 if config.model.path is None or given == "float32" else torch.bfloat16
+
+
+def recommendation(config: Config) -> SamplingConfig | None:
+    """Sampling settings for the export of a run; None keeps those of its checkpoint if the run has defaults alone."""
+    defaults = config.model.path is not None and config.sampling == SamplingConfig()
+    return None if defaults else config.sampling
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:

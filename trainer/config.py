@@ -58,7 +58,7 @@ class TrainerConfig:
     # all files of the run
     output_dir: str = setting("outputs/${trainer.experiment_name}", path=True)
     total_epochs: int = setting(3, at_least=1)
-    # optimizer steps; overrides total_epochs. 0 checks everything, shows some rows and ends
+    # optimizer steps; overrides total_epochs. 0 loads the model, reads the rows, shows some of them and ends
     max_steps: int | None = setting(None, at_least=0)
     # steps between validations; null validates at the end only
     val_check_interval: int | None = setting(None, at_least=1)

@@ -7,7 +7,7 @@ import torch
 
 from diffllm import DiffLLM
 from diffllm.lora import base_name
-from diffllm.quantize import count
+from diffllm.quantize import numel
 from trainer.build import export_dtype
 from trainer.config import Config
 from trainer.memory import state_memory
@@ -39,7 +39,7 @@ def disk(model: DiffLLM, config: Config, steps: int | None, device: torch.device
     saves = most + 1 if steps is None else math.ceil(steps / (settings.save_checkpoint_steps or steps or 1))
     if settings.save_checkpoint_steps is None:
         saves = 1 + settings.keep_best
-    exported = sum(count(weight) for name, weight in model.named_parameters() if base_name(name) is not None)
+    exported = sum(numel(weight) for name, weight in model.named_parameters() if base_name(name) is not None)
     return Disk(
         checkpoint=state.gradients + state.optimizer,  # gradients are as large as the weights that they train
         kept=min(saves, most) * settings.save_checkpoints,

@@ -11,7 +11,7 @@ from data.terminal import Parser, ending_in_one_line, printable
 from diffllm import DiffLLM
 from diffllm.lora import add_lora, merge_lora
 from trainer import checkpoint
-from trainer.build import EXPORT_DTYPES, build_model, export_dtype
+from trainer.build import EXPORT_DTYPES, build_model, export_dtype, recommendation
 from trainer.config import Config
 from trainer.manifest import check_whole, read_manifest
 from trainer.schema import resolve
@@ -51,7 +51,7 @@ def export(source: Path, directory: Path, dtype: str | None = None) -> None:
         rounded = export_dtype(config, model.source)
         merged = merge_lora(model.state_dict(), config.model)
         weights = {name: tensor.to(rounded) for name, tensor in merged.items()}
-        model.save_pretrained(unfinished, weights, tokenizer, sampling=config.sampling)
+        model.save_pretrained(unfinished, weights, tokenizer, sampling=recommendation(config))
 
 
 def main(arguments: list[str]) -> None:

@@ -17,9 +17,10 @@ from diffllm.annealing import AttentionAnnealing
 from diffllm.diffusion import build_objective
 from diffllm.diffusion.loss import LossOutput
 from diffllm.lora import add_lora, base_name, merge_lora, write_adapter
-from trainer.build import build_batches, build_model, build_trainable, export_dtype, frozen_dtype
+from trainer.build import build_batches, build_model, build_trainable, export_dtype, frozen_dtype, recommendation
 from trainer.config import Config, batch_layout, total_steps
 from trainer.distributed import Distributed
+from trainer.identity import find_checkpoint
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
 from trainer.metrics import ValSample
@@ -76,7 +77,8 @@ class FSDPSFTTrainer(TrainingLoop):
             return
         self.print_main(*self.describe())
         self._preview(Console())
-        self.print_main("trainer.max_steps=0: nothing was trained, nothing was written")
+        path, _ = find_checkpoint(self.output_dir / "checkpoints", self.config.trainer.resume, self.distributed)
+        self.print_main(f"trainer.max_steps=0: not trained; a run would begin {f'after {path}' if path else 'anew'}")
 
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
         return self.annealing(micro_batches, step)
@@ -113,7 +115,7 @@ class FSDPSFTTrainer(TrainingLoop):
             dtype = export_dtype(self.config, self.model.source)
             merged = {name: weight.to(dtype) for name, weight in merge_lora(full, self.config.model).items()}
             with whole_directory(directory, replace=True) as unfinished:
-                self.model.save_pretrained(unfinished, merged, self.tokenizer, sampling=self.config.sampling)
+                self.model.save_pretrained(unfinished, merged, self.tokenizer, sampling=recommendation(self.config))
             if self.config.model.lora_rank:
                 with whole_directory(directory.with_name(f"{directory.name}_adapter"), replace=True) as unfinished:
                     write_adapter(unfinished, full, self.config.model)

@@ -3,22 +3,24 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from data.storage import first_line
 
-FAILURES = (HfHubHTTPError, OSError, ValueError)  # of the hub, the network and the token
-
 
 def check_push(repository: str) -> None:
-    """Refuse to train for an upload that cannot succeed. Makes the repository, private, if the hub does not have it.
+    """Refuse to train for an upload that cannot succeed. Make the repository, private, if the hub does not have it.
 
     Raises:
-        ValueError: no token, no network, or no permission.
+        ValueError: no token, no network, or no permission to write.
     """
+    hub = HfApi()
     try:
-        HfApi().create_repo(repository, private=True, exist_ok=True)
-    except FAILURES as error:
+        try:
+            hub.auth_check(repository, write=True)
+        except RepositoryNotFoundError:
+            hub.create_repo(repository, private=True)
+    except Exception as error:  # of the hub, the network or the token
         raise ValueError(
             f"trainer.push_to_hub={repository}: {first_line(error)}. Give OWNER/NAME with an owner that you may write "
             "for; `hf auth login` gives a token"
@@ -33,7 +35,7 @@ def push(directory: Path, repository: str) -> str:
     """
     try:
         HfApi().upload_folder(repo_id=repository, folder_path=directory)
-    except FAILURES as error:
+    except Exception as error:  # of the hub or the network
         raise OSError(
             f"{directory} is written, but not uploaded ({first_line(error)}): hf upload {repository} {directory}"
         ) from error

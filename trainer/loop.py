@@ -28,7 +28,7 @@ from trainer.ending import Deadline
 from trainer.hub import check_push, push
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
-from trainer.manifest import path_of
+from trainer.manifest import find_defect, path_of
 from trainer.memory import naming_remedies
 from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
@@ -218,8 +218,9 @@ class TrainingLoop(ABC):
                 load(best, state)
             with announced("writing the model"):
                 self.export(self.output_dir / "hf")
-            if (repository := settings.push_to_hub) is not None:
-                self.print_main(self.distributed.on_main(lambda: push(self.output_dir / "hf", repository)))
+            self.distributed.wait()  # an upload may take longer than the timeout of a collective
+            if settings.push_to_hub is not None and self.distributed.is_main:
+                self.print_main(push(self.output_dir / "hf", settings.push_to_hub))
         self.print_main(*conclude(settings, self.progress, self.clock, best))
 
     def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
@@ -307,7 +308,7 @@ class TrainingLoop(ABC):
         before = path_of(checkpoints, step - 1)
         self.optimizer.zero_grad()
         self.checkpoints.wait()
-        if not self.distributed.on_main(before.exists):
+        if settings.save_checkpoints and not self.distributed.on_main(before.exists):
             self.checkpoints.save(step - 1, self._manifest(step - 1))
             self.checkpoints.wait()
         failed = FailedStep(
@@ -348,11 +349,9 @@ class TrainingLoop(ABC):
         self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
         self.progress = Progress.of(manifest)
-        best_step = self.progress.best_step
-        if self.config.trainer.keep_best and best_step and not path_of(directory, best_step).exists():
-            self.print_main(
-                f"step {best_step}, the best so far, has no checkpoint in {directory}: it is not considered"
-            )
+        best, keeps = path_of(directory, self.progress.best_step), self.config.trainer.keep_best
+        if keeps and self.progress.best_step and self.distributed.on_main(lambda: find_defect(best)):
+            self.print_main(f"step {self.progress.best_step} was the best, but {best} is not whole: it does not count")
             self.progress.forget_best()
         if position := manifest.get("stream"):
             self.source.resume(position)

@@ -9,7 +9,7 @@ import torch
 from data import BatchLayout
 from data.storage import first_line
 from diffllm import DiffLLM
-from diffllm.quantize import NF4_BYTES, count
+from diffllm.quantize import NF4_BYTES, numel
 from trainer.build import compute_dtype, frozen_dtype
 from trainer.config import Config, batch_layout
 from trainer.distributed import GIB, Distributed, device_memory
@@ -35,10 +35,10 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     """Memory of weights, gradients and optimizer on each of `ranks` ranks. The model may be on the meta device."""
     shards = max(1, ranks // config.trainer.replicate)
     layers = model.lm.get_decoder().layers
-    trained = sum(count(p) for p in model.parameters() if p.requires_grad)
-    frozen = sum(count(p) for p in model.parameters() if not p.requires_grad)
+    trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(numel(p) for p in model.parameters() if not p.requires_grad)
     moment = 1 if config.optim.name == "adamw_8bit" else 4
-    layer = sum(count(p) for p in layers[0].parameters())
+    layer = sum(numel(p) for p in layers[0].parameters())
     root = trained + frozen - layer * len(layers)
     # Embedding, head and final norm stay gathered, and two layers at a time: the current one and the next.
     held = layer * (2 if config.trainer.reshard_after_forward else len(layers))
@@ -46,7 +46,7 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     computed = compute_dtype(config, device).itemsize
     packed = 0
     if config.model.quantize == "nf4":  # whole on every rank, and not gathered
-        matrices = len(layers) * sum(count(p) for p in layers[0].parameters() if p.ndim > 1 and not p.requires_grad)
+        matrices = len(layers) * sum(numel(p) for p in layers[0].parameters() if p.ndim > 1 and not p.requires_grad)
         frozen -= matrices
         packed = round(NF4_BYTES * matrices)
         held -= held * matrices // (layer * len(layers))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from diffllm import DiffLLM
-from diffllm.quantize import count
+from diffllm.quantize import numel
 from trainer.distributed import Distributed
 
 
@@ -30,6 +30,7 @@ GPUS = {
     "l4": DataSheet(22.5, 121),
     "a100-40": DataSheet(40, 312),
     "a100-80": DataSheet(80, 312),
+    "a100": DataSheet(40, 312),
     "h100-pcie": DataSheet(80, 756),
     "h100-nvl": DataSheet(94, 835),
     "h100": DataSheet(80, 989),
@@ -40,6 +41,8 @@ GPUS = {
 
 def find_gpu(device_name: str) -> str | None:
     """Short name in GPUS of a GPU that CUDA calls `device_name`; None if it is not among them."""
+    if "laptop" in device_name.lower():  # has less than the card of its name
+        return None
     parts = ((name, name.split("-")) for name in GPUS)
     return next((name for name, found in parts if all(part in device_name.lower() for part in found)), None)
 
@@ -92,7 +95,7 @@ class Speed:
 
 def _flops(weight: torch.Tensor) -> int:
     """FLOPs a token of one weight: 2 forward, 2 for its input's gradient, 2 for its own gradient unless frozen."""
-    return (6 if weight.requires_grad else 4) * count(weight)
+    return (6 if weight.requires_grad else 4) * numel(weight)
 
 
 def _data_sheet(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run is, before its first step, and what came of it, as lines for the terminal."""
+"""Describe a run before its first step, and sum it up at its end, as lines for the terminal."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from data.quantities import count_text, size_text
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.compilation import is_compiled
-from diffllm.quantize import count
+from diffllm.quantize import numel
 from trainer.build import compute_dtype
 from trainer.config import Config, TrainerConfig, warmup_steps
 from trainer.disk import disk
@@ -57,7 +57,7 @@ def _model(config: Config, model: DiffLLM) -> str:
 
 
 def _count(parameters: list[torch.Tensor]) -> str:
-    return count_text(sum(map(count, parameters)))
+    return count_text(sum(map(numel, parameters)))
 
 
 def _device(config: Config, distributed: Distributed, model: DiffLLM, passes: int) -> str:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data import DataConfig, PlacedRow, rows_of
 from data.curation import held_out
 from tests.data.rows import prepared, row
 
@@ -33,5 +34,19 @@ def test_at_least_one_prompt_is_on_each_side(tokenizer, share, count):
 
 def test_one_prompt_cannot_be_split(tokenizer):
     rows, _ = prepared(tokenizer, [row(answer=str(i)) for i in range(3)])
-    with pytest.raises(ValueError, match=r"data\.val_split=0\.5: all rows have the same prompt; .*data\.val_files"):
+    with pytest.raises(ValueError, match=r"data\.val_split=0\.5: .* same prompt; .*data\.val_files"):
         held_out(rows, 0.5, seed=0)
+
+
+def test_every_source_keeps_rows_on_both_sides(tokenizer):
+    sources = {
+        "one": [row("the only question")],
+        "two": [row(f"question {i}") for i in range(2)],
+        "many": [row(f"other {i}") for i in range(40)],
+    }
+    placed = {name: [PlacedRow(each, name) for each in rows] for name, rows in sources.items()}
+    rows, _ = rows_of(placed, DataConfig(), tokenizer)
+    for seed in range(5):
+        held = held_out(rows, 0.1, seed)
+        counts = np.bincount(rows.column("source")[held], minlength=3).tolist()
+        assert counts == [0, 1, 4]

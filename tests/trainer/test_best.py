@@ -140,7 +140,7 @@ def test_a_best_step_of_another_directory_is_not_considered(small_run, validated
     validated([4.0, 3.0])
     last = first / "checkpoints" / "step_00000006"
     second = train(small_run("second", trainer__resume=str(last), **settings))
-    assert "step 3, the best so far, has no checkpoint in" in capsys.readouterr().out
+    assert "step 3 was the best, but " in capsys.readouterr().out
     assert checkpoints(second) == ["step_00000009", "step_00000012"]
 
 
@@ -167,3 +167,17 @@ def test_the_best_checkpoint_lives_until_a_better_one_is_whole(small_run, valida
     run = train(small_run(**settings))
     assert "step_00000012" in checkpoints(run)
     assert metrics(run)[-1]["val/elbo"] == 2.0
+
+
+def test_two_ranks_agree_on_the_best_and_on_patience(small_run, train_on_two_ranks):
+    """With so high a learning rate validation soon gets worse."""
+    settings = {"trainer__val_check_interval": 1, "trainer__keep_best": True, "trainer__patience": 2, "optim__lr": 1.0}
+    train_on_two_ranks([small_run("two", **settings)])
+    run = train(small_run("one", **settings))
+    both = [run, run.parent / "two"]
+    elbo = [[line["val/elbo"] for line in metrics(each)] for each in both]
+    assert elbo[1] == pytest.approx(elbo[0], rel=1e-3)
+    assert checkpoints(both[0]) == checkpoints(both[1])
+    best = min(range(len(elbo[0])), key=elbo[0].__getitem__) + 1
+    assert f"step_{best:08d}" in checkpoints(run)
+    assert len(elbo[0]) == best + 2 < 12

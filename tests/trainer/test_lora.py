@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from diffllm import load_model, new_model
+from sampling import SamplingConfig
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, newest, train, weights
-from trainer.build import build_model
+from trainer.build import build_model, load_for_sampling
 from trainer.distributed import init_distributed
 from trainer.export import export
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
@@ -104,6 +105,8 @@ def test_an_adapter_loads_in_peft_here_and_is_trained_further(lora_run, pretrain
     config = lora_run(model__lora_rank=0, model__adapter=str(run / "hf_adapter"))
     ours, _ = build_model(config.model)
     torch.testing.assert_close(ours.logits(ids), merged, rtol=1e-6, atol=1e-6)
+    sampler, _ = load_for_sampling(lora_run(model__adapter=str(run / "hf_adapter")))  # whatever the rank
+    torch.testing.assert_close(sampler.logits(ids), merged, rtol=1e-6, atol=1e-6)
 
     further = lora_run("further", model__lora_alpha=8.0, model__adapter=str(run / "hf_adapter"))
     assert losses(train(further))[0] < losses(run)[0]
@@ -134,5 +137,28 @@ def test_an_adapter_of_another_model(lora_run, pretrained, tmp_path, tokenizer):
     other = new_model(small_shape(num_hidden_layers=1), tokenizer)
     other.save_pretrained(tmp_path / "other", tokenizer=tokenizer)
     config = lora_run(model__path=str(tmp_path / "other"), model__lora_rank=0, model__adapter=str(run / "hf_adapter"))
-    with pytest.raises(ValueError, match=r"model\.adapter=.*: the model trains no layer model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"model\.adapter=.*: does not belong beside this model: model\.layers\.1"):
         build_model(config.model)
+    wide = new_model(small_shape(hidden_size=64), tokenizer)
+    wide.save_pretrained(tmp_path / "wide", tokenizer=tokenizer)
+    config.model.path = str(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"model\.adapter=.*: does not belong"):
+        build_model(config.model)
+
+
+def test_an_adapter_is_trained_further_beside_the_same_layers(lora_run, pretrained):
+    run = train(lora_run(model__target_modules=["q_proj"], trainer__max_steps=1))
+    with init_distributed() as distributed, pytest.raises(ValueError, match=r"model\.target_modules"):
+        FSDPSFTTrainer(lora_run("further", model__adapter=str(run / "hf_adapter")), distributed)
+
+
+def test_a_run_with_defaults_keeps_the_recommendation_of_its_checkpoint(small_run, small_model, tokenizer, tmp_path):
+    recommended = SamplingConfig(alg="maskgit_plus", temperature=0.7)
+    small_model.save_pretrained(tmp_path / "source", tokenizer=tokenizer, sampling=recommended)
+    settings = {"model__path": str(tmp_path / "source"), "trainer__max_steps": 1}
+    kept = train(small_run("kept", **settings))
+    assert json.loads((kept / "hf" / "generation_config.json").read_text())["temperature"] == 0.7
+    config = small_run("changed", **settings)
+    config.sampling.alg = "topk_margin"
+    changed = json.loads((train(config) / "hf" / "generation_config.json").read_text())
+    assert (changed["alg"], changed.get("temperature")) == ("topk_margin", None)

@@ -114,3 +114,18 @@ def test_a_part_of_the_rows_is_held_out(small_run):
     report = json.loads((run / "data_report.json").read_text())
     assert (report["training"]["kept"], report["validation"]["kept"]) == (288, 32)
     assert "val/elbo" in metrics(run)[-1]
+
+
+def test_a_stream_is_shown_too(small_run, capsys):
+    run = train(small_run(data__streaming=True, trainer__max_steps=0))
+    assert not run.exists()
+    assert capsys.readouterr().out.count("with masks:") == 2
+
+
+def test_a_checkpoint_to_resume_from_is_named_or_missed(small_run, capsys):
+    run = train(small_run(trainer__max_steps=2))
+    capsys.readouterr()
+    train(small_run(trainer__max_steps=0))
+    assert str(run / "checkpoints" / "step_00000002") in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"trainer\.resume=nowhere"):
+        train(small_run("other", trainer__max_steps=0, trainer__resume="nowhere"))
