@@ -1,14 +1,16 @@
-# Two commands do everything: `make quickstart` and `make test`.
+# Two commands do everything: `make quickstart` and `make test`. `make install` does neither.
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test quick lint
+.PHONY: install quickstart test quick lint
+
+install: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
-	$(BIN)/python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf
+	$(BIN)/python evaluate.py model.path=outputs/quickstart/hf sampling.batch_size=256
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal

@@ -362,7 +362,7 @@ def _mapping(row: dict[str, Any]) -> str:
     prompt = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), "QUESTION")
     answer = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), "ANSWER")
     renamed = [f"{name}: {column}" for name, column in (("prompt", prompt), ("response", answer)) if name != column]
-    return f"data.columns={{{', '.join(renamed)}}}"
+    return f"'data.columns={{{', '.join(renamed)}}}'"
 
 
 def _check_thinking(answer: str, what: str, needed: bool = False) -> None:

@@ -116,8 +116,9 @@ class Report:
             return None
         limits, limit = [], self.max_length
         while fitting(limit) < 1 - MANY / 10:
-            limit *= 2
-            limits.append(f"{limit:,} would keep {fitting(limit):.0%} whole")
+            kept, limit = fitting(limit), 2 * limit
+            if fitting(limit) > kept:
+                limits.append(f"{limit:,} would keep {fitting(limit):.0%} whole")
         return (
             f"WARNING: {1 - fitting(self.max_length):.0%} of the rows exceed data.max_length={self.max_length} and are "
             f"{'cut' if self.cut else 'dropped'}; {', '.join(limits)}"
@@ -131,7 +132,8 @@ class Report:
         for name, count in self.sources.items():
             of_epoch = self.epoch.get(name, count)
             if len(self.sources) > 1 or of_epoch != count:
-                lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch")
+                rest = "; the rest fills no batch" if of_epoch < count else ""
+                lines.append(f"  {count:,} from {name}, {of_epoch:,} in the first epoch{rest}")
         cut = {f"responses cut, {self.answerless:,} of them before the answer": self.cut} if self.cut else {}
         control = {"with control tokens, read as text": self.control_tokens}
         for reason, noted in {**self.dropped, **cut, **(control if self.control_tokens.count else {})}.items():

@@ -16,7 +16,10 @@ from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
-MODULES = ("data.prepare", "diffllm.adapt", "launch.plan", "launch.show", "trainer.export", "trainer.replay")
+MODULES = (
+    *("data.prepare", "diffllm", "diffllm.adapt", "launch.plan", "launch.ranks", "launch.show"),
+    *("trainer.export", "trainer.replay"),
+)
 STOPPED = "stopped by SIGINT"
 
 # C0 but tab and newline, DEL and C1; bidirectional embeddings, overrides and isolates; surrogates, which have no bytes.

@@ -52,7 +52,8 @@ class ModelConfig:
     quantize: str = setting("none", choices=("none", "nf4"))
     # directory of a LoRA adapter in PEFT's files: with lora_rank it is trained further, else merged into the weights
     adapter: str | None = setting(None, path=True)
-    lora_rank: int = setting(0, at_least=0)  # train adapters of this rank instead of the weights; 0 trains the weights
+    # train adapters of this rank instead of the weights; 0 trains the weights
+    lora_rank: int = setting(0, at_least=0, at_most=4096)
     lora_alpha: float = setting(16.0, above=0)  # adapters are scaled by alpha / rank
     target_modules: list[str] = setting(["all-linear"])  # all-linear, or names of layers such as [q_proj,v_proj]
 

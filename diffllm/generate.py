@@ -21,6 +21,7 @@ class Response:
     tokens: int  # up to and including the token that ends the response
     nfe: int  # forwards of the model with this row
     tokens_per_forward: float
+    ended: bool  # by a token that ends a response, or a stop string
 
     def fields(self) -> dict[str, Any]:
         """Fields of the response in result files."""
@@ -75,7 +76,8 @@ def response_of(filled: SampledRow, tokenizer: PreTrainedTokenizerBase, config: 
     """Decode a response up to its end, with all its white space."""
     text = tokenizer.decode(filled.response)
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
-    return Response(filled.canvas.row_id, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward)
+    ended = end < len(text) or filled.new_tokens > len(filled.response)
+    return Response(filled.canvas.row_id, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward, ended)
 
 
 def special_tokens(model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Tokens:

@@ -23,6 +23,9 @@ PLAIN = {
     "modules_to_save": (None,),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
+    "fan_in_fan_out": (False,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
 }
 
@@ -114,37 +117,41 @@ def load_adapter(model: DiffLLM, config: ModelConfig) -> None:
     Raises:
         ValueError: no LoRA adapter, one of a kind that is not supported, or one of another model.
     """
-    adapter, scale = _read_adapter(config)
-    weights, name = dict(model.named_parameters()), f"model.adapter={config.adapter}"
-    layers = {key.rpartition(".lora_")[0] for key in adapter}
+    adapter, rank, scale = _read_adapter(config)
+    weights, layers = dict(model.named_parameters()), {key.rpartition(".lora_")[0] for key in adapter}
+    found = {key: tuple(tensor.shape) for key, tensor in adapter.items()}
     if config.lora_rank:
-        own = {key.removeprefix("lm.").removesuffix(_A) for key in weights if key.endswith(_A)}
-        changed = {f"lm.{key.replace('.weight', '.default.weight')}": tensor for key, tensor in adapter.items()}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items() if base_name(name) is None}
+        expected = {name.removeprefix("lm.").replace(".default.", "."): shape for name, shape in shapes.items()}
     else:
-        own = {key.removeprefix("lm.").removesuffix(".weight") for key in weights} & layers
-        pairs = {layer: [adapter.get(f"{layer}.lora_{part}.weight") for part in "AB"] for layer in layers}
-        changed = {f"lm.{layer}.weight": scale * (b.float() @ a.float()) for layer, (a, b) in pairs.items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in changed.items()}
-    fitting = {key: tuple(weights[key].shape) for key in shapes if key in weights}
-    if layers != own or len(adapter) != 2 * len(layers) or shapes != fitting:
-        other = sorted(layers ^ own) or sorted(key for key in shapes if shapes[key] != fitting.get(key))
+        plain = {layer: weights[f"lm.{layer}.weight"].shape for layer in layers if f"lm.{layer}.weight" in weights}
+        expected = {f"{layer}.lora_A.weight": (rank, shape[-1]) for layer, shape in plain.items()}
+        expected |= {f"{layer}.lora_B.weight": (shape[0], rank) for layer, shape in plain.items()}
+    if wrong := sorted({key for key, _ in found.items() ^ expected.items()}):
         raise ValueError(
-            f"{name}: does not belong beside this model: {', '.join(other[:3])}; give its own base, and its "
-            "model.target_modules to train it further"
+            f"model.adapter={config.adapter}: does not belong beside this model: {', '.join(wrong[:3])}; give its own "
+            "base, and its model.target_modules to train it further"
         )
-    for key, tensor in changed.items():
-        weights[key].copy_(tensor if config.lora_rank else weights[key].float() + tensor)
+    for layer in layers:
+        a, b = (adapter[f"{layer}.lora_{part}.weight"] for part in "AB")
+        if config.lora_rank:
+            weights[f"lm.{layer}{_A}"].copy_(a)
+            weights[f"lm.{layer}{_B}"].copy_(b)
+        else:
+            weight = weights[f"lm.{layer}.weight"]
+            weight.copy_(weight.float() + scale * (b.float() @ a.float()))
 
 
-def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], float]:
-    """Tensors of an adapter by their names in the model of Transformers, and its scale.
+def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], int, float]:
+    """Tensors of an adapter by their names in the model of Transformers, its rank and its scale.
 
     Raises:
         ValueError: see `load_adapter`.
     """
     peft, name = _peft("model.adapter"), f"model.adapter={config.adapter}"
-    if not (Path(config.adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"{name}: no adapter_config.json there; give the directory of a LoRA adapter in PEFT's files")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(config.adapter) / file).is_file():
+            raise ValueError(f"{name}: no {file} there; give the directory of a LoRA adapter in PEFT's files")
     try:
         settings = peft.PeftConfig.from_pretrained(config.adapter)
         weights = load_file(Path(config.adapter) / "adapter_model.safetensors")
@@ -155,10 +162,16 @@ def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], float]:
     if other := [key for key, values in PLAIN.items() if getattr(settings, key) not in values]:
         raise ValueError(f"{name}: {', '.join(f'{key}={getattr(settings, key)}' for key in other)} is not supported")
     rank, alpha = settings.r, settings.lora_alpha
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(
+            f"{name}: adapter_config.json has r={rank!r} and lora_alpha={alpha!r}: must be positive numbers"
+        )
     if config.lora_rank and (rank, alpha, settings.use_rslora) != (config.lora_rank, config.lora_alpha, False):
         raise ValueError(
             f"{name}: to train it further give its model.lora_rank={rank} and model.lora_alpha={alpha}; "
             "model.lora_rank=0 merges it"
         )
     adapter = {key.removeprefix(_PEFT): tensor for key, tensor in weights.items()}
-    return adapter, alpha / (math.sqrt(rank) if settings.use_rslora else rank)
+    if not adapter or not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in adapter.values()):
+        raise ValueError(f"{name}: its tensors are missing, or not finite numbers")
+    return adapter, rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank)

@@ -81,6 +81,9 @@ def answer_prompt(config: Config) -> None:
         print("the response is empty: the model ended it at once", file=sys.stderr)
     elif not response.text.strip():
         print("the response is white space only", file=sys.stderr)
+    elif not response.ended:
+        limit = config.sampling.max_new_tokens
+        print(f"no end within sampling.max_new_tokens={limit}: a larger one may complete the response", file=sys.stderr)
 
 
 def fill_template(config: Config) -> None:

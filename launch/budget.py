@@ -74,7 +74,7 @@ def count_rows(config: Config) -> int | None:
         return None
     rows = sum(counts)
     if config.data.val_split and not config.data.val_files:
-        rows -= math.ceil(config.data.val_split * rows)
+        rows -= min(math.ceil(config.data.val_split * rows), rows - 1)
     return rows if config.data.subset is None else len(subset(rows, config.data.subset, config.seed))
 
 
@@ -102,8 +102,8 @@ def count_steps(config: Config, layout: BatchLayout, rows: int | None) -> int | 
     Raises:
         ValueError: fewer rows than a global batch.
     """
-    if config.trainer.max_steps is not None or rows is None:
-        return config.trainer.max_steps
+    if config.trainer.max_steps or rows is None:
+        return config.trainer.max_steps or None
     if rows < layout.global_batch_size:
         raise ValueError(
             f"data.train_batch_size={layout.global_batch_size}: more than the {rows} training rows; lower it"

@@ -9,6 +9,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def entry(
             transformers_logging.disable_progress_bar()
             transformers_logging.set_verbosity_error()
             hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
-            sys.argv[1:] = map(quote_text, sys.argv[1:])
+            sys.argv[1:] = config_dir_first([*map(quote_text, sys.argv[1:])])
             Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
             try:
                 with Deadline.on_error(), user_errors(debug), reported():
@@ -122,10 +123,11 @@ def settings_of(config: DictConfig) -> Config:
     Raises:
         ValueError: see `recommend` and `resolve`.
     """
-    line = recommend(config, HydraConfig.get().overrides.task)
+    line, lists = recommend(config, HydraConfig.get().overrides.task)
     if line and ranks_from_environment()[0] == 0:
         print(printable(line), file=sys.stderr, flush=True)
-    return resolve(config)
+    resolved = resolve(config)
+    return replace(resolved, sampling=replace(resolved.sampling, **lists))
 
 
 def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> None:
@@ -250,6 +252,14 @@ def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
         print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
 
 
+def config_dir_first(arguments: Sequence[str]) -> list[str]:
+    """Put `--config-dir` before the settings: Hydra does not read options between them."""
+    found = [place for place, each in enumerate(arguments) if re.fullmatch("(--config-dir|-cd)(=.*)?", each)]
+    first = [each for place in found for each in arguments[place : place + (1 if "=" in arguments[place] else 2)]]
+    taken = {place + more for place in found for more in range(1 if "=" in arguments[place] else 2)}
+    return [*first, *(each for place, each in enumerate(arguments) if place not in taken)]
+
+
 def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The directory of a command line's `--config-dir`, and the other arguments.
 
@@ -272,6 +282,9 @@ def group_choices(directory: Path | None = None) -> dict[str, list[str]]:
         ValueError: a file has the name of an objective. Its `defaults` would include itself.
     """
     groups = [group.name for group in CONF.iterdir() if group.is_dir()]
+    for own in directory.rglob("*.yaml") if directory else ():
+        if (CONF / (name := own.relative_to(directory))).exists():
+            raise ValueError(f"{own}: would be ignored, as conf/{name} has its name; give it another")
     folders = [CONF, *filter(None, [directory])]
     choices = {name: [file.stem for folder in folders for file in (folder / name).glob("*.yaml")] for name in groups}
     if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:

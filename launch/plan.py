@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain, takewhile
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data import BatchLayout
 from data.quantities import UNITS, count_text, duration_text, size_text, unit_of
@@ -142,7 +143,11 @@ def read_arguments(arguments: list[str]) -> tuple[Machine, Config, str]:
         ValueError: an unknown name, or a value outside its range.
     """
     values, config, choice = read_settings(arguments, [field.name for field in fields(Machine)])
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), values)), config, choice
+    try:
+        machine = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Machine), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}={values[error.full_key]}: {error.msg.splitlines()[0]}") from error
+    return machine, config, choice
 
 
 def make_plan(arguments: list[str], like: Plan | None = None) -> Plan:
@@ -178,8 +183,10 @@ def helping(plan: Plan, arguments: list[str]) -> Iterator[tuple[str, Plan]]:
     """Yield each setting that alone lowers the peak of a run that does not fit; all together if none suffices."""
     accumulated = replace(plan.layout, micro_batches=max(2, plan.layout.micro_batches))
     largest = largest_micro_batch(plan.model, plan.config, accumulated, plan.usable)
-    lower = []
-    for setting in remedies(plan.config, plan.layout, largest):
+    settings, lower = remedies(plan.config, plan.layout, largest), []
+    if not plan.config.model.lora_rank and not any(argument.startswith("experiment=") for argument in arguments):
+        settings.append("experiment=lora")
+    for setting in settings:
         if setting == MORE_GPUS:
             setting, other = _more_gpus(plan, arguments)
         else:

@@ -1,6 +1,7 @@
 """Sampling settings that a checkpoint recommends, in place of defaults that the command line leaves."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from hydra import compose
@@ -14,7 +15,7 @@ from sampling import SamplingConfig
 BY_FAMILY = {"Dream": "dream", "llada": "llada"}  # choices of `sampling` by model_type, for published checkpoints
 
 
-def recommend(config: DictConfig, overrides: Iterable[str]) -> str | None:
+def recommend(config: DictConfig, overrides: Iterable[str]) -> tuple[str | None, dict[str, list[str]]]:
     """Set the sampling settings of a composed tree that have their defaults to those of its checkpoint, in place.
 
     `sampling=CHOICE` and `sampling.FIELD=VALUE` on the command line win, as do the choices of other groups where they
@@ -23,36 +24,53 @@ def recommend(config: DictConfig, overrides: Iterable[str]) -> str | None:
     Args:
         overrides: of the command line.
 
+    Texts in lists are not set: OmegaConf would take `${…}` in them, which a stranger may have written, for a reference.
+
     Returns:
-        A line that names the settings and their origin, or None if nothing was set.
+        A line that names the settings and their origin, None if there are none; and lists of texts to set when the
+        tree is resolved.
 
     Raises:
-        ValueError: no checkpoint in `model.path`, see `CheckpointSource.open`.
+        ValueError: no checkpoint in `model.path`, see `CheckpointSource.open`; or a reference in a setting.
     """
     chosen = {override.partition("=")[0].lstrip("+") for override in overrides}
     if config.model.path is None or "sampling" in chosen:
-        return None
+        return None, {}
     settings, origin = _settings(config.model.path)
-    defaults = OmegaConf.structured(SamplingConfig)
-    free = [
-        name
+    composed, defaults = OmegaConf.to_container(config.sampling), asdict(SamplingConfig())
+    free = {
+        name: value
         for name, value in settings.items()
-        if f"sampling.{name}" not in chosen and config.sampling[name] == defaults[name] != value
-    ]
-    for name in free:
-        config.sampling[name] = settings[name]
+        if f"sampling.{name}" not in chosen and composed[name] == defaults[name] != value
+    }
     if not free:
-        return None
-    shown = " ".join(f"sampling.{name}={settings[name]}" for name in free)
-    return f"sampled as {origin} recommends: {shown}"
+        return None, {}
+    lists = {name: _texts(value, f"{origin}: {name}") for name, value in free.items() if isinstance(value, list)}
+    for name, value in free.items():
+        if name not in lists:
+            if "${" in str(value):
+                raise ValueError(f"{origin}: {name}={value!r}: must be a name or a number")
+            config.sampling[name] = value
+    shown = " ".join(f"sampling.{name}={value}" for name, value in free.items())
+    return f"sampling as {origin} recommends: {shown}", lists
+
+
+def _texts(value: list[Any], where: str) -> list[str]:
+    """The list, if it holds texts only.
+
+    Raises:
+        ValueError: another kind of value.
+    """
+    if not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}={value}: must be a list of texts")
+    return value
 
 
 def _settings(path: str) -> tuple[dict[str, Any], str]:
     """Recommended settings of a checkpoint, and where they come from."""
     source = CheckpointSource.open(path)
     if settings := recommended_sampling(source.generation):
-        escaped = {name: _escaped(value) for name, value in settings.items()}
-        return escaped, f"{path}/generation_config.json"
+        return settings, f"{path}/generation_config.json"
     for file in sorted((CONF / "model").glob("*.yaml")):
         if OmegaConf.load(file).get("path") == path:
             return _composed(f"model={file.stem}"), f"conf/model/{file.name}"
@@ -65,8 +83,3 @@ def _composed(choice: str) -> dict[str, Any]:
     """Sampling settings of the tree with one choice."""
     sampling = OmegaConf.to_container(compose("config", [choice, "trainer.experiment_name=recommended"]).sampling)
     return {name: sampling[name] for name in RECOMMENDED}
-
-
-def _escaped(value: Any) -> Any:
-    """Texts as they are written in YAML, where a backslash begins an escape."""
-    return [text.replace("\\", "\\\\") for text in value] if isinstance(value, list) else value

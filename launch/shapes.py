@@ -14,6 +14,7 @@ from diffllm.gguf import is_gguf
 from diffllm.loading import empty_model
 from diffllm.lora import add_lora
 from diffllm.tokenizer import MASK_TOKEN, builtin_tokenizer
+from trainer.build import check_length
 from trainer.config import Config
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -36,9 +37,7 @@ def meta_model(config: Config, choice: str) -> tuple[DiffLLM, str]:
         model = empty_model(source, attn_implementation=attention)
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
-    context = model.lm.config.max_position_embeddings
-    if config.data.max_length > context:
-        raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
+    check_length(config.data, model.lm.config.max_position_embeddings)
     return model, file
 
 

@@ -13,7 +13,7 @@ from data import BatchLayout
 from diffllm.diffusion import build_objective
 from launch.cli import user_errors
 from launch.settings import read_settings
-from trainer.build import build_batches, build_tokenizer
+from trainer.build import build_batches, build_tokenizer, check_length
 from trainer.config import DEFAULT_MICRO_BATCH_SIZE
 from trainer.preview import CHARACTERS, print_preview
 
@@ -28,7 +28,8 @@ def show(arguments: list[str]) -> None:
     """
     values, config, _ = read_settings(arguments, ["rows", "characters"])
     rows, characters = (_whole(name, values.get(name), default) for name, default in DEFAULTS.items())
-    tokenizer = build_tokenizer(config.model)
+    tokenizer, context = build_tokenizer(config.model)
+    check_length(config.data, context)
     objective = build_objective(config.diffusion, tokenizer.mask_token_id, config.seed)
     data = config.data
     size = data.train_batch_size or (data.micro_batch_size_per_gpu or DEFAULT_MICRO_BATCH_SIZE) * (
@@ -44,8 +45,8 @@ def show(arguments: list[str]) -> None:
 
 
 def _whole(name: str, value: str | None, default: int) -> int:
-    if value is not None and not value.isdigit():
-        raise ValueError(f"{name}={value}: must be a whole number")
+    if value is not None and not (value.isdecimal() and len(value) < 7):
+        raise ValueError(f"{name}={value}: must be a whole number below a million")
     return default if value is None else int(value)
 
 

@@ -14,6 +14,8 @@ CHOICES = {
     "cache": CACHES,
     "compile": ("auto", "true", "false"),
 }
+LARGEST = 2**63 - 1
+SMALLEST_TEMPERATURE = 1e-6  # logits over less could overflow
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -64,6 +66,9 @@ class SamplingConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: choose one of {', '.join(allowed)}")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor NaN
+                raise ValueError(f"sampling.{name}={value}: must be a number up to {LARGEST:.0e}")
         for name in ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,6 +76,11 @@ class SamplingConfig:
         for name in ("temperature", "alg_temp", "cfg_scale", "min_new_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: must not be negative")
+        for name in ("temperature", "alg_temp"):
+            if 0 < getattr(self, name) < SMALLEST_TEMPERATURE:
+                raise ValueError(
+                    f"sampling.{name}={getattr(self, name)}: must be 0, or at least {SMALLEST_TEMPERATURE}"
+                )
         for name in ("top_p", "threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

@@ -41,7 +41,7 @@ from diffllm.adapt import adapt, with_mask
 from diffllm.attention import attention_for
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
-from diffllm.loading import decoder_on_meta, empty_model
+from diffllm.loading import building, decoder_on_meta, empty_model
 from diffllm.lora import add_lora, load_adapter
 from diffllm.quantize import quantize
 from diffllm.static_forward import prepare_sampling
@@ -101,22 +101,27 @@ def build_model(
     return model, tokenizer
 
 
-def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `build_model`, without reading weights.
+def build_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of `build_model` and the model's context in tokens, without reading weights.
 
     Raises:
         ValueError: see `build_model`.
     """
+    context = config.max_position_embeddings
     if config.path is None:
         tokenizer = builtin_tokenizer()
-    elif (source := CheckpointSource.open(config.path)).is_autoregressive:
-        _, tokenizer, _ = with_mask(source, config.mask_token or MASK_TOKEN)
     else:
-        source.check_ids()
-        tokenizer = load_tokenizer(source.name)
-        name_own_mask(tokenizer, source.published["mask_token_id"])
+        source = CheckpointSource.open(config.path)
+        if source.is_autoregressive:
+            _, tokenizer, _ = with_mask(source, config.mask_token or MASK_TOKEN)
+        else:
+            source.check_ids()
+            tokenizer = load_tokenizer(source.name)
+            name_own_mask(tokenizer, source.published["mask_token_id"])
+        with building(source.name):
+            context = source.family.config(source.published).max_position_embeddings
     _set_up(tokenizer, config)
-    return tokenizer
+    return tokenizer, context
 
 
 def _set_up(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
@@ -226,10 +231,20 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
         )
     if config.data.packing and model.windowed:
         raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
-    context = model.lm.config.max_position_embeddings
-    if config.data.max_length > context:
-        raise ValueError(f"data.max_length={config.data.max_length}: the model's context is {context} tokens")
+    check_length(config.data, model.lm.config.max_position_embeddings)
     return model, tokenizer
+
+
+def check_length(config: DataConfig, context: int) -> None:
+    """Refuse rows that are longer than the context of the model.
+
+    Raises:
+        ValueError: the message gives both.
+    """
+    if config.max_length > context:
+        raise ValueError(
+            f"data.max_length={config.max_length}: the model's context is {context} tokens; set it to {context} or less"
+        )
 
 
 def build_batches(

@@ -251,17 +251,20 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def find_newest(directory: Path, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint of a run, and the reason for each skipped one. Collective.
+def find_fault(checkpoint: Path, distributed: Distributed) -> str | None:
+    """Return why a checkpoint is not whole, or None. Collective: each rank checks the digests of its share of files."""
+    defect = distributed.on_main(lambda: find_defect(checkpoint))
+    if defect is not None:
+        return defect
+    damages = distributed.gather(find_damage(checkpoint, distributed.rank, distributed.size))
+    return next(filter(None, damages), None)
 
-    Each rank checks the digests of its share of the files.
-    """
+
+def find_newest(directory: Path, distributed: Distributed) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run, and the reason for each skipped one. Collective."""
     skipped = {path: find_defect(path) for path in sorted(directory.glob(f"*{UNFINISHED}"))}
     for candidate in distributed.on_main(lambda: candidates(directory)):
-        defect = distributed.on_main(lambda: find_defect(candidate))  # noqa: B023 — called immediately
-        if defect is None:
-            damages = distributed.gather(find_damage(candidate, distributed.rank, distributed.size))
-            defect = next(filter(None, damages), None)
+        defect = find_fault(candidate, distributed)
         if defect is None:
             return candidate, skipped
         skipped[candidate] = defect

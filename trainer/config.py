@@ -102,10 +102,11 @@ class TrainerConfig:
             raise ValueError(f"trainer.push_to_hub={self.push_to_hub} with trainer.save_model=false: choose one")
         if self.keep_best and not self.save_checkpoints:
             raise ValueError("trainer.keep_best=true with trainer.save_checkpoints=false: choose one")
-        if self.patience is not None and self.val_check_interval is None:
-            raise ValueError(
-                f"trainer.patience={self.patience}: counts validations, give trainer.val_check_interval too"
-            )
+        for name in ("patience", "keep_best"):
+            if getattr(self, name) and self.val_check_interval is None:
+                raise ValueError(
+                    f"trainer.{name}={getattr(self, name)}: compares validations, give trainer.val_check_interval too"
+                )
 
 
 @dataclass

@@ -67,7 +67,9 @@ class FSDPSFTTrainer(TrainingLoop):
         self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)
         with announced("reading the weights"):
             shard(model, distributed, config, passes=steps * layout.micro_batches)
-        super().__init__(config, distributed, model, source, steps)
+        validation = self.rows.get("validation")
+        digest = validation and validation.rows.fingerprint()
+        super().__init__(config, distributed, model, source, steps, digest)
         self.print_main(*(report.text() for _, report in self.rows.values()))
 
     def fit(self) -> None:
@@ -75,9 +77,11 @@ class FSDPSFTTrainer(TrainingLoop):
         if self.config.trainer.max_steps != 0:
             super().fit()
             return
-        self.print_main(*self.describe())
+        self.print_main(*self.describe(0))
         self._preview(Console())
         path, _ = find_checkpoint(self.output_dir / "checkpoints", self.config.trainer.resume, self.distributed)
+        if path is not None:
+            self.distributed.on_main(lambda: self.identity.check(path))
         self.print_main(f"trainer.max_steps=0: not trained; a run would begin {f'after {path}' if path else 'anew'}")
 
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
@@ -127,11 +131,10 @@ class FSDPSFTTrainer(TrainingLoop):
         add_lora(model, config, self.config.seed)
         return model.state_dict() | {name: value for name, value in state_dict.items() if base_name(name) is None}
 
-    def describe(self) -> list[str]:
+    def describe(self, done: int) -> list[str]:
         validation = self.rows.get("validation")
-        return describe(
-            self.config, self.distributed, self.model, self.source, validation and validation.rows, self.steps
-        )
+        rows = validation and validation.rows
+        return describe(self.config, self.distributed, self.model, self.source, rows, self.steps, done)
 
     def report(self, done: int) -> None:
         if done or not self.distributed.is_main:

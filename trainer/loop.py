@@ -21,14 +21,14 @@ from diffllm import DiffLLM
 from diffllm.compilation import refusing_failures
 from diffllm.diffusion.loss import LossOutput
 from trainer.build import build_optimizer, compute_dtype, lr_of, set_lr
-from trainer.checkpoint import Checkpoints, TrainingState, load
+from trainer.checkpoint import Checkpoints, TrainingState, find_fault, load
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed, locked
 from trainer.ending import Deadline
 from trainer.hub import check_push, push
 from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
-from trainer.manifest import find_defect, path_of
+from trainer.manifest import path_of
 from trainer.memory import naming_remedies
 from trainer.metrics import MetricsLog, ValSample
 from trainer.nonfinite import FailedStep, keep
@@ -50,9 +50,18 @@ class TrainingLoop(ABC):
         model: sharded by `trainer.parallel.shard`.
         source: yields the batches of each step.
         steps: number of steps of the whole run.
+        validation_rows: digest of the rows that validation is measured on, None without any.
     """
 
-    def __init__(self, config: Config, distributed: Distributed, model: DiffLLM, source: BatchSource, steps: int):
+    def __init__(
+        self,
+        config: Config,
+        distributed: Distributed,
+        model: DiffLLM,
+        source: BatchSource,
+        steps: int,
+        validation_rows: str | None = None,
+    ):
         self.config, self.distributed, self.model = config, distributed, model
         self.source, self.steps = source, steps
         self.output_dir = Path(config.trainer.output_dir)
@@ -60,7 +69,8 @@ class TrainingLoop(ABC):
         self.identity = Identity.of(config, source, model.vocab_size)
         self.optimizer = build_optimizer(model.parameters(), config.optim)
         self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
-        self.progress, self.clock = Progress(), Clock()
+        self.validation_rows = validation_rows
+        self.progress, self.clock = Progress(rows=validation_rows), Clock()
 
     @abstractmethod
     def prepare(self, step: int, micro_batches: list[Batch]) -> list[Batch]:
@@ -99,8 +109,8 @@ class TrainingLoop(ABC):
         """Write the trained model. Collective."""
 
     @abstractmethod
-    def describe(self) -> list[str]:
-        """Lines that say what the run is, before its first step."""
+    def describe(self, done: int) -> list[str]:
+        """Lines that say what the run is, before its first step after `done` steps of earlier runs."""
 
     @abstractmethod
     def report(self, done: int) -> None:
@@ -125,7 +135,7 @@ class TrainingLoop(ABC):
         with locked(self.output_dir, self.distributed, *WRITTEN), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.distributed)
             done, broken = self._resume(state)
-            self.print_main(*self.describe())
+            self.print_main(*self.describe(done))
             self.report(done)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(
@@ -345,14 +355,13 @@ class TrainingLoop(ABC):
         path, skipped = find_checkpoint(directory, self.config.trainer.resume, self.distributed)
         self.print_main(*(f"skipped {broken}: {reason}" for broken, reason in skipped.items()))
         if path is None:
+            if (self.output_dir / "metrics.jsonl").exists():
+                self.print_main(f"{self.output_dir} has metrics of an earlier run, but no checkpoint: starting anew")
             return 0, skipped
         self.distributed.on_main(lambda: self.identity.check(path))
         manifest = load(path, state)
         self.progress = Progress.of(manifest)
-        best, keeps = path_of(directory, self.progress.best_step), self.config.trainer.keep_best
-        if keeps and self.progress.best_step and self.distributed.on_main(lambda: find_defect(best)):
-            self.print_main(f"step {self.progress.best_step} was the best, but {best} is not whole: it does not count")
-            self.progress.forget_best()
+        self._check_best(directory)
         if position := manifest.get("stream"):
             self.source.resume(position)
         self.print_main(f"resumed from {path}: {manifest['step']} of {self.steps} steps are done")
@@ -361,6 +370,20 @@ class TrainingLoop(ABC):
         elif (planned := manifest.get("steps", self.steps)) != self.steps:
             self.print_main(self._other_length(manifest["step"], planned))
         return manifest["step"], skipped
+
+    def _check_best(self, directory: Path) -> None:
+        """Forget the best validation so far if it had other rows, or its checkpoint is not whole. Collective."""
+        if not self.progress.best_step:
+            return
+        best, fault = path_of(directory, self.progress.best_step), None
+        if self.progress.rows != self.validation_rows:
+            fault = "the validation rows are others now"
+        elif self.config.trainer.keep_best:
+            fault = find_fault(best, self.distributed)
+        if fault is not None:
+            self.print_main(f"step {self.progress.best_step} was the best, but no longer counts: {best}: {fault}")
+            self.progress.forget_best()
+            self.progress.rows = self.validation_rows
 
     def _other_length(self, done: int, planned: int) -> str:
         """A line on the learning rate of a resumed run that was planned for another number of steps."""

@@ -16,6 +16,7 @@ class Progress:
 
     skipped_steps: int = 0  # without a masked token
     nonfinite_steps: int = 0  # with a loss or gradient that is not finite
+    rows: str | None = None  # digest of the validation rows
     metric: str | None = None  # name of the first validation metric
     value: float | None = None  # its last value
     best: float | None = None  # its lowest value

@@ -62,6 +62,8 @@ def resolve(composed: DictConfig) -> Config:
                 f"{error.full_key}: diffusion.objective={objective} has no such setting; choose the objective that has "
                 "it by diffusion=CHOICE"
             ) from error
+        if error.full_key.partition(".")[0] == "experiment":
+            raise ValueError("experiment: its file must begin with the line `# @package _global_`") from error
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error

@@ -30,11 +30,12 @@ def describe(
     source: BatchSource,
     validation: TokenRows | None,
     steps: int,
+    done: int,
 ) -> list[str]:
-    """Lines on model, device, batch, steps, validation and files of a run."""
+    """Lines on model, device, batch, steps, validation and files of a run, after `done` of its steps."""
     lines = {
         "model": _model(config, model),
-        **({"note": TOY} if config.model.path is None and config.data.train_files else {}),
+        **({"note": TOY} if config.model.path is None and config.data.train_files and not done else {}),
         "device": _device(config, distributed, model, steps * source.layout.micro_batches),
         "batch": _batch(config, source),
         "steps": _steps(config, source, steps),
@@ -102,7 +103,9 @@ def _validation(settings: TrainerConfig, rows: TokenRows | None) -> str:
 
 def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int) -> str:
     directory, written = Path(config.trainer.output_dir), disk(model, config, steps, distributed.device)
-    parts = [f"{written.kept} × {size_text(written.checkpoint)} for checkpoints"] if written.kept else []
+    interval = config.trainer.save_checkpoint_steps
+    when = f"every {interval:,} steps and at the end" if interval else "at the end only"
+    parts = [f"{written.kept} × {size_text(written.checkpoint)} for checkpoints, saved {when}"] if written.kept else []
     parts += [f"{size_text(written.export)} for hf/"] if written.export else []
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -130,5 +133,5 @@ def conclude(settings: TrainerConfig, progress: Progress, clock: Clock, best: Pa
     model = [f"model{f' of {best.name}' if best else ''}: {directory / 'hf'}"] if settings.save_model else []
     lines.append(", ".join([*model, f"metrics: {directory / 'metrics.jsonl'}"]))
     if settings.save_model:
-        lines.append(f"next: python sample.py model.path={directory / 'hf'} mode=chat")
+        lines.append(f'next: python sample.py model.path={directory / "hf"} prompt="YOUR QUESTION"')
     return lines

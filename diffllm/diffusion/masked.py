@@ -177,7 +177,8 @@ class MaskedDiffusion(Objective):
         """
         weighted, tokens, correct, *by_bucket = sums
         nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]
-        elbo, masked = weighted / max(tokens, 1), sum(counts)
+        masked = sum(counts)
+        elbo = weighted / tokens if masked else math.nan  # nothing was measured
         return {
             "elbo": elbo,
             "perplexity_bound": math.exp(min(elbo, 700)),

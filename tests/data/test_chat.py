@@ -392,7 +392,7 @@ class TestColumns:
             ({"prompt": "a", "solution": "b"}, "data.columns={response: solution}"),
             (
                 {"left": "a", "right": "b"},
-                "data.columns={prompt: QUESTION, response: ANSWER}. Its fields are: left, right",
+                "data.columns={prompt: QUESTION, response: ANSWER}'. Its fields are: left, right",
             ),
             ({"instruction": "a", "context": "b", "response": "c"}, "`python -m data.prepare alpaca`"),
         ],

@@ -240,7 +240,7 @@ def test_a_pipe_sees_no_canvas(talk):
 
 
 def test_markup_in_messages_is_text(talk, monkeypatch):
-    said = Response(0, "[bold]x[/bold] :smile: " + "word " * 50, 3, 1, 3.0)
+    said = Response(0, "[bold]x[/bold] :smile: " + "word " * 50, 3, 1, 3.0, True)
     monkeypatch.setattr(chat_module, "respond", lambda *_: said)
     assert talk.hear("[red]Hi[/]").splitlines()[0] == said.text
 

@@ -53,7 +53,7 @@ def script(monkeypatch, capsys, tmp_path):
 def assert_one_error(result, *words):
     code, _, err = result
     assert code == 1
-    [line, *more] = [line for line in err.strip().splitlines() if not line.startswith("sampled as ")]
+    [line, *more] = [line for line in err.strip().splitlines() if not line.startswith("sampling as ")]
     assert all(each.startswith("  ") for each in more)
     assert line.startswith("error: ")
     for word in words:
@@ -363,8 +363,16 @@ def test_a_directory_of_own_choices(script, own_choices, tmp_path):
         (["--config-dir", "nowhere", "experiment=small"], ["--config-dir nowhere", "no such directory"]),
         (["experiment=small"], ["experiment=small: no such choice"]),
         (["--config-dir=mine", "experiment=smal"], ["experiment=smal", "small"]),
+        (
+            ["optim.lr=1", "--config-dir", "clash", "experiment=lora"],
+            ["clash/experiment/lora.yaml", "would be ignored"],
+        ),
+        (["--config-dir", "bare", "experiment=own"], ["# @package _global_"]),
     ],
     ids=str,
 )
-def test_mistakes_with_own_choices(script, own_choices, arguments, words):
+def test_mistakes_with_own_choices(script, own_choices, tmp_path, arguments, words):
+    for name in ("clash/experiment/lora", "bare/experiment/own"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.yaml").write_text("optim:\n  lr: 1\n")
     assert_one_error(script("train.py", *arguments), *words)

@@ -48,7 +48,7 @@ def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokeni
 
     def answers(*_):
         for row_id, text in ((1, "<think></think>4"), (0, "2"), (2, "7")):  # in the order in which they are done
-            yield Response(row_id, text, tokens=3, nfe=2, tokens_per_forward=1.5)
+            yield Response(row_id, text, tokens=3, nfe=2, tokens_per_forward=1.5, ended=True)
 
     monkeypatch.setattr(evaluation, "load_for_sampling", lambda *_: (small_model, tokenizer))
     monkeypatch.setattr(engine, "generate", answers)
@@ -134,7 +134,7 @@ def test_a_new_task_is_one_file(small_model, tokenizer, tmp_path, monkeypatch):
 
     def answers(model, tokenizer, ids, config, row_ids):
         prompts.extend(map(tokenizer.decode, ids))
-        return (Response(row_id, "test 1"[: 6 * row_id], 1, 1, 1.0) for row_id in row_ids)
+        return (Response(row_id, "test 1"[: 6 * row_id], 1, 1, 1.0, True) for row_id in row_ids)
 
     monkeypatch.setattr(engine, "generate", answers)
     config = Config(task=TaskConfig("echo"))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import GenerationConfig
@@ -86,3 +87,28 @@ def test_a_wrong_value_is_named(script, checkpoint):  # noqa: F811
     assert code == 1
     assert "generation_config.json" in err
     assert "sampling.alg=entropi" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alg": "${oc.env:HOME}"}, ["alg", "must be a name or a number"]),
+        ({"alg": "entropy", "max_new_tokens": "${seed}"}, ["max_new_tokens"]),
+        ({"alg": "entropy", "stop": [1]}, ["stop=[1]", "list of texts"]),
+        ({"alg": "entropy", "temperature": float("nan")}, ["sampling.temperature=nan"]),
+    ],
+)
+def test_values_of_strangers_are_data(script, checkpoint, settings, words):  # noqa: F811
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    code, _, err = script("sample.py", f"model.path={checkpoint}", "prompt=hi")
+    assert code == 1
+    for word in words:
+        assert word in err
+    assert str(Path.home()) not in err
+
+
+def test_texts_of_strangers_are_texts(sampled, checkpoint):
+    settings = {"alg": "entropy", "alg_temp": None, "stop": ["${oc.env:HOME}", "${", "\\n"]}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    config, _ = sampled(f"model.path={checkpoint}")
+    assert config.stop == ["${oc.env:HOME}", "${", "\\n"]

@@ -79,14 +79,14 @@ def config(small_model, tokenizer, monkeypatch, tmp_path) -> Config:
 @hostile
 def test_a_response_on_a_terminal(config, monkeypatch, capsys, text):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0))
+    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0, True))
     answers.answer(replace(config, prompt="Hi"))
     assert_shown(text, capsys.readouterr().out)
 
 
 @hostile
 def test_a_response_in_a_pipe_is_exact(config, monkeypatch, capsys, text):
-    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0))
+    monkeypatch.setattr(answers, "respond", lambda *_: Response(0, text, 1, 1, 1.0, True))
     answers.answer(replace(config, prompt="Hi"))
     assert capsys.readouterr().out == text + "\n"
 
@@ -102,7 +102,7 @@ def test_a_template_on_a_terminal(config, monkeypatch, capsys, text):
 def test_a_chat(small_model, tokenizer, monkeypatch, text):
     console = Console(file=io.StringIO(), width=200)
     chat = Conversation(small_model, tokenizer, SamplingConfig(stop=[text]), console, None)
-    monkeypatch.setattr("launch.chat.respond", lambda *_: Response(0, text, 1, 1, 1.0))
+    monkeypatch.setattr("launch.chat.respond", lambda *_: Response(0, text, 1, 1, 1.0, True))
     chat.take("Hi")
     assert chat.turns[-1]["content"] == text
     assert_shown(text, console.file.getvalue())
@@ -122,7 +122,7 @@ def test_the_table_of_an_evaluation(config, monkeypatch, capsys, tmp_path, text)
     rows = [{"question": text, "answer": "<think></think>2"}, {text: 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.data.val_files, config.data.on_bad_row = [str(tmp_path / "rows.jsonl")], "skip"
-    monkeypatch.setattr(engine, "generate", lambda *_: iter([Response(0, text, 1, 1, 1.0)]))
+    monkeypatch.setattr(engine, "generate", lambda *_: iter([Response(0, text, 1, 1, 1.0, True)]))
     monkeypatch.setenv("COLUMNS", "300")
     evaluation.evaluate(config)
     shown, progress = capsys.readouterr()

@@ -1,11 +1,14 @@
 """The best validation: kept, exported, and the end of a run that no longer improves."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffllm import DiffusionConfig
+from diffllm.diffusion import build_objective
 from tests.trainer.runs import metrics, train, weights
 from trainer.checkpoint import Checkpoints
 from trainer.export import export
@@ -69,7 +72,7 @@ def test_patience_ends_the_run_and_stays_spent(small_run, validated, capsys):
 
 @pytest.mark.parametrize("name", ["keep_best", "patience"])
 def test_without_validation_there_is_no_best(small_run, name):
-    changes = {"keep_best": {"trainer__keep_best": True}, "patience": {"trainer__patience": 1}}[name]
+    changes = {f"trainer__{name}": 1, "trainer__val_check_interval": 2}
     with pytest.raises(ValueError, match=rf"trainer\.{name}.*data\.val_split"):
         train(small_run(data__val_files=[], **changes))
 
@@ -130,7 +133,7 @@ def test_a_finished_run_names_the_next_command(small_run):
     settings = small_run().trainer
     lines = conclude(settings, Progress(), Clock(steps=3, tokens=1234.0), None)
     assert lines[0].endswith("for 3 steps and 1,234 tokens")
-    assert lines[-1] == f"next: python sample.py model.path={settings.output_dir}/hf mode=chat"
+    assert lines[-1].startswith(f"next: python sample.py model.path={settings.output_dir}/hf ")
 
 
 def test_a_best_step_of_another_directory_is_not_considered(small_run, validated, capsys):
@@ -140,7 +143,7 @@ def test_a_best_step_of_another_directory_is_not_considered(small_run, validated
     validated([4.0, 3.0])
     last = first / "checkpoints" / "step_00000006"
     second = train(small_run("second", trainer__resume=str(last), **settings))
-    assert "step 3 was the best, but " in capsys.readouterr().out
+    assert "step 3 was the best, but no longer counts" in capsys.readouterr().out
     assert checkpoints(second) == ["step_00000009", "step_00000012"]
 
 
@@ -181,3 +184,33 @@ def test_two_ranks_agree_on_the_best_and_on_patience(small_run, train_on_two_ran
     best = min(range(len(elbo[0])), key=elbo[0].__getitem__) + 1
     assert f"step_{best:08d}" in checkpoints(run)
     assert len(elbo[0]) == best + 2 < 12
+
+
+def test_a_damaged_best_checkpoint_does_not_count(small_run, validated, capsys):
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_checkpoints": 1, "trainer__keep_best": True}
+    validated([1.0, 2.0])
+    run = train(small_run(trainer__max_steps=6, **settings))
+    [file] = (run / "checkpoints" / "step_00000003").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    validated([4.0, 3.0])
+    train(small_run(**settings))
+    assert "step 3 was the best, but no longer counts" in capsys.readouterr().out
+    assert checkpoints(run) == ["step_00000012"]
+
+
+def test_other_validation_rows_have_a_best_of_their_own(small_run, equations, capsys):
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_best": True}
+    train(small_run(trainer__max_steps=6, **settings))
+    run = train(small_run(data__val_files=equations.train_files, **settings))
+    assert "the validation rows are others now" in capsys.readouterr().out
+    elbo = {line["step"]: line["val/elbo"] for line in metrics(run) if "val/elbo" in line}
+    assert f"step_{min((9, 12), key=elbo.get):08d}" in checkpoints(run)
+
+
+def test_a_validation_that_measured_nothing_is_not_the_best(small_run):
+    sums = [0.0, 5.0, 0.0, *[0.0] * 8]
+    metrics = build_objective(DiffusionConfig(), 0, 0).metrics(sums)
+    assert math.isnan(metrics["elbo"])
+    assert not Progress().judge(1, {"val/elbo": metrics["elbo"]})

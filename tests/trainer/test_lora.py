@@ -121,6 +121,9 @@ def test_an_adapter_loads_in_peft_here_and_is_trained_further(lora_run, pretrain
         ({"peft_type": "IA3"}, "peft_type is .*IA3"),
         (None, r"no adapter_config\.json"),
         ({}, r"train it further give its model\.lora_rank=2"),
+        ({"r": 0}, "r=0 .*: must be positive"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf: must be positive"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
     ],
 )
 def test_an_adapter_that_cannot_be_loaded(lora_run, tmp_path, change, message):
@@ -130,6 +133,26 @@ def test_an_adapter_that_cannot_be_loaded(lora_run, tmp_path, change, message):
     save_file({}, tmp_path / "adapter_model.safetensors")
     with init_distributed() as distributed, pytest.raises(ValueError, match=rf"model\.adapter=.*{message}"):
         FSDPSFTTrainer(lora_run(model__adapter=str(tmp_path)), distributed)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "missing"),
+        ({"A": torch.full((2, 32), torch.nan), "B": torch.zeros(32, 2)}, "not finite"),
+        ({"A": torch.zeros(2, 32)}, "does not belong"),
+        ({"A": torch.zeros(3, 32), "B": torch.zeros(32, 3)}, "does not belong"),
+        ({"A": torch.zeros(2, 32), "B": torch.zeros(32, 2), "C": torch.zeros(2, 2)}, "does not belong"),
+    ],
+)
+def test_tensors_that_are_no_adapter(pretrained, lora_run, tmp_path, tensors, message):
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 16.0, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    named = {f"{layer}.lora_{part}.weight": tensor for part, tensor in tensors.items()}
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"model\.adapter=.*{message}"):
+        build_model(lora_run(model__lora_rank=0, model__adapter=str(tmp_path)).model)
 
 
 def test_an_adapter_of_another_model(lora_run, pretrained, tmp_path, tokenizer):
