@@ -31,14 +31,15 @@ def disk(model: DiffLLM, config: Config, steps: int | None, device: torch.device
 
     Args:
         model: may be on the meta device.
-        steps: of the run; None for so many that old checkpoints are deleted.
+        steps: of the run; None for so many that old checkpoints are deleted, as with `trainer.keep_best`.
         device: of the run.
     """
     settings = config.trainer
     state, most = state_memory(model, config, 1, device), settings.keep_checkpoints + settings.keep_best
-    saves = most + 1 if steps is None else math.ceil(steps / (settings.save_checkpoint_steps or steps or 1))
-    if settings.save_checkpoint_steps is None:
-        saves = 1 + settings.keep_best
+    if settings.keep_best or (steps is None and settings.save_checkpoint_steps is not None):
+        saves = most + 1
+    else:
+        saves = 1 if settings.save_checkpoint_steps is None else math.ceil(steps / settings.save_checkpoint_steps)
     exported = sum(numel(weight) for name, weight in model.named_parameters() if base_name(name) is not None)
     return Disk(
         checkpoint=state.gradients + state.optimizer,  # gradients are as large as the weights that they train

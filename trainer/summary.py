@@ -109,10 +109,11 @@ def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int)
     parts += [f"{size_text(written.export)} for hf/"] if written.export else []
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
+    present = sum(file.stat().st_size for part in ("checkpoints/*", "hf") for file in directory.glob(f"{part}/*"))
     room = (
         f"{size_text(free)} free"
-        if written.total <= free
-        else (f"ONLY {size_text(free)} FREE, {size_text(written.total)} needed")
+        if written.total <= free + present
+        else (f"ONLY {size_text(free)} FREE, {size_text(written.total - present)} needed")
     )
     return f"{directory}: {', '.join(['metrics', *parts])}; {room}"
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from diffllm import DiffusionConfig
 from diffllm.diffusion import build_objective
 from tests.data.rows import prepared, row
 from tests.trainer.runs import metrics, train
+from trainer import summary
 from trainer.config import Config
 from trainer.preview import print_preview
 
@@ -45,6 +47,17 @@ def test_without_steps_nothing_is_written(small_run, capsys):
     assert "steps:      80, 2 epochs of 320 rows" in printed
     assert printed.count("with masks:") == 2
     assert "<|im_start|>assistant" in printed
+
+
+@pytest.mark.parametrize(("free", "warns"), [(0, True), (10**9, False)])
+def test_a_disk_that_is_too_small_is_named_and_finished_files_count(small_run, monkeypatch, capsys, free, warns):
+    monkeypatch.setattr(summary.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    config = small_run(trainer__max_steps=1)
+    train(config)
+    assert ("ONLY" in capsys.readouterr().out) == warns
+    monkeypatch.setattr(summary.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    train(config)
+    assert "ONLY" not in capsys.readouterr().out
 
 
 def test_the_data_report_shows_rows(default_run):
