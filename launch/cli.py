@@ -38,6 +38,24 @@ from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
 from trainer.schema import field_names, resolve
 
+# Names in Transformers, TRL and axolotl that have little in common with ours.
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "trainer.total_epochs",
+    "num_epochs": "trainer.total_epochs",
+    "per_device_train_batch_size": "data.micro_batch_size_per_gpu",
+    "micro_batch_size": "data.micro_batch_size_per_gpu",
+    "gradient_checkpointing": "model.enable_gradient_checkpointing",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "eval_steps": "trainer.val_check_interval",
+    "save_steps": "trainer.save_checkpoint_steps",
+    "early_stopping_patience": "trainer.patience",
+    "load_in_4bit": "model.quantize",
+    "adapter_name_or_path": "model.adapter",
+    "report_to": "trainer.logger",
+    "model_name_or_path": "model.path",
+}
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -229,7 +247,8 @@ def check_arguments(arguments: list[str]) -> None:
         if re.split(r"[./]", key)[0] == "hydra":
             continue
         if key not in names:
-            raise ValueError(f"{argument}: no such setting; {nearest(key, names)}")
+            ours = OTHER_NAMES.get(re.split(r"[./]", key)[-1])
+            raise ValueError(f"{argument}: no such setting; {f'did you mean {ours}?' if ours else nearest(key, names)}")
         if key not in choices:
             continue
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]

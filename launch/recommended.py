@@ -21,10 +21,10 @@ def recommend(config: DictConfig, overrides: Iterable[str]) -> tuple[str | None,
     `sampling=CHOICE` and `sampling.FIELD=VALUE` on the command line win, as do the choices of other groups where they
     set something else than the default.
 
+    Texts in lists are not set: OmegaConf would take `${…}` in them, which a stranger may have written, for a reference.
+
     Args:
         overrides: of the command line.
-
-    Texts in lists are not set: OmegaConf would take `${…}` in them, which a stranger may have written, for a reference.
 
     Returns:
         A line that names the settings and their origin, None if there are none; and lists of texts to set when the

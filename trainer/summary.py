@@ -110,11 +110,9 @@ def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     present = sum(file.stat().st_size for part in ("checkpoints/*", "hf") for file in directory.glob(f"{part}/*"))
-    room = (
-        f"{size_text(free)} free"
-        if written.total <= free + present
-        else (f"ONLY {size_text(free)} FREE, {size_text(written.total - present)} needed")
-    )
+    room = f"{size_text(free)} free"
+    if written.total > free + present:
+        room = f"ONLY {size_text(free)} FREE, {size_text(written.total - present)} needed"
     return f"{directory}: {', '.join(['metrics', *parts])}; {room}"
 
 

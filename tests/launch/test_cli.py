@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -376,3 +377,10 @@ def test_mistakes_with_own_choices(script, own_choices, tmp_path, arguments, wor
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / f"{name}.yaml").write_text("optim:\n  lr: 1\n")
     assert_one_error(script("train.py", *arguments), *words)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), cli.OTHER_NAMES.items())
+def test_names_of_other_frameworks(theirs, ours):
+    assert ours in field_names()
+    with pytest.raises(ValueError, match=rf"optim\.{theirs}=1: .* {re.escape(ours)}\?"):
+        cli.check_arguments([f"optim.{theirs}=1"])
