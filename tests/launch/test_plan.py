@@ -136,6 +136,7 @@ def test_what_does_not_fit_is_told_what_helps_and_what_suffices(run):
     assert not any("checkpointing" in setting or "micro_batch" in setting for setting in found)  # no room in them
 
 
+@pytest.mark.slow
 def test_what_does_not_lower_the_peak_is_not_named(run):
     """Two ranks would gather weights that one rank keeps."""
     small = ["model.hidden_size=64", "model.lora_rank=1", "data.max_length=8", "gpu_memory=1e-4", "model.compile=false"]
@@ -145,6 +146,7 @@ def test_what_does_not_lower_the_peak_is_not_named(run):
     assert not any(setting.startswith("gpus") for setting in found)
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_helps_that_divides_the_batch(run):
     command = [*COMMAND, "gpu=4090", "data.micro_batch_size_per_gpu=32"]
     code, out, _ = run(*command)

@@ -58,6 +58,7 @@ esac
     return run
 
 
+@pytest.mark.slow
 def test_local_asks_for_training_on_several_gpus_only(started):
     batch = "data.train_batch_size=64"
     assert started(6, "train.py", batch, "model.mask_token=<|mask|>") == "4"

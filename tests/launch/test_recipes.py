@@ -67,7 +67,7 @@ def test_the_readme_has_the_figures_of_launch_plan(plans, name, arguments, memor
     assert time == duration_text(steps * step_time(plan.model, plan.config, plan.layout, gpus).total)
 
 
-@pytest.mark.parametrize("model", ["dream_7b_instruct", "llada_8b_instruct"])
+@pytest.mark.parametrize("model", ["dream_7b_instruct", pytest.param("llada_8b_instruct", marks=pytest.mark.slow)])
 def test_adapters_beside_a_large_model_fit_a_card_of_24_gb(model):
     plan = make_plan(["experiment=lora", f"model={model}", "gpu=4090"])
     assert plan.fits, f"{plan.needed:,} of {plan.usable:,.0f} bytes"

@@ -172,6 +172,7 @@ def test_the_best_checkpoint_lives_until_a_better_one_is_whole(small_run, valida
     assert metrics(run)[-1]["val/elbo"] == 2.0
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_on_the_best_and_on_patience(small_run, train_on_two_ranks):
     """With so high a learning rate validation soon gets worse."""
     settings = {"trainer__val_check_interval": 1, "trainer__keep_best": True, "trainer__patience": 2, "optim__lr": 1.0}
