@@ -1,6 +1,7 @@
 """Shared fixtures. The environment is set before torch is imported."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -157,8 +158,14 @@ def two_ranks() -> Iterator[Callable[..., None]]:
 
         def call(function: Callable[..., None], *arguments) -> None:
             port = free_port()
-            for done in as_completed(pool.submit(function, rank, *arguments, port) for rank, pool in enumerate(pools)):
-                done.result()
+            try:
+                futures = [pool.submit(function, rank, *arguments, port) for rank, pool in enumerate(pools)]
+                for done in as_completed(futures):
+                    done.result()
+            except BaseException:
+                for process in multiprocessing.active_children():  # a rank may wait for the one that failed
+                    process.kill()
+                raise
 
         yield call
 

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import MANIFEST, read_manifest, write_manifest
 
 multiprocessing.set_forkserver_preload(["tests.trainer.runs"])
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = cycle(range(20_000 + 500 * WORKER, 20_500 + 500 * WORKER))  # below those of outgoing connections
 
 
 def train(config: Config) -> Path:
@@ -36,9 +39,12 @@ def start_ranks(rank: Callable[..., None], arguments: tuple, ranks: int) -> None
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """A port that nothing listens on, from those of this worker of pytest: no other process is given it meanwhile."""
+    for port in PORTS:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
 
 
 @contextmanager
