@@ -154,6 +154,7 @@ def test_what_cannot_be_captured_runs_as_it_is(model):
         filled(model)
 
 
+@pytest.mark.slow
 def test_layers_share_their_compilations(tokenizer, monkeypatch):
     """Each has memory of its own for keys and values, whose number the compiler must not see."""
     monkeypatch.setattr(static_forward, "backend_of", lambda _: "eager")

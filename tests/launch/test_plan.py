@@ -269,6 +269,7 @@ def meta():
         return new_model(config.model, builtin_tokenizer()), config, batch_layout(config.data, 0, 4)
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits(meta):
     model, config, layout = meta
     usable = 8 * 2**30
