@@ -1,9 +1,13 @@
 """Experiments that are named after a card fit on it, and the README has their figures."""
 
+import math
 import re
+from collections import Counter
+from statistics import NormalDist
 
 import pytest
 
+from data import Report
 from data.quantities import duration_text, size_text
 from launch.budget import count_steps, step_time
 from launch.cli import CONF
@@ -72,3 +76,31 @@ def test_adapters_beside_a_large_model_fit_a_card_of_24_gb(model):
     plan = make_plan(["experiment=lora", f"model={model}", "gpu=4090"])
     assert plan.fits, f"{plan.needed:,} of {plan.usable:,.0f} bytes"
     assert plan.config.optim.lr == 1e-4
+
+
+def s1k_lengths() -> Counter[int]:
+    """Rows by tokens of a log-normal set like S1K: on average 4,700 tokens, 74 % above 4,096 (arXiv 2501.19393)."""
+    z = NormalDist().inv_cdf(1 - 0.74)
+    sigma = z + math.sqrt(z**2 + 2 * math.log(4700 / 4096))
+    lengths = NormalDist(math.log(4096) - z * sigma, sigma)
+    return Counter(round(math.exp(lengths.inv_cdf((row + 0.5) / 1000))) for row in range(1000))
+
+
+def test_the_share_of_s1k_that_a_length_keeps():
+    """As conf/data/s1k.yaml says."""
+    lengths = s1k_lengths()
+    assert sum(length * rows for length, rows in lengths.items()) / 1000 == pytest.approx(4700, rel=1e-3)
+    kept = [sum(rows for length, rows in lengths.items() if length <= limit) for limit in (2048, 4096, 8192)]
+    assert kept == [0, 260, 999]
+    said = re.search(
+        r"(\S+) % within 2,048, (\S+) % within 4,096 and (\S+) %", (CONF / "data" / "s1k.yaml").read_text()
+    )
+    assert [float(share) * 10 for share in said.groups()] == pytest.approx(kept)
+    for limit, warns in ((2048, True), (4096, True), (8192, False)):
+        assert bool(Report("training", max_length=limit, whole=lengths).warning()) == warns
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "s1k" in name])
+def test_a_recipe_keeps_most_of_s1k(plans, name):
+    longest = plans[name].config.data.max_length
+    assert sum(rows for length, rows in s1k_lengths().items() if length <= longest) > 990
