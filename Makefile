@@ -10,7 +10,7 @@ install: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
-	$(BIN)/python evaluate.py model.path=outputs/quickstart/hf sampling.batch_size=256
+	$(BIN)/python evaluate.py model.path=outputs/quickstart/hf trainer.output_dir=outputs/quickstart sampling.batch_size=256
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
