@@ -37,6 +37,7 @@ SHAPES = {
     "full": RECOMPUTED | {"intermediate_size": 9000, "num_hidden_layers": 3, "family": "llada"},
     "selective": RECOMPUTED | {"intermediate_size": 2048, "num_hidden_layers": 8, "recompute": "selective"},
 }
+SLOW = dict.fromkeys(("layers", "selective"), pytest.mark.slow)
 
 
 def configured(shape: dict) -> Config:
@@ -59,22 +60,23 @@ def measured(shape: dict) -> int:
 
 
 @pytest.fixture(scope="module")
-def peaks():
-    """Memory of each shape, measured in a process that returns freed memory at once."""
+def peak():
+    """Measures the memory of a shape in a process that returns freed memory at once."""
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, get_context("spawn")) as process:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        return dict(zip(SHAPES, process.map(measured, SHAPES.values()), strict=True))
+        yield lambda name: process.submit(measured, SHAPES[name]).result()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("name", SHAPES)
-def test_predicted_is_measured(peaks, name):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SHAPES])
+def test_predicted_is_measured(peak, name):
     config = configured(SHAPES[name])
     with torch.device("meta"):
         model = new_model(config.model, builtin_tokenizer())
     kept, loss, backward = pass_memory(model, config, ROWS, torch.float32)
-    assert peaks[name] > 150 * 2**20
-    assert kept + max(loss, backward) == pytest.approx(peaks[name], rel=0.15)
+    taken = peak(name)
+    assert taken > 150 * 2**20
+    assert kept + max(loss, backward) == pytest.approx(taken, rel=0.15)
 
 
 @pytest.fixture
