@@ -49,7 +49,7 @@ def test_a_pretrained_model_learns_to_restore_is_saved_and_samples(small_run, tm
     run = train(config)
 
     elbo = [line["val/elbo"] for line in metrics(run)]
-    assert elbo[-1] < elbo[0] - 0.5  # the first step has a learning rate of 0
+    assert elbo[-1] < elbo[0] - 0.3  # the first step has a learning rate of 0; the texts change with the documents
     model, tokenizer = load_model(run / "hf").eval(), load_tokenizer(run / "hf")
     assert model.mask_token_id == tokenizer.mask_token_id == 49152
     ids = torch.tensor([prompt_ids([{"role": "user", "content": "Go on: a run writes"}], tokenizer)])
