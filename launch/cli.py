@@ -117,10 +117,12 @@ def entry(
             transformers_logging.disable_progress_bar()
             transformers_logging.set_verbosity_error()
             hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
-            sys.argv[1:] = config_dir_first([*map(quote_text, sys.argv[1:])])
             Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
             try:
                 with Deadline.on_error(), user_errors(debug), reported():
+                    directory, others = split_config_dir([*map(quote_text, sys.argv[1:])])
+                    # Hydra reads no options between settings.
+                    sys.argv[1:] = [*([f"--config-dir={directory}"] if directory else []), *others]
                     check_arguments(sys.argv[1:])
                     warn_of_unread(sys.argv[1:], reads)
                     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
@@ -269,14 +271,6 @@ def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
     if unread and os.environ.get("RANK", "0") == "0":
         script = Path(sys.argv[0]).name
         print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
-
-
-def config_dir_first(arguments: Sequence[str]) -> list[str]:
-    """Put `--config-dir` before the settings: Hydra does not read options between them."""
-    found = [place for place, each in enumerate(arguments) if re.fullmatch("(--config-dir|-cd)(=.*)?", each)]
-    first = [each for place in found for each in arguments[place : place + (1 if "=" in arguments[place] else 2)]]
-    taken = {place + more for place in found for more in range(1 if "=" in arguments[place] else 2)}
-    return [*first, *(each for place, each in enumerate(arguments) if place not in taken)]
 
 
 def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

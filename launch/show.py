@@ -1,7 +1,7 @@
-"""Show rows as they are trained on: `python -m launch.show model=dream_7b data.train_files=[mine.jsonl] rows=3`.
+"""Show rows as they are trained on: `python -m launch.show model=dream_7b data.train_files=mine.jsonl rows=3`.
 
 Takes the settings of train.py, `rows` to show, and `characters` of each text (0 shows all). Reads the tokenizer, but no
-weights. The rows are the first of the first step.
+weights. The rows are spread over those of the first steps.
 """
 
 import sys

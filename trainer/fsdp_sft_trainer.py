@@ -132,9 +132,9 @@ class FSDPSFTTrainer(TrainingLoop):
         return model.state_dict() | {name: value for name, value in state_dict.items() if base_name(name) is None}
 
     def describe(self, done: int) -> list[str]:
-        validation = self.rows.get("validation")
-        rows = validation and validation.rows
-        return describe(self.config, self.distributed, self.model, self.source, rows, self.steps, done)
+        rows, validation = self.identity.training_rows, self.rows.get("validation")
+        held_out = validation and validation.rows
+        return describe(self.config, self.distributed, self.model, self.source, rows, held_out, self.steps, done)
 
     def report(self, done: int) -> None:
         if done or not self.distributed.is_main:

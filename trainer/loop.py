@@ -224,7 +224,7 @@ class TrainingLoop(ABC):
         settings, best = self.config.trainer, None
         if settings.save_model:
             best = self.checkpoints.best_of(self.progress.best_step)
-            if best is not None:
+            if best is not None and self.progress.not_better:  # else the last step is the best
                 load(best, state)
             with announced("writing the model"):
                 self.export(self.output_dir / "hf")
@@ -332,9 +332,10 @@ class TrainingLoop(ABC):
         )
         places = keep(failed, losses, self.output_dir / "nonfinite", self.distributed)
         self.progress.nonfinite_steps += 1
+        command = f"python -m trainer.replay FILE{'' if settings.save_checkpoints else ' CHECKPOINT'}"
         message = (
             f"step {step}: the loss or its gradient is not finite (gradient norm {grad_norm}), the step was not "
-            f"applied. Run its rows again with `python -m trainer.replay FILE`: {places}"
+            f"applied. Run its rows again with `{command}`: {places}"
         )
         if settings.nonfinite == "raise":
             raise FloatingPointError(f"{message}. Then lower optim.lr, check these rows, or set trainer.nonfinite=skip")
@@ -373,17 +374,16 @@ class TrainingLoop(ABC):
 
     def _check_best(self, directory: Path) -> None:
         """Forget the best validation so far if it had other rows, or its checkpoint is not whole. Collective."""
-        if not self.progress.best_step:
-            return
         best, fault = path_of(directory, self.progress.best_step), None
         if self.progress.rows != self.validation_rows:
             fault = "the validation rows are others now"
-        elif self.config.trainer.keep_best:
+        elif self.config.trainer.keep_best and self.progress.best_step:
             fault = find_fault(best, self.distributed)
-        if fault is not None:
+        if fault is None:
+            return
+        if self.progress.best_step:
             self.print_main(f"step {self.progress.best_step} was the best, but no longer counts: {best}: {fault}")
-            self.progress.forget_best()
-            self.progress.rows = self.validation_rows
+        self.progress.forget_best(self.validation_rows)
 
     def _other_length(self, done: int, planned: int) -> str:
         """A line on the learning rate of a resumed run that was planned for another number of steps."""

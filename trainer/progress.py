@@ -1,4 +1,4 @@
-"""How far a run is: counts that a checkpoint keeps, and the time since the start."""
+"""Counts and validations of a run that a checkpoint keeps, and its time."""
 
 import math
 import time
@@ -12,7 +12,7 @@ ESTIMATED_AFTER = 10  # steps
 
 @dataclass
 class Progress:
-    """Counts that a checkpoint keeps."""
+    """Counts and validations that a checkpoint keeps."""
 
     skipped_steps: int = 0  # without a masked token
     nonfinite_steps: int = 0  # with a loss or gradient that is not finite
@@ -41,9 +41,9 @@ class Progress:
             self.not_better += 1
         return better
 
-    def forget_best(self) -> None:
-        """Judge the next validation as the first."""
-        self.best, self.best_step, self.not_better = None, 0, 0
+    def forget_best(self, rows: str | None) -> None:
+        """Judge the next validation, of these rows, as the first."""
+        self.rows, self.best, self.best_step, self.not_better = rows, None, 0, 0
 
 
 @dataclass

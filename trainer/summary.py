@@ -28,17 +28,22 @@ def describe(
     distributed: Distributed,
     model: DiffLLM,
     source: BatchSource,
+    rows: int,
     validation: TokenRows | None,
     steps: int,
     done: int,
 ) -> list[str]:
-    """Lines on model, device, batch, steps, validation and files of a run, after `done` of its steps."""
+    """Lines on model, device, batch, steps, validation and files of a run, after `done` of its steps.
+
+    Args:
+        rows: number of training rows, 0 for a stream.
+    """
     lines = {
         "model": _model(config, model),
         **({"note": TOY} if config.model.path is None and config.data.train_files and not done else {}),
         "device": _device(config, distributed, model, steps * source.layout.micro_batches),
         "batch": _batch(config, source),
-        "steps": _steps(config, source, steps),
+        "steps": _steps(config, source, rows, steps),
         "loss": _loss(config),
         "validation": _validation(config.trainer, validation),
         "files": _files(config, model, distributed, steps),
@@ -82,8 +87,8 @@ def _batch(config: Config, source: BatchSource) -> str:
     )
 
 
-def _steps(config: Config, source: BatchSource, steps: int) -> str:
-    optim, rows = config.optim, source.identity()[0]
+def _steps(config: Config, source: BatchSource, rows: int, steps: int) -> str:
+    optim = config.optim
     epochs = f", {source.epoch(steps):.3g} epochs of {rows:,} rows" if rows else ", of a stream"
     schedule = f"{warmup_steps(optim, steps):,} of them warm-up, then {optim.lr_schedule}"
     return f"{steps:,}{epochs}; lr {optim.lr:g}, {schedule}"

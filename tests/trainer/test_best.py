@@ -215,3 +215,15 @@ def test_a_validation_that_measured_nothing_is_not_the_best(small_run):
     metrics = build_objective(DiffusionConfig(), 0, 0).metrics(sums)
     assert math.isnan(metrics["elbo"])
     assert not Progress().judge(1, {"val/elbo": metrics["elbo"]})
+
+
+def test_other_rows_are_remembered_although_none_was_best(small_run, validated, equations, monkeypatch):
+    """A run whose validations measured nothing has no best; later ones belong to the new rows."""
+    settings = {"trainer__val_check_interval": 3, "trainer__keep_best": True, "data__val_files": equations.train_files}
+    validated([float("nan")])
+    train(small_run(trainer__max_steps=3, **settings | {"data__val_files": equations.val_files}))
+    validated([1.0])
+    train(small_run(trainer__max_steps=6, **settings))
+    validated([2.0, 3.0])
+    run = train(small_run(**settings))
+    assert "step_00000006" in checkpoints(run)
