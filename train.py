@@ -6,7 +6,7 @@ from trainer.config import Config
 from trainer.distributed import init_distributed
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 
-READS = ("model", "data", "diffusion", "optim", "trainer", "sampling", "seed")
+READS = ("model", "data", "diffusion", "optim", "trainer", "sampling", "task", "seed")
 
 
 @entry(READS, run_job=train_job)

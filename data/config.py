@@ -20,9 +20,9 @@ class DataConfig:
         ValueError: a value breaks its rule; the message names field, value and rule.
     """
 
-    # .jsonl, .json or .parquet files, folders of them, or hub ids; empty: generated equations
+    # .jsonl, .json or .parquet files, folders of them, or hub ids; empty: the rows of the task
     train_files: list[str] = setting([], path=True)
-    # same kinds; empty: no validation, or held-out equations if train_files is empty too
+    # same kinds; empty: no validation, or the held-out rows of the task if train_files is empty too
     val_files: list[str] = setting([], path=True, free_when_resuming=True)
     # share of the prompts whose rows are held out for validation if there are no val_files; drawn by `seed`
     val_split: float = setting(0.0, at_least=0, below=1)
@@ -104,7 +104,9 @@ class DataConfig:
 
 @dataclass
 class TaskConfig:
-    """Task of evaluate.py."""
+    """Tasks of evaluate.py, whose rows train.py uses if there are no files of rows."""
 
-    # equations | rows (of data.val_files) | another in data/tasks; null: rows if data.val_files are given
-    name: str | None = None
+    # of data/tasks; empty: rows if data.val_files are given, else equations
+    name: list[str] = setting([])
+    # by task, where the rows that it does not generate are: a file, folder or hub id, such as {gsm8k: test.jsonl}
+    files: dict[str, str] = setting({})

@@ -11,7 +11,7 @@ from data import BatchLayout
 from data.curation import subset
 from data.errors import BadRows
 from data.files import iterate, outline
-from data.tasks.equations import Equations
+from data.tasks import tasks_of
 from diffllm import DiffLLM
 from launch.machine import Gpus
 from trainer.build import compute_dtype
@@ -68,8 +68,10 @@ def count_rows(config: Config) -> int | None:
     Raises:
         ValueError: unreadable files, or more rows in `data.subset` than there are.
     """
-    files = config.data.train_files
-    counts = [_count(name) for name in files] if files else [len(Equations().rows("train"))]
+    if files := config.data.train_files:
+        counts = [_count(name) for name in files]
+    else:
+        counts = [sum(1 for _ in task.rows("train")) for task in tasks_of(config.data, config.task)]
     if None in counts:
         return None
     rows = sum(counts)

@@ -65,7 +65,8 @@ def register_defaults() -> None:
     They are plain values, not the dataclasses: `resolve` then reports a wrong value the same way, whatever its source.
     """
     store, tree = ConfigStore.instance(), defaults(Config)
-    OmegaConf.set_struct(tree.model.chat_template_kwargs, False)  # the template decides its names
+    for names in (tree.model.chat_template_kwargs, tree.task.files):  # the template and the tasks decide them
+        OmegaConf.set_struct(names, False)
     del tree.diffusion  # each choice begins with the defaults of its objective
     store.store("defaults", tree)
     for name, objective in OBJECTIVES.items():

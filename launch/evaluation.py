@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.storage import whole_file
-from data.tasks import find_task
+from data.tasks import tasks_of
 from data.tasks.base import Task
 from data.terminal import printable
 from diffllm.generate import Response
@@ -28,7 +28,7 @@ def evaluate(config: Config) -> None:
     Raises:
         ValueError: an unknown task, a task of another kind than generate, or see `questions_of` and `answer_all`.
     """
-    task = find_task(config.task.name or ("rows" if config.data.val_files else "equations"))(config.data)
+    [task] = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
     if task.kind != "generate":
         raise ValueError(f"task.name={task.name}: its kind is {task.kind}; only generate can be evaluated")
     path = Path(config.trainer.output_dir) / "evaluation.json"

@@ -155,4 +155,4 @@ def test_a_setting_that_nothing_reads_is_found(readers, setting):
         text = path.read_text()
         texts.append(re.sub(attribute, ".other", text) if path.relative_to(ROOT).parts[0] in readers else text)
     assert any(re.search(attribute, text) for text in texts)
-    assert unread(texts) - {"mode", "task.name"} == {setting}  # roots and launch read these
+    assert unread(texts) - {"mode", "task.name", "task.files"} == {setting}  # roots and launch read these

@@ -34,7 +34,7 @@ from data.batches import Noise
 from data.config import DataConfig
 from data.curation import held_out, subset
 from data.packing import noise_and_pack
-from data.tasks.equations import Equations
+from data.tasks import tasks_of
 from data.terminal import announced
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, with_mask
@@ -265,7 +265,7 @@ def build_batches(
     if data.streaming:
         train = StreamedBatches(data.train_files, data, tokenizer, layout, noise, config.seed)
     else:
-        rows["training"] = prepared = _training_rows(data, tokenizer)
+        rows["training"] = prepared = _training_rows(config, tokenizer)
         report = prepared.report
         try:
             if data.val_split and not data.val_files:
@@ -280,17 +280,19 @@ def build_batches(
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files and not data.val_split:
-        tested = {"equations": Equations().rows("test")}
+        tested = {task.name: task.rows("test") for task in tasks_of(data, config.task)}
         rows["validation"] = rows_of(tested, data, tokenizer, "validation", curated=False)
     val = ValBatches(rows["validation"].rows, layout, eos, val_noise) if "validation" in rows else None
     return train, val, rows
 
 
-def _training_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Rows of `data.train_files`, or the generated equations."""
-    if config.train_files:
-        return rows_of_files(config.train_files, config, tokenizer, "training", curated=True)
-    return rows_of({"equations": Equations().rows("train")}, config, tokenizer, "training", curated=True)
+def _training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Rows of `data.train_files`, or else of the tasks."""
+    data = config.data
+    if data.train_files:
+        return rows_of_files(data.train_files, data, tokenizer, "training", curated=True)
+    tasks = tasks_of(data, config.task)
+    return rows_of({task.name: task.rows("train") for task in tasks}, data, tokenizer, "training", curated=True)
 
 
 def _split(prepared: Prepared, share: float, seed: int) -> tuple[Prepared, Prepared]:

@@ -71,8 +71,8 @@ def resolve(composed: DictConfig) -> Config:
         group, _, key = name.rpartition(".")
         owner = getattr(config, group) if group else config
         setattr(owner, key, _as_meant(name, getattr(owner, key), item))
-    if config.task.name is not None:
-        find_task(config.task.name)
+    for task in config.task.name:
+        find_task(task)
     return config
 
 

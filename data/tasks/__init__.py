@@ -3,8 +3,18 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from data.config import DataConfig, TaskConfig
 from data.errors import nearest, twice
 from data.tasks.base import Task
+
+
+def tasks_of(config: DataConfig, settings: TaskConfig, default: str = "equations") -> list[Task]:
+    """Return the tasks of the settings, or the default.
+
+    Raises:
+        ValueError: see `find_task`.
+    """
+    return [find_task(name)(config, settings) for name in settings.name or [default]]
 
 
 def find_task(name: str) -> type[Task]:

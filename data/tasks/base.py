@@ -2,13 +2,14 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import ClassVar, Literal
 
-from data.chat import Message, final_answer, to_chat
-from data.config import DataConfig
+from data.chat import Columns, Message, final_answer, to_chat
+from data.config import DataConfig, TaskConfig
 from data.errors import BadRows
+from data.files import iterate
 from data.readers import PlacedRow
 
 NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
@@ -19,16 +20,18 @@ class Task(ABC):
 
     Attributes:
         name: chooses the task on the command line, `task.name=NAME`.
-        kind: the model generates a response, chooses one of the row's options by likelihood, or scores the row's own
-            response by likelihood.
+        kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
+            `template`.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["generate", "choose", "likelihood"]] = "generate"
+    kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
+    config: DataConfig
+    settings: TaskConfig
 
-    def __init__(self, config: DataConfig | None = None):
-        self.config = config or DataConfig()
+    def __init__(self, config: DataConfig | None = None, settings: TaskConfig | None = None):
+        self.config, self.settings = config or DataConfig(), settings or TaskConfig()
         self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
 
     @abstractmethod
@@ -38,6 +41,33 @@ class Task(ABC):
         Raises:
             ValueError: the rows cannot be found.
         """
+
+    def file(self, default: str | None = None) -> str:
+        """Return the name of the task's rows in `task.files`, or the default.
+
+        Raises:
+            ValueError: neither.
+        """
+        if (file := self.settings.files.get(self.name, default)) is None:
+            raise ValueError(f"task.name={self.name}: give its rows by task.files.{self.name}=FILE")
+        return file
+
+    def read(self, files: Iterable[str]) -> Iterator[PlacedRow]:
+        """Yield the rows of files under the names of `data.columns`; add unreadable ones to `bad`.
+
+        Raises:
+            ValueError: `data.columns` names a column that no row has, or see `data.files.iterate`.
+        """
+        columns = Columns(self.config.columns)
+        for file in files:
+            for row in iterate(file, self.bad):
+                try:
+                    named = columns(row)
+                except ValueError as error:
+                    self.bad.add(error)
+                else:
+                    yield named
+        columns.check()
 
     def messages(self, row: PlacedRow) -> list[Message]:
         """Return the prompt of a row as chat messages.

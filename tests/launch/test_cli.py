@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 
 import evaluate
 import sample
-import train
 from launch import cli
 from tests.conftest import GOLDEN, ROOT
 from tests.trainer.runs import metrics
@@ -187,7 +186,7 @@ def test_a_task_is_chosen(script, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", chosen.append)
     for arguments in ([], ["task=rows"]):
         assert script("evaluate.py", *arguments)[0] == 0
-    assert [config.task.name for config in chosen] == [None, "rows"]
+    assert [config.task.name for config in chosen] == [[], ["rows"]]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_a_task_is_chosen(script, monkeypatch):
         (evaluate.READS, ["data=s1k", "experiment=quickstart", "hydra/launcher=joblib", "hydra.verbose=true"], None),
         (evaluate.READS, ["diffusion=dream", "prompt=Hi"], "diffusion, prompt"),
         (sample.READS, ["seed=1", "sampling.seed=1", "data.columns={prompt: a}"], "seed"),
-        (train.READS, ["-m", "data.subset=9", "task=rows", "task.name=rows"], "task, task.name"),
+        (sample.READS, ["-m", "sampling.steps=9", "task=rows", "task.name=rows"], "task, task.name"),
     ],
 )  # fmt: skip
 def test_settings_without_a_reader_are_named(monkeypatch, capsys, reads, arguments, unread):

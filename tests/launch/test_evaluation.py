@@ -137,7 +137,7 @@ def test_a_new_task_is_one_file(small_model, tokenizer, tmp_path, monkeypatch):
         return (Response(row_id, "test 1"[: 6 * row_id], 1, 1, 1.0, True) for row_id in row_ids)
 
     monkeypatch.setattr(engine, "generate", answers)
-    config = Config(task=TaskConfig("echo"))
+    config = Config(task=TaskConfig(["echo"]))
     config.trainer.output_dir = str(tmp_path / "run")
     evaluation.evaluate(config)
     assert prompts == [f"<|im_start|>user\ntest {i}<|im_end|>\n<|im_start|>assistant\n" for i in range(3)]
