@@ -110,3 +110,8 @@ class TaskConfig:
     name: list[str] = setting([])
     # by task, where the rows that it does not generate are: a file, folder or hub id, such as {gsm8k: test.jsonl}
     files: dict[str, str] = setting({})
+    train_rows: int = setting(100_000, at_least=1)  # countdown, sudoku4: generated training rows
+    numbers: int = setting(3, at_least=3, at_most=5)  # countdown: numbers of a generated problem
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task")

@@ -292,7 +292,13 @@ def _training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepar
     if data.train_files:
         return rows_of_files(data.train_files, data, tokenizer, "training", curated=True)
     tasks = tasks_of(data, config.task)
-    return rows_of({task.name: task.rows("train") for task in tasks}, data, tokenizer, "training", curated=True)
+    rows = {task.name: task.rows("train") for task in tasks}
+    prepared = rows_of(rows, data, tokenizer, "training", curated=True)
+    for task in tasks:
+        if task.overlap.count:
+            prepared.report.read += task.overlap.count
+            prepared.report.dropped[f"test rows of task.name={task.name} too"] = task.overlap
+    return prepared
 
 
 def _split(prepared: Prepared, share: float, seed: int) -> tuple[Prepared, Prepared]:

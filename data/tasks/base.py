@@ -11,6 +11,7 @@ from data.config import DataConfig, TaskConfig
 from data.errors import BadRows
 from data.files import iterate
 from data.readers import PlacedRow
+from data.report import Noted
 
 NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
 
@@ -23,6 +24,7 @@ class Task(ABC):
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
+        overlap: training rows that `rows` leaves out because they are test rows too.
     """
 
     name: ClassVar[str]
@@ -33,6 +35,7 @@ class Task(ABC):
     def __init__(self, config: DataConfig | None = None, settings: TaskConfig | None = None):
         self.config, self.settings = config or DataConfig(), settings or TaskConfig()
         self.bad = BadRows("data.on_bad_row=skip leaves such rows out")
+        self.overlap = Noted()
 
     @abstractmethod
     def rows(self, split: Literal["train", "test"]) -> Iterable[PlacedRow]:

@@ -1,0 +1,112 @@
+"""Countdown: make a target from 3 to 5 numbers by + - * /, using each number once.
+
+The published sets (arXiv 2410.14157) have rows such as {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, with
+the target last. Dream-7B is evaluated on such problems (arXiv 2508.15487).
+"""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Hashable
+from fractions import Fraction
+from operator import add, mul, sub, truediv
+from random import Random
+from typing import Any
+
+from data.chat import final_answer
+from data.readers import PlacedRow
+from data.tasks.generated import GeneratedTask
+
+LARGEST = 999  # of a generated number: one token of the built-in tokenizer
+OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
+SIGNS = str.maketrans("×·÷−–", "**/--")
+EXPRESSION = re.compile(r"[\d(][\d()+*/ -]{0,200}[\d)]")
+EQUATION = re.compile(rf"({EXPRESSION.pattern}) ?= ?(\d+)")
+
+
+class Countdown(GeneratedTask):
+    name = "countdown"
+
+    def generate(self, random: Random) -> dict[str, Any]:
+        """Return a problem with `task.numbers` numbers in 1 … 99 and a target in 10 … 99, with steps that solve it."""
+        while True:
+            numbers = [random.randint(1, 99) for _ in range(self.settings.numbers)]
+            target, steps = _combine(numbers, random)
+            if 10 <= target <= 99:
+                return _row(numbers, target, "\n".join(steps))
+
+    def convert(self, placed: PlacedRow) -> dict[str, Any]:
+        """Return a row with `input`, numbers and target, or with `numbers` (or `nums`) and `target`."""
+        row, place = placed
+        try:
+            if "input" in row:
+                *numbers, target = map(int, row["input"].split(","))
+            else:
+                numbers, target = [int(number) for number in row.get("numbers", row.get("nums"))], int(row["target"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{place}: a row of countdown needs input='15,44,79,50', the target last, or numbers and target"
+            ) from error
+        return _row(numbers, target, str(row.get("output", "")).replace(",", "\n"))
+
+    def key(self, row: dict[str, Any]) -> Hashable:
+        return (*sorted(row["metadata"]["numbers"]), row["metadata"]["target"])
+
+    def score(self, row: PlacedRow, response: str) -> float:
+        """Return 1 if the steps, or the last expression, make the target and use each number once."""
+        numbers, target = row.row["metadata"]["numbers"], row.row["metadata"]["target"]
+        text = final_answer(response).translate(SIGNS)
+        steps = [(left, int(right)) for left, right in EQUATION.findall(text)]
+        last = [(expression, target) for expression in EXPRESSION.findall(text) if re.search("[-+*/]", expression)][-1:]
+        return float(any(_makes(equations, numbers, target) for equations in (steps, last)))
+
+
+def _combine(numbers: list[int], random: Random) -> tuple[int, list[str]]:
+    """Join two random numbers by a random sign until one is left. Return it, and the steps."""
+    pool, steps = list(numbers), []
+    while len(pool) > 1:
+        y, x = sorted(random.sample(pool, 2))
+        sign = random.choice("+-*/")
+        if sign == "/" and (y == 0 or x % y):
+            continue
+        z = {"+": x + y, "-": x - y, "*": x * y, "/": x // max(y, 1)}[sign]
+        if z <= LARGEST:
+            pool.remove(x)
+            pool.remove(y)
+            pool.append(z)
+            steps.append(f"{x}{sign}{y}={z}")
+    return pool[0], steps
+
+
+def _row(numbers: list[int], target: int, response: str) -> dict[str, Any]:
+    prompt = f"Make {target} from {','.join(map(str, numbers))}"
+    return {"prompt": prompt, "response": response, "metadata": {"numbers": numbers, "target": target}}
+
+
+def _makes(equations: list[tuple[str, int]], numbers: list[int], target: int) -> bool:
+    """Whether true equations, in order, use each number and each result once, and leave the target."""
+    left = Counter(numbers)
+    for expression, result in equations:
+        try:
+            tree = ast.parse(expression.strip(), mode="eval").body
+            used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+            if _value(tree) != result or not used <= left:
+                return False
+        except (SyntaxError, ValueError, ZeroDivisionError):
+            return False
+        left = left - used + Counter([result])
+    return left == Counter([target]) and bool(equations)
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Value of an expression of whole numbers.
+
+    Raises:
+        ValueError: it has another part, such as a power.
+        ZeroDivisionError: it divides by 0.
+    """
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError(ast.unparse(node))

@@ -1,0 +1,74 @@
+"""Countdown: generated problems, rows of files, and which responses solve a problem."""
+
+import json
+
+import pytest
+
+from data import DataConfig, PlacedRow
+from data.config import TaskConfig
+from data.tasks.countdown import Countdown
+
+ROW = PlacedRow({"metadata": {"numbers": [15, 44, 79], "target": 50}}, "row 1")
+
+
+@pytest.mark.parametrize("numbers", [3, 4, 5])
+def test_generated_problems_are_solved_and_not_among_the_test_rows(numbers):
+    task = Countdown(settings=TaskConfig(train_rows=300, numbers=numbers))
+    train, test = list(task.rows("train")), list(task.rows("test"))
+    assert (len(train), len(test)) == (300, 500)
+    assert not {task.key(row.row) for row in train} & {task.key(row.row) for row in test}
+    assert train == list(task.rows("train"))
+    for row in [*train, *test]:
+        task.check(row)
+        assert len(row.row["metadata"]["numbers"]) == numbers
+        assert 10 <= row.row["metadata"]["target"] <= 99
+
+
+def test_rows_of_a_file_are_held_out_of_training(tmp_path):
+    generated = [row.row["metadata"] for row in Countdown(settings=TaskConfig(train_rows=20)).rows("train")]
+    rows = [{"input": ",".join(map(str, [*each["numbers"][::-1], each["target"]]))} for each in generated[:5]]
+    rows += [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, {"nums": [2, 3, 4], "target": 24}]
+    rows += [{"input": "15,44,x"}, {"numbers": [1, 2, 3]}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Countdown(DataConfig(), TaskConfig(files={"countdown": str(tmp_path / "test.jsonl")}, train_rows=20))
+    train, test = list(task.rows("train")), list(task.rows("test"))
+    assert (len(train), len(test), task.overlap.count) == (20, 7, 5)
+    assert not {task.key(row.row) for row in train} & {task.key(row.row) for row in test}
+    assert [row.row["response"] for row in test[5:]] == ["44-15=29\n79-29=50", ""]
+    for row in test:
+        task.check(row)
+    assert "test.jsonl:8" in task.bad.named[0]
+    assert "input='15,44,79,50'" in task.bad.named[1]
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("44-15=29\n79-29=50", 1),
+        ("44-15=29, 79-29=50", 1),
+        ("44 − 15 = 29; 79 − 29 = 50", 1),
+        ("79-(44-15)", 1),
+        ("79 - (44 - 15) = 50", 1),
+        ("We try 79-44=35, which fails. The answer is (79 - 44) + 15", 1),
+        ("<think>\n79+15=94\n</think>\n44-15=29\n79-29=50", 1),
+        ("44-15=29\n79-29=51", 0),
+        ("44-15=28\n79-29=50", 0),
+        ("79-29=50", 0),
+        ("44+6=50", 0),
+        ("44-15=29\n79-29=50\n50*1=50", 0),
+        ("79-44+15+79-79", 0),
+        ("79-44/0", 0),
+        ("79**44", 0),
+        ("50", 0),
+        ("", 0),
+        ("((((((", 0),
+    ],
+)
+def test_a_response_solves_the_problem_or_not(response, score):
+    assert Countdown().score(ROW, response) == score
+
+
+def test_a_fraction_may_occur_on_the_way():
+    row = PlacedRow({"metadata": {"numbers": [3, 2, 8], "target": 12}}, "row 1")
+    assert Countdown().score(row, "3/2*8") == 1
+    assert Countdown().score(row, "3/(2*8)") == 0
