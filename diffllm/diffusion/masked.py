@@ -19,7 +19,7 @@ from diffllm.diffusion.objective import Objective, ObjectiveConfig
 from diffllm.diffusion.weights import TIME_REWEIGHTINGS, time_weights
 from sampling import to_device
 
-T_SAMPLERS = ("importance", "stratified", "uniform")
+T_SAMPLERS = ("importance", "stratified", "uniform", "cosine")
 LOSS_NORMS = ("masked", "maskable", "sequence")
 T_BUCKETS = 4
 
@@ -34,7 +34,8 @@ class DiffusionConfig(ObjectiveConfig):
 
     objective: str = "masked"
     # importance: stratified, and with time_reweighting=original small t are drawn more often and weighted less |
-    # stratified over the global batch | uniform, independent draws
+    # stratified over the global batch | uniform, independent draws | cosine: large t are drawn more often, and not
+    # weighted less (MaskGIT, arXiv 2202.04200)
     t_sampler: str = setting("importance", choices=T_SAMPLERS)
     eps: float = setting(1e-3, above=0, below=1)  # t is in [eps, 1)
     # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
@@ -74,7 +75,7 @@ class MaskedDiffusion(Objective):
         """Add x_t, masked, t, importance and weights, [B, L] each.
 
         importance is the density of t under U(eps, 1) over the density of its draw. weights are time reweighting times
-        importance, 0 where not masked.
+        importance, or without it for t_sampler=cosine, 0 where not masked.
         """
         maskable = batch["maskable"]
         t = torch.empty(len(maskable), 1, dtype=torch.float64)
@@ -97,7 +98,7 @@ class MaskedDiffusion(Objective):
             "masked": masked,
             "t": t.float().contiguous(),
             "importance": importance.float().contiguous(),
-            "weights": weights * importance.float(),
+            "weights": weights * self._in_loss(importance).float(),
         }
 
     def time(self, uniform: float, slot: int, batch_size: int) -> float:
@@ -111,13 +112,22 @@ class MaskedDiffusion(Objective):
             uniform = (slot + uniform) / batch_size
         if self._prefers_small_t:
             return (eps**0.5 + (1 - eps**0.5) * uniform) ** 2
+        if self.config.t_sampler == "cosine":
+            uniform = math.sin(math.pi / 2 * uniform)
         return eps + (1 - eps) * uniform
 
     def importance(self, t: Tensor) -> Tensor:
-        """Density of t under U(eps, 1) over the density of `time`, so that Σ weight·nll keeps its mean."""
+        """Density of t under U(eps, 1) over the density of `time`: means weighted by it are those of uniform t."""
+        eps = self.config.eps
         if self._prefers_small_t:
-            return 2 * t.sqrt() / (1 + self.config.eps**0.5)
+            return 2 * t.sqrt() / (1 + eps**0.5)
+        if self.config.t_sampler == "cosine":
+            return math.pi / 2 * (1 - ((t - eps) / (1 - eps)).square()).clamp(min=0).sqrt()
         return torch.ones_like(t)
+
+    def _in_loss(self, importance: Tensor) -> Tensor:
+        """The importance that the loss corrects for."""
+        return torch.ones_like(importance) if self.config.t_sampler == "cosine" else importance
 
     @property
     def _prefers_small_t(self) -> bool:
@@ -126,12 +136,12 @@ class MaskedDiffusion(Objective):
     def denominator(self, batch: Batch) -> Tensor:
         """The batch's part of the step's loss denominator, a float64 scalar.
 
-        `masked` counts masked tokens by their importance · `maskable` the tokens that may be masked, as in the ELBO ·
-        `sequence` rows.
+        `masked` counts masked tokens by their importance in the loss · `maskable` the tokens that may be masked, as in
+        the ELBO · `sequence` rows.
         """
         match self.config.loss_norm:
             case "masked":
-                return (batch["masked"] * batch["importance"].double()).sum()
+                return (batch["masked"] * self._in_loss(batch["importance"]).double()).sum()
             case "maskable":
                 return batch["maskable"].sum().double()
             case "sequence":

@@ -53,20 +53,33 @@ def test_stratified_times_cover_the_global_batch():
     for t_sampler, share in (
         ("stratified", lambda t: (t - 0.01) / 0.99),
         ("importance", lambda t: (t**0.5 - 0.1) / 0.9),
+        ("cosine", lambda t: 2 / math.pi * torch.asin((t - 0.01) / 0.99)),
     ):
         process = MaskedDiffusion(DiffusionConfig(eps=0.01, t_sampler=t_sampler), MASK, 0)
         halves = [process.corrupt(batch(samples, 8), 0)["t"][:, 0] for samples in ([0, 1, 2, 3], [4, 5, 6, 7])]
         assert ((share(torch.cat(halves)) * 8).long() == torch.arange(8)).all()
 
 
-def test_importance_corrects_the_density():
+@pytest.mark.parametrize("t_sampler", ["importance", "stratified", "cosine"])
+def test_importance_corrects_the_density(t_sampler):
     """Weighted means over a fine grid of draws are those under U(eps, 1)."""
-    process = MaskedDiffusion(DiffusionConfig(eps=1e-2), MASK, 0)
+    process = MaskedDiffusion(DiffusionConfig(eps=1e-2, t_sampler=t_sampler), MASK, 0)
     t = torch.tensor([process.time(0.5, slot, 10_000) for slot in range(10_000)], dtype=torch.float64)
     importance = process.importance(t)
-    assert importance.mean().item() == pytest.approx(1, rel=1e-6)
-    assert (importance * t).mean().item() == pytest.approx(0.505, rel=1e-6)
-    assert (importance / t).mean().item() == pytest.approx(math.log(100) / 0.99, rel=1e-6)
+    assert importance.mean().item() == pytest.approx(1, rel=1e-5)
+    assert (importance * t).mean().item() == pytest.approx(0.505, rel=1e-5)
+    assert (importance / t).mean().item() == pytest.approx(math.log(100) / 0.99, rel=1e-5)
+
+
+def test_cosine_times_are_not_weighted_back():
+    """Draws follow MaskGIT's schedule, cos(π/2·r) of uniform r; the loss is the plain mean over the masked tokens."""
+    config = DiffusionConfig(t_sampler="cosine", time_reweighting="none", loss_norm="masked", eps=1e-9)
+    objective = MaskedDiffusion(config, MASK, 0)
+    noised = objective.corrupt(batch(list(range(1000)), 1000), 0)
+    r = (torch.arange(1000) + 0.5) / 1000
+    assert noised["t"][:, 0].flip(0).numpy() == pytest.approx(torch.cos(math.pi / 2 * r).numpy(), abs=2e-3)
+    assert torch.equal(noised["weights"], noised["masked"].float())
+    assert objective.denominator(noised) == noised["masked"].sum()
 
 
 @pytest.mark.parametrize("loss_norm", LOSS_NORMS)
@@ -124,5 +137,7 @@ def test_the_elbo_estimator_has_the_exact_mean(t_sampler):
         "batch_size": torch.full((n,), n),
     }
     noised = MaskedDiffusion(DiffusionConfig(eps=eps, t_sampler=t_sampler), 3, 0).corrupt(rows, 0)
-    draws = np.array([(w * nll(x)).sum() for w, x in zip(noised["weights"].numpy(), noised["x_t"], strict=True)])
+    weights = (noised["masked"] * noised["importance"] / noised["t"]).numpy()
+    assert t_sampler == "cosine" or torch.equal(noised["weights"] > 0, noised["masked"])
+    draws = np.array([(w * nll(x)).sum() for w, x in zip(weights, noised["x_t"], strict=True)])
     assert abs(draws.mean() - exact) < 5 * draws.std() / math.sqrt(n)
