@@ -110,3 +110,12 @@ class TaskConfig:
     name: list[str] = setting([])
     # by task, where the rows that it does not generate are: a file, folder or hub id, such as {gsm8k: test.jsonl}
     files: dict[str, str] = setting({})
+    # masks drawn to compare an option of `choose`, or a length of an `infill` slot, by the bound on its likelihood
+    mc_num: int = setting(128, at_least=2)
+    # infill: tokens of a slot, such as 12, or 4-16 to try each; null: as many as the text that is missing has
+    slot: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task")
+        if self.mc_num % 2:
+            raise ValueError(f"task.mc_num={self.mc_num}: must be even, masks are drawn in pairs")
