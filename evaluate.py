@@ -1,14 +1,15 @@
-"""Score a model on a task: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
+"""Score a model on tasks: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
 
-`task=NAME` chooses the task. `torchrun --nproc_per_node=8 evaluate.py …` shares its questions among the ranks.
+`task=NAME` chooses a task, `task=[NAME,NAME]` several. `torchrun --nproc_per_node=8 evaluate.py …` shares the questions
+among the ranks.
 """
 
 from launch.cli import entry
 from launch.evaluation import evaluate
+from launch.results import SETTINGS
 from trainer.config import Config
 
-ROWS = ("data.val_files", "data.columns", "data.on_bad_row", "data.subset")
-READS = ("model", "sampling", "task", "seed", "trainer.output_dir", "trainer.experiment_name", *ROWS)
+READS = (*SETTINGS, "trainer.output_dir", "trainer.experiment_name")
 
 
 @entry(READS)

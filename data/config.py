@@ -112,6 +112,12 @@ class TaskConfig:
     files: dict[str, str] = setting({})
     train_rows: int = setting(100_000, at_least=1)  # countdown, sudoku4: generated training rows
     numbers: int = setting(3, at_least=3, at_most=5)  # countdown: numbers of a generated problem
+    # masks drawn to compare an option of `choose`, or a length of an `infill` slot, by the bound on its likelihood
+    mc_num: int = setting(128, at_least=2)
+    # infill: tokens of a slot, such as 12, or 4-16 to try each; null: as many as the text that is missing has
+    slot: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "task")
+        if self.mc_num % 2:
+            raise ValueError(f"task.mc_num={self.mc_num}: must be even, masks are drawn in pairs")

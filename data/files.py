@@ -259,7 +259,8 @@ def _hub_id(name: str) -> tuple[str, str | None, str]:
     """
     found = HUB_ID.fullmatch(name)
     if not found or Path(name).suffix in READERS:
-        raise ValueError(f"{name}: no such file or folder")
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"{name}: no such file or folder{where}")
     identity, configuration, split = found.groups()
     return identity, configuration, split or "train"
 

@@ -5,13 +5,14 @@ from data.terminal import running
 COMMANDS = {
     "train.py": ("train a model", "torchrun --nproc_per_node=2 train.py experiment=quickstart"),
     "sample.py": ("answer prompts, fill in templates, chat", 'python sample.py model.path=DIR prompt="Solve 3x+5=20"'),
-    "evaluate.py": ("score answers to a task", "python evaluate.py model.path=DIR data.val_files=[test.jsonl]"),
+    "evaluate.py": ("score answers to tasks", "python evaluate.py model.path=DIR data.val_files=[test.jsonl]"),
     "data.prepare": ("convert a published set to rows", "python -m data.prepare gsm8k train.jsonl"),
     "diffllm.adapt": ("make a causal model a diffusion model", "python -m diffllm.adapt Qwen/Qwen2.5-7B DIR"),
     "launch.lm_eval": (
         "evaluate by lm-eval",
         "python -m launch.lm_eval --model diffllm --model_args pretrained=M --tasks bbh",
     ),
+    "launch.compare": ("compare results of evaluate.py", "python -m launch.compare outputs/A outputs/B"),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),

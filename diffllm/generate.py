@@ -1,7 +1,7 @@
 """Text in, text out: sample responses to prompts of token ids."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from sampling import Canvas, SampledRow, SamplingConfig, Tokens, fill, ids_witho
 
 @dataclass
 class Response:
-    """A sampled response."""
+    """A response to a prompt, or one that was chosen or filled in (`diffllm.answers`)."""
 
     row_id: int  # number of the prompt
     text: str  # up to the end-of-sequence token or stop string
@@ -22,6 +22,7 @@ class Response:
     nfe: int  # forwards of the model with this row
     tokens_per_forward: float
     ended: bool  # by a token that ends a response, or a stop string
+    details: dict = field(default_factory=dict)  # of the options of a choice
 
     def fields(self) -> dict[str, Any]:
         """Fields of the response in result files."""

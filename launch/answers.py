@@ -14,14 +14,14 @@ from data import PlacedRow, prompt_ids, read_rows
 from data.chat import ANSWERS, COMPLETION, Columns, Message, to_prompt
 from data.storage import whole_file
 from data.terminal import for_stdout
-from diffllm.generate import Response, check_context, special_tokens
+from diffllm.generate import check_context, special_tokens
 from launch.drawing import respond
 from sampling import Template, infill_templates
 from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.distributed import init_distributed, ranks_from_environment
-from trainer.evaluation import answer_all, ask
+from trainer.evaluation import Answers, answer_all, ask, origin_of
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,16 @@ def answer_file(config: Config) -> None:
     columns.check(optional=ANSWERS)
     prompts = [to_prompt(placed) for placed in named]
 
-    def write(responses: list[Response], _: float | None) -> None:
+    def write(answers: dict[str, Answers]) -> None:
         with whole_file(output) as lines:
-            for placed, response in zip(rows, responses, strict=True):
+            for placed, response in zip(rows, answers["input"].responses, strict=True):
                 lines.write(json.dumps(with_fields(placed.row, response.fields())) + "\n")
 
     with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config, distributed.device)
-        questions = [ask(placed, messages, tokenizer) for placed, messages in zip(named, prompts, strict=True)]
-        answer_all(questions, model, tokenizer, config.sampling, output, origin, distributed, write)
+        asked = {"input": [ask(placed, messages, tokenizer) for placed, messages in zip(named, prompts, strict=True)]}
+        origin |= distributed.on_main(lambda: origin_of(asked, config.sampling, model, tokenizer))
+        answer_all(asked, model, tokenizer, config.sampling, output, origin, distributed, write)
 
 
 def _digest(rows: list[PlacedRow]) -> str:

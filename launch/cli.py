@@ -56,6 +56,7 @@ OTHER_NAMES = {
     "report_to": "trainer.logger",
     "model_name_or_path": "model.path",
 }
+FREE = ("model.chat_template_kwargs", "task.files")  # their keys are those of a template, and names of tasks
 EXPECTED = (ValueError, OSError, MemoryError, FloatingPointError, HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -65,8 +66,8 @@ def register_defaults() -> None:
     They are plain values, not the dataclasses: `resolve` then reports a wrong value the same way, whatever its source.
     """
     store, tree = ConfigStore.instance(), defaults(Config)
-    for names in (tree.model.chat_template_kwargs, tree.task.files):  # the template and the tasks decide them
-        OmegaConf.set_struct(names, False)
+    for name in FREE:
+        OmegaConf.set_struct(OmegaConf.select(tree, name), False)
     del tree.diffusion  # each choice begins with the defaults of its objective
     store.store("defaults", tree)
     for name, objective in OBJECTIVES.items():
@@ -126,6 +127,7 @@ def entry(
                     sys.argv[1:] = [*([f"--config-dir={directory}"] if directory else []), *others]
                     check_arguments(sys.argv[1:])
                     warn_of_unread(sys.argv[1:], reads)
+                    sys.argv[1:] = name_tasks(sys.argv[1:])
                     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
                     composed()
             except BaseException as error:
@@ -249,15 +251,33 @@ def check_arguments(arguments: list[str]) -> None:
             check_plugin(key, override.get_value_string())
         if re.split(r"[./]", key)[0] == "hydra":
             continue
+        if key.rpartition(".")[0] in FREE:
+            continue
         if key not in names:
             ours = OTHER_NAMES.get(re.split(r"[./]", key)[-1])
             raise ValueError(f"{argument}: no such setting; {f'did you mean {ours}?' if ours else nearest(key, names)}")
         if key not in choices:
             continue
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
-        for value in values:
+        for value in task_choices(argument) or values:
             if value not in choices[key]:
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
+
+
+def name_tasks(arguments: Sequence[str]) -> list[str]:
+    """Add `task.name=[A,B]` after `task=[A,B]`: Hydra merges the files of both choices, and the last name would win."""
+    named = [(argument, task_choices(argument)) for argument in arguments]
+    return [
+        each
+        for argument, names in named
+        for each in ([argument, f"task.name=[{','.join(names)}]"] if names else [argument])
+    ]
+
+
+def task_choices(argument: str) -> list[str]:
+    """Choices of an argument such as `task=[A,B]`; empty for other arguments."""
+    found = re.fullmatch(r"task=\[([^\[\]]*)\]", argument)
+    return [name.strip() for name in found[1].split(",")] if found else []
 
 
 def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:

@@ -1,101 +1,220 @@
-"""evaluate.py: score the responses of a model to the questions of a task."""
+"""evaluate.py: score the responses of a model to the questions of tasks."""
 
 import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
-from data.storage import whole_file
+from data.errors import differences, listed
+from data.storage import read_object, whole_file
 from data.tasks import tasks_of
 from data.tasks.base import Task
 from data.terminal import printable
+from diffllm import DiffLLM
 from diffllm.generate import Response
+from launch.results import FILE, identity, interval, score_table
 from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
-from trainer.distributed import init_distributed
-from trainer.evaluation import Question, answer_all, questions_of
-from trainer.manifest import versions
+from trainer.distributed import Distributed, init_distributed
+from trainer.evaluation import Answers, Question, answer_all, origin_of, questions_of
+from trainer.manifest import commit, versions
 
 SHOWN = 6
 
 
 def evaluate(config: Config) -> None:
-    """Answer every test question of a task over all ranks. Rank 0 writes `trainer.output_dir`/evaluation.json.
+    """Answer every test question of the tasks over all ranks. Rank 0 writes `trainer.output_dir`/evaluation.json.
+
+    If that file has the same evaluation, print its scores. A file of another one is renamed.
 
     Raises:
-        ValueError: an unknown task, a task of another kind than generate, or see `questions_of` and `answer_all`.
+        ValueError: an unknown task; `data.val_files` that no task reads; or see `questions_of` and `answer_all`.
+        KeyboardInterrupt: with the scores so far.
     """
-    [task] = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
-    if task.kind != "generate":
-        raise ValueError(f"task.name={task.name}: its kind is {task.kind}; only generate can be evaluated")
-    path = Path(config.trainer.output_dir) / "evaluation.json"
+    tasks = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
+    if config.data.val_files and "rows" not in (names := [task.name for task in tasks]):
+        raise ValueError(
+            f"data.val_files={config.data.val_files} with task.name={names}: only the task rows reads them; give the "
+            f"rows of {names[0]} by task.files.{names[0]}=FILE"
+        )
+    path = Path(config.trainer.output_dir) / FILE
     with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config, distributed.device)
-        questions = questions_of(task, tokenizer, config.seed)
-        if distributed.is_main and task.bad.count:
-            print(printable(task.bad.text()))
+        questions = {task.name: questions_of(task, tokenizer, config.seed) for task in tasks}
+        for task in tasks:
+            if distributed.is_main and task.bad.count:
+                print(printable(task.bad.text()))
+        given = (config, tasks, questions, model, tokenizer, distributed)
+        manifest = distributed.on_main(lambda: _manifest(*given))
+        if distributed.on_main(lambda: _is_done(path, manifest)):
+            return
+        judge = Judge(tasks, questions)
 
-        def write(responses: list[Response], tokens_per_second: float | None) -> None:
-            pairs = zip(questions, responses, strict=True)
-            right = [task.score(question.row, response.text) == 1 for question, response in pairs]
-            scores = {
-                "questions": len(questions),
-                "skipped": task.bad.count,
-                "right": sum(right),
-                "exact_match": sum(right) / len(questions),
-                "nfe": mean(response.nfe for response in responses),
-                "tokens_per_forward": mean(response.tokens_per_forward for response in responses),
-                "tokens_per_second": tokens_per_second,
-            }
-            _print(task, questions, responses, right, scores)
+        def write(answers: dict[str, Answers]) -> None:
+            scores, judged = {}, {}
+            for task in tasks:
+                scores[task.name], judged[task.name] = judge.scores(task, answers[task.name])
+                _show(task, questions[task.name], judged[task.name])
+            record = {"scores": scores, **manifest, "answers": judged}
+            _keep_other(path, manifest)
             with whole_file(path) as file:
-                file.write(json.dumps(_record(config, task, questions, responses, right, scores), indent=2) + "\n")
+                file.write(json.dumps(record, indent=2) + "\n")
+            _print(scores, config)
             print(printable(f"every setting, version and answer: {path}"))
 
-        origin = {"task.name": task.name}
-        answer_all(questions, model, tokenizer, config.sampling, path, origin, distributed, write)
+        sampled = (questions, model, tokenizer, config.sampling, path, manifest["origin"], distributed)
+        try:
+            answer_all(*sampled, write, judge.so_far, config.task.mc_num)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*judge.texts(), *error.args) from error
 
 
-def _record(
+class Judge:
+    """Judges responses, each once.
+
+    Args:
+        questions: by task.
+    """
+
+    def __init__(self, tasks: Sequence[Task], questions: Mapping[str, Sequence[Question]]):
+        self.tasks, self.questions = {task.name: task for task in tasks}, questions
+        self._known: dict[tuple[str, int], bool] = {}
+        self._judged, self._right = Counter(), Counter()
+
+    def is_right(self, name: str, response: Response) -> bool:
+        """Whether a response to a question of a task is right."""
+        key = name, response.row_id
+        if key not in self._known:
+            row = self.questions[name][response.row_id].row
+            self._known[key] = self.tasks[name].score(row, response.text) == 1
+            self._judged[name] += 1
+            self._right[name] += self._known[key]
+        return self._known[key]
+
+    def so_far(self, name: str, response: Response) -> str:
+        """Judge a response. Return the share of the task's responses so far that are right."""
+        self.is_right(name, response)
+        return f"{self._right[name] / self._judged[name]:.1%} right"
+
+    def texts(self) -> list[str]:
+        """A line on the responses of each task so far."""
+        return [f"{name}: {self._right[name]} of {count} right so far" for name, count in self._judged.items()]
+
+    def scores(self, task: Task, answers: Answers) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scores of a task, and a record of each answer."""
+        records, responses = [], answers.responses
+        for question, response in zip(self.questions[task.name], responses, strict=True):
+            metrics = task.metrics(question.row, response.text)
+            chosen = {}
+            if question.options:
+                chosen = {"options": [option.text for option in question.options], **response.details}
+                text = question.options[response.details["best_per_token"]].text
+                metrics |= {"exact_match_per_token": float(task.score(question.row, text) == 1)}
+            records.append(
+                {
+                    "prompt": question.template or question.messages,
+                    "expected": task.reference(question.row),
+                    **response.fields(),
+                    **chosen,
+                    "ended": response.ended,
+                    "answer": task.answer(response.text),
+                    "right": self.is_right(task.name, response),
+                    "metrics": metrics,
+                }
+            )
+        right, generates = sum(record["right"] for record in records), task.kind != "choose"
+        return {
+            "questions": len(records),
+            "skipped": task.bad.count,
+            "right": right,
+            "exact_match": right / len(records),
+            "interval": interval(right, len(records)),
+            **{name: mean(record["metrics"][name] for record in records) for name in records[0]["metrics"]},
+            "not_ended": mean(not response.ended for response in responses),
+            "no_answer": mean(record["answer"] is None for record in records),
+            "nfe": mean(response.nfe for response in responses),
+            "tokens_per_forward": mean(each.tokens_per_forward for each in responses) if generates else None,
+            "tokens_per_second": answers.tokens_per_second,
+        }, records
+
+
+def _manifest(
     config: Config,
-    task: Task,
-    questions: list[Question],
-    responses: list[Response],
-    right: list[bool],
-    scores: dict[str, Any],
+    tasks: Sequence[Task],
+    questions: Mapping[str, Sequence[Question]],
+    model: DiffLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    distributed: Distributed,
 ) -> dict[str, Any]:
+    """What scores depend on, and all settings."""
+    bounds = {"task.mc_num": config.task.mc_num} if any(task.kind != "generate" for task in tasks) else {}
+    device = distributed.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return {
-        "scores": scores,
+        "origin": bounds | origin_of(questions, config.sampling, model, tokenizer),
+        "judges": {task.name: task.judge for task in tasks},
+        "versions": versions() | {"commit": commit()},
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ranks": distributed.size,
         "config": to_dict(config),
-        "versions": versions(),
-        "answers": [
-            {
-                "prompt": question.messages,
-                "expected": task.reference(question.row),
-                **response.fields(),
-                "right": ok,
-            }
-            for question, response, ok in zip(questions, responses, right, strict=True)
-        ],
     }
 
 
-def _print(
-    task: Task, questions: list[Question], responses: list[Response], right: list[bool], scores: dict[str, Any]
-) -> None:
-    table = Table(title=f"{task.name}: the first {min(SHOWN, len(questions))} of {len(questions)}", show_lines=True)
+def _is_done(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a file has this evaluation; then print its scores."""
+    if not path.exists() or _differences(path, manifest):
+        return False
+    print(printable(f"{path} has this evaluation already; delete it to run it again"))
+    print(score_table(([name], scores) for name, scores in read_object(path)["scores"].items()))
+    return True
+
+
+def _differences(path: Path, manifest: dict[str, Any]) -> list[str]:
+    saved = read_object(path)
+    if not manifest.keys() <= saved.keys():
+        return ["an older version wrote it"]
+    return differences(identity(saved), identity(manifest))
+
+
+def _keep_other(path: Path, manifest: dict[str, Any]) -> None:
+    """Rename the file of another evaluation, if there is one, to evaluation.N.json."""
+    if not path.exists():
+        return
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    found = listed(_differences(path, manifest))
+    path.rename(kept)
+    print(printable(f"{path} held another evaluation, which is now {kept}: {found}"))
+
+
+def _show(task: Task, questions: Sequence[Question], records: Sequence[dict[str, Any]]) -> None:
+    """Print the first answers to a task's questions."""
+    table = Table(title=f"{task.name}: the first {min(SHOWN, len(records))} of {len(records)}", show_lines=True)
     for column in ("question", "response", "verdict"):
         table.add_column(column)
-    for question, response, ok in list(zip(questions, responses, right, strict=True))[:SHOWN]:
-        texts = question.messages[-1]["content"], response.text, "right" if ok else "wrong"
+    for question, record in list(zip(questions, records, strict=True))[:SHOWN]:
+        asked = question.template or question.messages[-1]["content"]
+        texts = asked, record["response"], "right" if record["right"] else "wrong"
         table.add_row(*map(printable, texts))
     Console(markup=False).print(table)
-    speed = scores["tokens_per_second"]
-    print(
-        f"exact match {scores['exact_match']:.1%} ({scores['right']} of {scores['questions']} questions)\n"
-        f"NFE {scores['nfe']:.1f} and {scores['tokens_per_forward']:.2f} tokens a forward on average"
-        + ("" if speed is None else f", {speed:,.0f} tokens/s")
-    )
+
+
+def _print(scores: Mapping[str, Mapping[str, Any]], config: Config) -> None:
+    """Print a line of scores for each task, and name a task without any answer."""
+    print(score_table(([name], each) for name, each in scores.items()), flush=True)
+    for name, each in scores.items():
+        if each["no_answer"] == 1:
+            advice = f"; {each['not_ended']:.0%} were cut at sampling.max_new_tokens={config.sampling.max_new_tokens}"
+            print(printable(f"warning: {name}: no response has an answer{advice}"), file=sys.stderr)

@@ -8,7 +8,7 @@ from omegaconf import open_dict
 
 from data.errors import nearest
 from launch import CONF
-from launch.cli import check_arguments, quote_text, split_config_dir
+from launch.cli import check_arguments, name_tasks, quote_text, split_config_dir
 from trainer.config import Config
 from trainer.schema import field_names, resolve
 
@@ -38,7 +38,9 @@ def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[di
     check_arguments([*options, *settings])
     search = [f"hydra.searchpath=[file://{directory.resolve()}]"] if directory else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", ["trainer.experiment_name=tool", *search, *settings], return_hydra_config=True)
+        composed = compose(
+            "config", ["trainer.experiment_name=tool", *search, *name_tasks(settings)], return_hydra_config=True
+        )
     with open_dict(composed):
         choice = composed.pop("hydra").runtime.choices.model
     return values, resolve(composed), choice

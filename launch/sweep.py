@@ -29,7 +29,7 @@ from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SCORES = ("exact_match", "nfe", "tokens_per_forward")  # of evaluation.json
+SCORES = ("exact_match", "nfe", "tokens_per_forward")  # of a task in evaluation.json
 ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # further lines are indented
 
 
@@ -142,14 +142,19 @@ def _end_with_parent() -> None:
 
 
 def last_metrics(run: Path) -> dict[str, float | None]:
-    """The last values of train/loss and of the validation metrics, and the scores of an evaluation."""
+    """The last values of train/loss and of the validation metrics, and the scores of an evaluation.
+
+    Scores of several tasks are named TASK/SCORE.
+    """
     last = {}
     for record in read_records(run / "metrics.jsonl").objects:
         last |= record
     metrics = {name: value for name, value in last.items() if name == "train/loss" or name.startswith("val/")}
     if (evaluation := run / "evaluation.json").exists():
         scores = read_object(evaluation)["scores"]
-        metrics |= {name: scores[name] for name in SCORES}
+        for task, values in scores.items():
+            prefix = f"{task}/" if len(scores) > 1 else ""
+            metrics |= {prefix + name: values[name] for name in SCORES}
     return metrics
 
 

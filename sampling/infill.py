@@ -105,6 +105,7 @@ class Infilled:
     slots: list[str]  # text of each slot
     tokens: list[int]  # [L] of the whole text
     length: int  # number of tokens in all slots
+    nfe: int  # forwards of the model with this template, at each length tried and for its bound
     scores: dict[int, Score]  # of the slots' tokens given the others, by length, if several were tried
 
 
@@ -170,11 +171,11 @@ def infill_templates(
     tried = [
         template.canvases(tokenizer, special.mask, row_id) for template, row_id in zip(templates, row_ids, strict=True)
     ]
-    filled = {id(row.canvas): row.tokens for row in fill(model, itertools.chain(*tried), config, inside)}
+    filled = {id(row.canvas): row for row in fill(model, itertools.chain(*tried), config, inside)}
 
     infilled = []
     for template, canvases in zip(templates, tried, strict=True):
-        rows = [(filled[id(canvas)], [*itertools.chain(*canvas.slots)]) for canvas in canvases]
+        rows = [(filled[id(canvas)].tokens, [*itertools.chain(*canvas.slots)]) for canvas in canvases]
         best, scores = 0, []
         if len(rows) > 1:
             scores = score_positions(model, rows, special, samples, config.seed, config.batch_size)
@@ -182,7 +183,8 @@ def infill_templates(
         tokens, at = rows[best]
         texts = [_decode(tokenizer, tokens, slot) for slot in canvases[best].slots]
         text = "".join(itertools.chain(*zip(template.pieces, [*texts, ""], strict=True)))
-        infilled.append(Infilled(text, texts, tokens, len(at), {score.tokens: score for score in scores}))
+        nfe = sum(filled[id(canvas)].nfe for canvas in canvases) + sum(score.nfe for score in scores)
+        infilled.append(Infilled(text, texts, tokens, len(at), nfe, {score.tokens: score for score in scores}))
     return infilled
 
 

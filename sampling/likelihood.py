@@ -30,6 +30,7 @@ class Score:
     mean: float  # nats, the sum over all tokens
     standard_error: float  # of `mean`, nats; 0 where the bound is exact
     tokens: int  # number of scored tokens
+    nfe: int  # masks of them, each forwarded once
 
     @property
     def per_token(self) -> float:
@@ -158,7 +159,7 @@ class _Masks:
         """
         terms = self.weights * log_p
         error = 0.0 if self.exact else float(np.linalg.norm(terms[0::2] - terms[1::2]))
-        return Score(float(terms.sum()), error, self.masks.shape[1])
+        return Score(float(terms.sum()), error, self.masks.shape[1], len(self.masks))
 
 
 def _every(n: int) -> _Masks:

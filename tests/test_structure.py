@@ -78,6 +78,7 @@ class Reads:
         trees = [ast.parse(source) for source in sources]
         nodes = [node for tree in trees for node in ast.walk(tree)]
         self.classes = {node.name: {} for node in nodes if isinstance(node, ast.ClassDef)}
+        self.bases = {node.name: [*map(ast.unparse, node.bases)] for node in nodes if isinstance(node, ast.ClassDef)}
         self.returned = {node.name: self.annotated(node.returns) for node in nodes if isinstance(node, ast.FunctionDef)}
         self.found: set[str] = set()
         for _ in range(2):  # the second pass knows the attributes of all classes
@@ -127,7 +128,8 @@ class Reads:
             return None
         if owner in (*GROUPS, "Config") and isinstance(node.ctx, ast.Load):
             self.found.add(f"{GROUPS[owner]}.{node.attr}" if owner in GROUPS else node.attr)
-        return self.classes[owner].get(node.attr)
+        owners = [self.classes.get(name, {}) for name in (owner, *self.bases[owner])]
+        return next((attributes[node.attr] for attributes in owners if node.attr in attributes), None)
 
 
 def unread(sources: Iterable[str]) -> set[str]:

@@ -1,10 +1,13 @@
 """checkpoint.json: the run and step of a checkpoint, and the digest of each file."""
 
+import platform
 import re
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from packaging.version import Version
@@ -17,7 +20,17 @@ FIELDS = {"step": int, "config": dict, "versions": dict, "files": dict, "skipped
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
-    return {name: version(name) for name in ("diffllm", "torch", "transformers")}
+    packages = {name: version(name) for name in ("diffllm", "torch", "transformers", "numpy")}
+    return packages | {"python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """Commit of this checkout, with `-dirty` after changes; None without git, or if it is no checkout."""
+    root = Path(__file__).parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    if not (root / ".git").exists() or which("git") is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def path_of(directory: Path, step: int) -> Path:

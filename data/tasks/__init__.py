@@ -12,9 +12,14 @@ def tasks_of(config: DataConfig, settings: TaskConfig, default: str = "equations
     """Return the tasks of the settings, or the default.
 
     Raises:
-        ValueError: see `find_task`.
+        ValueError: a task is given twice; `task.files` names another one; or see `find_task`.
     """
-    return [find_task(name)(config, settings) for name in settings.name or [default]]
+    names = settings.name or [default]
+    if len({*names}) < len(names):
+        raise ValueError(f"task.name={names}: {twice(names)}")
+    for name in settings.files.keys() - {*names}:
+        raise ValueError(f"task.files.{name}: not among the tasks of this run; {nearest(name, names)}")
+    return [find_task(name)(config, settings) for name in names]
 
 
 def find_task(name: str) -> type[Task]:

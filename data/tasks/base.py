@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import ClassVar, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from data.chat import Columns, Message, final_answer, to_chat
 from data.config import DataConfig, TaskConfig
 from data.errors import BadRows
@@ -23,12 +25,14 @@ class Task(ABC):
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
+        judge: names the program that compares answers, with its version if it is a library.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
         overlap: training rows that `rows` leaves out because they are test rows too.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
+    judge: ClassVar[str] = "exact"
     config: DataConfig
     settings: TaskConfig
 
@@ -58,10 +62,13 @@ class Task(ABC):
     def read(self, files: Iterable[str]) -> Iterator[PlacedRow]:
         """Yield the rows of files under the names of `data.columns`; add unreadable ones to `bad`.
 
+        `bad` forgets the rows of an earlier call, so give all files in one.
+
         Raises:
             ValueError: `data.columns` names a column that no row has, or see `data.files.iterate`.
         """
         columns = Columns(self.config.columns)
+        self.bad.forget()
         for file in files:
             for row in iterate(file, self.bad):
                 try:
@@ -87,6 +94,30 @@ class Task(ABC):
             ValueError: see `messages`.
         """
         return to_chat(row)["response"]
+
+    def options(self, row: PlacedRow) -> list[str]:
+        """Return the responses that a model may choose from, in a task of kind choose.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is of kind choose: define its options")
+
+    def template(self, row: PlacedRow, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return raw text with slots such as `<|mask:12|>` or `<|mask:4-16|>`, in a task of kind infill.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is of kind infill: define its template")
+
+    def answer(self, response: str) -> str | None:
+        """Return the final answer of a response, or None if it has none."""
+        return final_answer(response) or None
+
+    def metrics(self, row: PlacedRow, response: str) -> dict[str, float]:
+        """Return further measures of a response by name; an evaluation averages them."""
+        return {}
 
     def score(self, row: PlacedRow, response: str) -> float:
         """Return a score in [0, 1]; 1 is right. By default, compare final answers by `is_same`.

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import evaluate
 import sample
 from launch import cli
+from launch.settings import read_settings
 from tests.conftest import GOLDEN, ROOT
 from tests.trainer.runs import metrics
 from trainer.schema import field_names, resolve
@@ -74,7 +75,7 @@ def assert_one_error(result, *words):
         (["optim.lr=[1,2"], ["optim.lr=[1,2", "NAME=VALUE"]),
         (["data.filter=difficulty>3"], ["data.filter=difficulty>3", "once more for the shell: 'NAME=\"VALUE\"'"]),
         (["diffusion=null"], ["diffusion=null", "masked"]),
-        (["task=null"], ["task=null", "equations"]),
+        (["task=null"], ["task=null", "no such choice"]),
         (["diffusion.objective=null"], ["diffusion.objective=None", "masked"]),
         (["seed=-1"], ["seed=-1", "[0, "]),
         (["optim.lr=fast"], ["optim.lr", "'fast'"]),
@@ -184,9 +185,18 @@ def test_a_task_is_chosen(script, monkeypatch):
     assert_one_error(script("evaluate.py", "task.name=equatons"), "task.name=equatons", "did you mean equations")
     chosen = []
     monkeypatch.setattr(evaluate, "evaluate", chosen.append)
-    for arguments in ([], ["task=rows"]):
+    assert_one_error(script("evaluate.py", "task=[rows,equatons]"), "task=equatons", "did you mean equations")
+    for arguments in ([], ["task=rows"], ["task=[rows,equations]"], ["task=[rows]", "task.name=[equations,rows]"]):
         assert script("evaluate.py", *arguments)[0] == 0
-    assert [config.task.name for config in chosen] == [[], ["rows"]]
+    assert script("evaluate.py", "task.files.choice=a.jsonl")[0] == 0
+    assert chosen.pop().task.files == {"choice": "a.jsonl"}
+    assert [config.task.name for config in chosen] == [[], ["rows"], ["rows", "equations"], ["equations", "rows"]]
+
+
+def test_several_tasks_reach_the_other_tools():
+    GlobalHydra.instance().clear()
+    _, config, _ = read_settings(["task=[rows,equations]", "task.files.rows=a.jsonl"])
+    assert (config.task.name, config.task.files) == (["rows", "equations"], {"rows": "a.jsonl"})
 
 
 @pytest.mark.parametrize(
@@ -248,11 +258,11 @@ def test_train_sample_evaluate(script, tmp_path):
 
     code, out, err = script("evaluate.py", model, "trainer.experiment_name=run", *quick)
     assert code == 0, err
-    assert "exact match 0.0% (0 of" in out
+    assert "  0 of 550 " in out
     record = json.loads((tmp_path / "outputs" / "run" / "evaluation.json").read_text())
-    assert record["scores"]["questions"] == len(record["answers"]) >= 200
+    assert record["scores"]["equations"]["questions"] == len(record["answers"]["equations"]) >= 200
     assert record["config"]["sampling"]["steps"] == 2
-    assert record["versions"].keys() == {"diffllm", "torch", "transformers"}
+    assert record["versions"].keys() == {"diffllm", "torch", "transformers", "numpy", "python", "commit"}
 
 
 @pytest.mark.parametrize(

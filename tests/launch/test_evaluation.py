@@ -10,11 +10,12 @@ from data import DataConfig
 from data.config import TaskConfig
 from data.tasks.equations import Equations
 from data.tasks.rows import Rows
-from diffllm.generate import Response
+from diffllm.generate import Response, generate
 from diffllm.tokenizer import builtin_tokenizer
 from launch import evaluation
+from launch.results import interval
 from trainer import evaluation as engine
-from trainer.config import Config
+from trainer.config import Config, to_dict
 from trainer.evaluation import questions_of
 
 
@@ -31,7 +32,7 @@ def test_questions_that_cannot_be_used_are_named(small_model, tokenizer, tmp_pat
     evaluation.evaluate(config)
     said = capsys.readouterr().out
     assert "2 rows cannot be used:\n" in said
-    assert "(0 of 1 questions)" in said
+    assert "0 of 1 " in said
 
 
 def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokenizer, tmp_path, monkeypatch, capsys):
@@ -54,12 +55,14 @@ def test_the_questions_of_a_file_are_judged_by_their_answers(small_model, tokeni
     monkeypatch.setattr(engine, "generate", answers)
     evaluation.evaluate(config)
     record = json.loads(Path(tmp_path / "run" / "evaluation.json").read_text())
-    assert [answer["right"] for answer in record["answers"]] == [True, True, False]
-    assert record["answers"][1]["prompt"] == [{"role": "user", "content": "2+2?"}]
-    assert record["scores"]["exact_match"] == 2 / 3
-    assert record["scores"]["tokens_per_second"] > 0
+    answered, scores = record["answers"]["rows"], record["scores"]["rows"]
+    assert [answer["right"] for answer in answered] == [True, True, False]
+    assert answered[1]["prompt"] == [{"role": "user", "content": "2+2?"}]
+    assert scores["exact_match"] == 2 / 3
+    assert scores["tokens_per_second"] > 0
     assert record["config"]["data"]["val_files"] == config.data.val_files
-    assert "exact match 66.7% (2 of 3 questions)" in capsys.readouterr().out
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows  ")]
+    assert line.split()[1:5] == ["2", "of", "3", "66.7%"]
 
 
 def test_fields_that_mean_something_reach_the_questions(small_model, tmp_path, monkeypatch):
@@ -97,7 +100,7 @@ def test_an_evaluation_of_a_subset(small_model, tokenizer, tmp_path, monkeypatch
     config.sampling.max_new_tokens, config.sampling.steps = 2, 1
     monkeypatch.setattr(evaluation, "load_for_sampling", lambda *_: (small_model, tokenizer))
     evaluation.evaluate(config)
-    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["questions"] == 3
+    assert json.loads((tmp_path / "evaluation.json").read_text())["scores"]["equations"]["questions"] == 3
 
 
 @pytest.mark.parametrize("completion", [" 4", [{"role": "assistant", "content": " 4"}]])
@@ -142,12 +145,136 @@ def test_a_new_task_is_one_file(small_model, tokenizer, tmp_path, monkeypatch):
     evaluation.evaluate(config)
     assert prompts == [f"<|im_start|>user\ntest {i}<|im_end|>\n<|im_start|>assistant\n" for i in range(3)]
     record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert [answer["right"] for answer in record["answers"]] == [False, True, True]
-    assert [answer["expected"] for answer in record["answers"]] == ["test 0", "test 1", "test 2"]
+    assert [answer["right"] for answer in record["answers"]["echo"]] == [False, True, True]
+    assert [answer["expected"] for answer in record["answers"]["echo"]] == ["test 0", "test 1", "test 2"]
 
 
-@pytest.mark.parametrize("kind", ["choose", "likelihood"])
-def test_only_generated_answers_are_evaluated(monkeypatch, kind):
-    monkeypatch.setattr(Equations, "kind", kind)
-    with pytest.raises(ValueError, match=rf"task\.name=equations: its kind is {kind}; .*generate"):
-        evaluation.evaluate(Config())
+CHOICES = [{"question": "1+1?", "options": ["1", "2"], "answer": "B"}, {"question": "2+2?", "options": ["4", "3"]}]
+
+
+@pytest.fixture
+def several(small_model, tokenizer, tmp_path, monkeypatch) -> Config:
+    """Two equations, a choice beside a row that cannot be used, and a slot."""
+    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    (tmp_path / "infill.jsonl").write_text('{"prefix": "1+1=", "middle": "2", "suffix": ";"}\n')
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("choice", "infill")}
+    config = Config(task=TaskConfig(["equations", *files], files, mc_num=4))
+    config.data.on_bad_row, config.trainer.output_dir = "skip", str(tmp_path / "run")
+    config.sampling.max_new_tokens = 4
+    rows = Equations().rows("test")[:2]
+    monkeypatch.setattr(Equations, "rows", lambda *_: rows)
+    monkeypatch.setattr(evaluation, "load_for_sampling", lambda *_: (small_model, tokenizer))
+    return config
+
+
+def result(config: Config, name: str = "evaluation.json") -> dict:
+    return json.loads((Path(config.trainer.output_dir) / name).read_text())
+
+
+def test_several_tasks_have_one_result_with_everything_it_depends_on(several, monkeypatch, capsys):
+    answers = [Response(0, "7", 2, 2, 1.0, True), Response(1, "</think>", 4, 1, 4.0, False)]
+    monkeypatch.setattr(engine, "generate", lambda *_: iter(answers))
+    evaluation.evaluate(several)
+    record, right = result(several), Equations().rows("test")[0].row["answer"].endswith("\n7")
+    assert [*record["scores"]] == [*record["answers"]] == ["equations", "choice", "infill"]
+    assert record["scores"]["equations"] == {
+        "questions": 2, "skipped": 0, "right": right, "exact_match": right / 2,
+        "interval": interval(right, 2), "not_ended": 0.5, "no_answer": 0.5, "nfe": 1.5,
+        "tokens_per_forward": 2.5, "tokens_per_second": record["scores"]["equations"]["tokens_per_second"],
+    }  # fmt: skip
+    scores, [chosen] = record["scores"]["choice"], record["answers"]["choice"]
+    assert (scores["questions"], scores["skipped"], scores["tokens_per_forward"]) == (1, 1, None)
+    assert chosen["options"] == ["1", "2"]
+    assert chosen["right"] == (chosen["best"] == 1)
+    assert scores["exact_match_per_token"] == (chosen["best_per_token"] == 1)
+    assert record["answers"]["infill"][0]["prompt"] == "1+1=<|mask:1|>;"
+    assert record["scores"]["infill"]["edit_similarity"] == record["answers"]["infill"][0]["metrics"]["edit_similarity"]
+    assert record["judges"] == {"equations": "exact", "choice": "exact", "infill": "exact"}
+    assert record["config"] == to_dict(several)
+    assert (record["ranks"], record["dtype"], record["origin"]["task.mc_num"]) == (1, "float32", 4)
+    origin = [name for name in record["origin"] if not name.startswith(("sampling.", "task."))]
+    rows = [f"rows of {name}" for name in record["scores"]]
+    assert {*origin} == {*rows, *(f"{name} in tokens" for name in rows), "the model's weights", "the tokenizer"}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-5:-1]] == ["task", *record["scores"]]
+
+
+def test_the_rows_of_a_result_do_not_depend_on_the_tokenizer(several, tokenizer):
+    questions = {"equations": questions_of(Equations(), tokenizer, seed=0)}
+    others = {"equations": [question._replace(ids=question.ids + 1) for question in questions["equations"]]}
+    model = evaluation.load_for_sampling()[0]
+    one, other = (engine.origin_of(each, several.sampling, model, tokenizer) for each in (questions, others))
+    assert [name for name in one if one[name] != other[name]] == ["rows of equations in tokens"]
+
+
+def test_an_evaluation_is_not_repeated_and_another_is_kept(several, monkeypatch, capsys):
+    evaluation.evaluate(several)
+    first, sampled = result(several), []
+    monkeypatch.setattr(engine, "generate", lambda *given: sampled.extend(given[-1]) or generate(*given))
+    several.sampling.batch_size = 1
+    capsys.readouterr()
+    evaluation.evaluate(several)
+    assert sampled == []
+    assert result(several) == first
+    _, done, *table = capsys.readouterr().out.splitlines()
+    assert "evaluation.json has this evaluation already" in done
+    assert [line.split()[0] for line in table] == ["task", *first["scores"]]
+
+    for number, name in enumerate(("evaluation.1.json", "evaluation.2.json")):
+        several.sampling.steps = 2 + number
+        evaluation.evaluate(several)
+        assert result(several)["config"]["sampling"]["steps"] == 2 + number
+        assert result(several, name)["config"]["sampling"]["steps"] == [None, 2][number]
+        said = capsys.readouterr().out
+        assert f"{name}: sampling.steps was {[None, 2][number]} and is {2 + number}\n" in said
+    assert result(several, "evaluation.1.json") == first
+
+
+def test_another_judge_or_version_is_another_evaluation(several, monkeypatch):
+    evaluation.evaluate(several)
+    monkeypatch.setattr(Equations, "judge", "strict 2")
+    evaluation.evaluate(several)
+    monkeypatch.setattr(evaluation, "versions", lambda: {"torch": "9"})
+    evaluation.evaluate(several)
+    files = [result(several, name) for name in ("evaluation.1.json", "evaluation.2.json", "evaluation.json")]
+    assert [record["judges"]["equations"] for record in files] == ["exact", "strict 2", "strict 2"]
+    assert files[2]["versions"]["torch"] == "9"
+
+
+def test_an_interruption_names_the_score_so_far(several, monkeypatch):
+    def interrupted(*_):
+        yield Response(0, Equations().rows("test")[0].row["answer"], 1, 1, 1.0, True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        evaluation.evaluate(several)
+    assert stopped.value.args == ("equations: 1 of 1 right so far", "run the same command to resume")
+    monkeypatch.setattr(engine, "choose_options", interrupted)
+    monkeypatch.setattr(engine, "generate", lambda *_: iter([Response(1, "", 1, 1, 1.0, True)]))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        evaluation.evaluate(several)
+    assert stopped.value.args[:2] == ("equations: 1 of 2 right so far", "choice: 0 of 1 right so far")
+
+
+def test_responses_without_an_answer_are_named(several, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "generate", lambda *_: (Response(i, " ", 4, 1, 4.0, False) for i in range(2)))
+    evaluation.evaluate(several)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert line.startswith("warning: equations: no response has an answer")
+    assert "100% were cut at sampling.max_new_tokens=4" in line
+
+
+def test_files_that_no_task_reads_are_refused():
+    config = Config(data=DataConfig(val_files=["test.jsonl"]), task=TaskConfig(["equations"]))
+    with pytest.raises(ValueError, match=r"data\.val_files=\['test\.jsonl'\] with .* task\.files\.equations=FILE"):
+        evaluation.evaluate(config)
+
+
+def test_measures_of_a_task_are_averaged(several, monkeypatch):
+    monkeypatch.setattr(Equations, "metrics", lambda self, row, response: {"length": len(response)})
+    answers = [Response(0, "7", 2, 2, 1.0, True), Response(1, "777", 4, 1, 4.0, True)]
+    monkeypatch.setattr(engine, "generate", lambda *_: iter(answers))
+    evaluation.evaluate(several)
+    assert result(several)["scores"]["equations"]["length"] == 2
+    assert [answer["metrics"] for answer in result(several)["answers"]["equations"]] == [{"length": 1}, {"length": 3}]

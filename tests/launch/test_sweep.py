@@ -136,7 +136,7 @@ def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
         if config.sampling.steps == 2:
             raise RuntimeError("out of memory\nmore")
         scores = {"questions": 2, "exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": 1.5}
-        (Path(config.trainer.output_dir) / "evaluation.json").write_text(json.dumps({"scores": scores}))
+        (Path(config.trainer.output_dir) / "evaluation.json").write_text(json.dumps({"scores": {"equations": scores}}))
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     code, out, err = script("evaluate.py", "-m", "sampling.steps=0,2,8", f"model.path={GOLDEN / 'dream_tiny'}")
@@ -153,6 +153,13 @@ def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
     }  # fmt: skip
     assert out.splitlines()[-2].split() == ["2", "8", "done", rows[2]["seconds"], "0.5", "3", "1.5"]
     assert err.count("Traceback") == 1
+
+
+def test_scores_of_several_tasks_are_named_by_them(tmp_path):
+    scores = {"exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"scores": {"a": scores, "b": scores}}))
+    metrics = sweep.last_metrics(tmp_path)
+    assert metrics == {f"{task}/{name}": value for task in "ab" for name, value in scores.items()}
 
 
 def test_an_interrupted_sweep_of_evaluations(script, monkeypatch):  # noqa: F811

@@ -6,7 +6,8 @@ import pytest
 
 import data.tasks
 from data import DataConfig, PlacedRow
-from data.tasks import find_task
+from data.config import TaskConfig
+from data.tasks import find_task, tasks_of
 from data.tasks.base import is_same
 from data.tasks.equations import Equations
 from data.tasks.rows import Rows
@@ -18,6 +19,32 @@ def test_tasks_are_found_by_their_names():
     assert (find_task("equations"), find_task("rows")) == (Equations, Rows)
     with pytest.raises(ValueError, match=r"task\.name=equatons: .*did you mean equations\?"):
         find_task("equatons")
+
+
+def test_several_tasks():
+    settings = TaskConfig(["rows", "equations"], {"rows": "a.jsonl"})
+    rows, equations = tasks_of(DataConfig(), settings)
+    assert (type(rows), type(equations), rows.file()) == (Rows, Equations, "a.jsonl")
+    assert [type(task) for task in tasks_of(DataConfig(), TaskConfig())] == [Equations]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (TaskConfig(["rows", "rows"]), "rows given twice"),
+        (TaskConfig(["choice"], {"chioce": "a"}), r"task\.files\.chioce: .*did you mean choice\?"),
+        (TaskConfig([], {"choice": "a"}), r"task\.files\.choice: not among the tasks .* known are equations"),
+    ],
+)
+def test_wrong_lists_of_tasks(settings, words):
+    with pytest.raises(ValueError, match=words):
+        tasks_of(DataConfig(), settings)
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_masks_are_drawn_in_pairs(samples):
+    with pytest.raises(ValueError, match=f"task.mc_num={samples}: must be"):
+        TaskConfig(mc_num=samples)
 
 
 def test_two_tasks_cannot_have_one_name(monkeypatch):
