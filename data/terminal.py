@@ -17,7 +17,7 @@ from typing import NoReturn
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
 MODULES = (
-    *("data.prepare", "diffllm", "diffllm.adapt", "launch.plan", "launch.ranks", "launch.show"),
+    *("data.prepare", "diffllm", "diffllm.adapt", "launch.plan", "launch.ranks", "launch.show", "launch.verify"),
     *("trainer.export", "trainer.replay"),
 )
 STOPPED = "stopped by SIGINT"
