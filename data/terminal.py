@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
 MODULES = (
     *("data.prepare", "diffllm", "diffllm.adapt", "launch.compare", "launch.lm_eval", "launch.plan", "launch.ranks"),
-    *("launch.show", "trainer.export", "trainer.replay"),
+    *("launch.show", "launch.verify", "trainer.export", "trainer.replay"),
 )
 STOPPED = "stopped by SIGINT"
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "launch.compare": ("compare results of evaluate.py", "python -m launch.compare outputs/A outputs/B"),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
+    "launch.verify": ("check whether a run would work", "python -m launch.verify experiment=quickstart"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),
     "trainer.replay": ("repeat a step that was not finite", "python -m trainer.replay FILE"),
 }

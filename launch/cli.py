@@ -116,9 +116,7 @@ def entry(
                 return run_job(debug) if run_job else job_here(run, config, debug)
 
         def main() -> None:
-            transformers_logging.disable_progress_bar()
-            transformers_logging.set_verbosity_error()
-            hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
+            quiet_libraries()
             Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
             try:
                 with Deadline.on_error(), user_errors(debug), reported():
@@ -166,6 +164,13 @@ def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> 
             job["error"] = " ".join(describe(error).split()) if expected else first_line(error)
             if debug or not expected:
                 traceback.print_exc()
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars and warnings of Transformers and the hub."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts
 
 
 @contextmanager

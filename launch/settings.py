@@ -1,26 +1,31 @@
 """The settings of train.py for the tools of this package, which have some of their own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from data.errors import nearest
 from launch import CONF
-from launch.cli import check_arguments, name_tasks, quote_text, split_config_dir
+from launch.cli import check_arguments, name_tasks, quote_text, run_name, split_config_dir
+from launch.recommended import recommend
 from trainer.config import Config
 from trainer.schema import field_names, resolve
 
 
-def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[dict[str, str], Config, str]:
+def read_settings(
+    arguments: Sequence[str], own: Sequence[str] = (), recommended: bool = False
+) -> tuple[dict[str, str], Config, str]:
     """Values of a tool's own settings, the settings of train.py, and the choice of the group `model`.
 
     Args:
         own: names of the tool's own settings.
+        recommended: take the sampling settings that the checkpoint recommends, as train.py does.
 
     Raises:
-        ValueError: an unknown name, a value outside its range, or see `check_arguments`.
+        ValueError: an unknown name, a value outside its range, or see `check_arguments` and `recommend`.
     """
     directory, others = split_config_dir([*map(quote_text, arguments)])
     values, settings, names = {}, [], field_names()
@@ -38,9 +43,22 @@ def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[di
     check_arguments([*options, *settings])
     search = [f"hydra.searchpath=[file://{directory.resolve()}]"] if directory else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose(
-            "config", ["trainer.experiment_name=tool", *search, *name_tasks(settings)], return_hydra_config=True
-        )
-    with open_dict(composed):
-        choice = composed.pop("hydra").runtime.choices.model
-    return values, resolve(composed), choice
+        composed = compose("config", [*search, *name_tasks(settings)], return_hydra_config=True)
+        with open_dict(composed):
+            hydra = composed.pop("hydra")
+        if OmegaConf.is_interpolation(composed.trainer, "experiment_name"):  # which hydra.main alone resolves
+            composed.trainer.experiment_name = run_name(hydra.job.override_dirname)
+        lists = recommend(composed, settings)[1] if recommended else {}
+    config = resolve(composed)
+    return values, replace(config, sampling=replace(config.sampling, **lists)), hydra.runtime.choices.model
+
+
+def whole_number(name: str, value: str | None, default: int) -> int:
+    """The value of a tool's own setting, or the default.
+
+    Raises:
+        ValueError: not a whole number below a million.
+    """
+    if value is not None and not (value.isdecimal() and len(value) < 7):
+        raise ValueError(f"{name}={value}: must be a whole number below a million")
+    return default if value is None else int(value)

@@ -12,7 +12,7 @@ from rich.console import Console
 from data import BatchLayout
 from diffllm.diffusion import build_objective
 from launch.cli import user_errors
-from launch.settings import read_settings
+from launch.settings import read_settings, whole_number
 from trainer.build import build_batches, build_tokenizer, check_length
 from trainer.config import DEFAULT_MICRO_BATCH_SIZE
 from trainer.preview import CHARACTERS, print_preview
@@ -27,7 +27,7 @@ def show(arguments: list[str]) -> None:
         ValueError: an unknown setting, a wrong value, or rows that cannot be trained on.
     """
     values, config, _ = read_settings(arguments, ["rows", "characters"])
-    rows, characters = (_whole(name, values.get(name), default) for name, default in DEFAULTS.items())
+    rows, characters = (whole_number(name, values.get(name), default) for name, default in DEFAULTS.items())
     tokenizer, context = build_tokenizer(config.model)
     check_length(config.data, context)
     objective = build_objective(config.diffusion, tokenizer.mask_token_id, config.seed)
@@ -42,12 +42,6 @@ def show(arguments: list[str]) -> None:
     table = prepared["training"].rows if "training" in prepared else None
     batches = (batch for micro_batches in source.loader(range(-(-rows // size))) for batch in micro_batches)
     print_preview(Console(), batches, tokenizer, table, rows, characters)
-
-
-def _whole(name: str, value: str | None, default: int) -> int:
-    if value is not None and not (value.isdecimal() and len(value) < 7):
-        raise ValueError(f"{name}={value}: must be a whole number below a million")
-    return default if value is None else int(value)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_every_setting_is_read():
     [
         (("diffllm", "trainer"), "diffusion.eps"),
         (("sampling",), "sampling.eps"),
-        (("sampling", "trainer"), "sampling.steps"),
+        (("sampling", "trainer", "launch"), "sampling.steps"),
         (("trainer", "launch"), "optim.name"),
     ],
 )

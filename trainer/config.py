@@ -199,3 +199,24 @@ def total_steps(config: TrainerConfig, batches: BatchSource) -> int:
 def warmup_steps(config: OptimConfig, steps: int) -> int:
     """Steps of the warm-up."""
     return math.ceil(config.warmup_steps_ratio * steps)
+
+
+def check_rows(config: Config, steps: int, validated: bool) -> None:
+    """Refuse settings that need more rows than a run has.
+
+    Args:
+        steps: of the run, 0 if unknown.
+        validated: the run has validation rows.
+
+    Raises:
+        ValueError: the attention is not fully open in any step; or the best step is sought without validation.
+    """
+    if 0 < steps < (annealing_steps := config.diffusion.attention_annealing_steps):
+        raise ValueError(
+            f"diffusion.attention_annealing_steps={annealing_steps}: more than the {steps} steps of the run, so "
+            "none would have the full attention of sampling; set fewer"
+        )
+    if not validated and (config.trainer.keep_best or config.trainer.patience):
+        raise ValueError(
+            "trainer.keep_best and trainer.patience need validation rows: give data.val_files or data.val_split"
+        )

@@ -1,6 +1,8 @@
 """Bytes that a run writes."""
 
 import math
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,3 +49,10 @@ def disk(model: DiffLLM, config: Config, steps: int | None, device: torch.device
         most=min(saves, most + 1) * settings.save_checkpoints,
         export=export_dtype(config, model.source).itemsize * exported * settings.save_model,
     )
+
+
+def free_space(directory: Path) -> tuple[int, int]:
+    """Free bytes of the disk that a run's directory is on, or will be, and those of earlier files that it replaces."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    present = sum(file.stat().st_size for part in ("checkpoints/*", "hf") for file in directory.glob(f"{part}/*"))
+    return shutil.disk_usage(existing).free, present

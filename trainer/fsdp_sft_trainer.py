@@ -18,7 +18,7 @@ from diffllm.diffusion import build_objective
 from diffllm.diffusion.loss import LossOutput
 from diffllm.lora import add_lora, base_name, merge_lora, write_adapter
 from trainer.build import build_batches, build_model, build_trainable, export_dtype, frozen_dtype, recommendation
-from trainer.config import Config, batch_layout, total_steps
+from trainer.config import Config, batch_layout, check_rows, total_steps
 from trainer.distributed import Distributed
 from trainer.identity import find_checkpoint
 from trainer.loop import TrainingLoop
@@ -53,17 +53,9 @@ class FSDPSFTTrainer(TrainingLoop):
                 config, self.tokenizer, layout, self.objective.corrupt, self.val_objective.corrupt
             )
         steps = total_steps(config.trainer, source)
+        check_rows(config, steps, self.val_batches is not None)
         annealing_steps = config.diffusion.attention_annealing_steps
-        if 0 < steps < annealing_steps:
-            raise ValueError(
-                f"diffusion.attention_annealing_steps={annealing_steps}: more than the {steps} steps of the run, so "
-                "none would have the full attention of sampling; set fewer"
-            )
         self.annealing = AttentionAnnealing(annealing_steps, config.data.max_length, config.seed)
-        if self.val_batches is None and (config.trainer.keep_best or config.trainer.patience):
-            raise ValueError(
-                "trainer.keep_best and trainer.patience need validation rows: give data.val_files or data.val_split"
-            )
         self.val_samples = ValSamples(model, self.tokenizer, self.rows.get("validation"), config, distributed)
         with announced("reading the weights"):
             shard(model, distributed, config, passes=steps * layout.micro_batches)

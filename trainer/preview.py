@@ -7,14 +7,16 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from data import Batch, TokenRows
+from data import Batch, TokenRows, turn_end
 from data.packing import single_rows
 from data.terminal import printable
 
 STYLES = {"context": "dim", "trained": "green", "padding": "blue", "masked": "black on yellow"}
+ROLES = {"context": "prompt", "trained": "response", "padding": "padding"}
 MARKS = {"trained": "⟦⟧", "padding": "{}"}
 MASK = "▒"
 CHARACTERS = 2000  # of a text that is shown whole
@@ -48,6 +50,24 @@ def print_preview(
             console.print(Text(f"{name}:", style="italic"), _clip(text, characters), sep="\n", soft_wrap=True)
 
 
+def token_table(row: Batch, tokenizer: PreTrainedTokenizerBase, positions: int) -> Table:
+    """The first positions of a batch of one row, a line each: token, role, whether it is trained on and masked.
+
+    Args:
+        positions: number of lines; 0 takes all attended positions.
+    """
+    ends, tokens = {tokenizer.eos_token_id, turn_end(tokenizer)}, _tokens(row)
+    shown = tokens[: positions or None]
+    rest = f"{len(tokens) - len(shown)} more positions" if len(shown) < len(tokens) else None
+    table = Table("position", "token", "role", "trained on", "masked", box=None, caption=rest, caption_justify="left")
+    for place, token in enumerate(shown):
+        role = "end" if token.kind == "trained" and token.id in ends else ROLES[token.kind]
+        flags = ["yes" if flag else "no" for flag in (token.trained, token.masked)]
+        cells = map(Text, (str(place), repr(tokenizer.decode([token.id])), role, *flags))  # brackets are no markup
+        table.add_row(*cells, style=STYLES["masked" if token.masked else token.kind])
+    return table
+
+
 def _legend(marked: bool) -> Text:
     if marked:
         return Text(f"⟦trained tokens⟧, {MASK} a masked one, {{padding that is trained on}}")
@@ -62,6 +82,7 @@ class _Token(NamedTuple):
 
     id: int
     kind: str  # context, trained or padding
+    trained: bool
     masked: bool
 
 
@@ -71,7 +92,7 @@ def _tokens(row: Batch) -> list[_Token]:
     columns = (row[name][0][attended].tolist() for name in ("input_ids", "maskable", "masked"))
     own = int(row["row_tokens"][0])
     return [
-        _Token(token, "padding" if place >= own else "trained" if trained else "context", masked)
+        _Token(token, "padding" if place >= own else "trained" if trained else "context", trained, masked)
         for place, (token, trained, masked) in enumerate(zip(*columns, strict=True))
     ]
 

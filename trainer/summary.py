@@ -1,6 +1,5 @@
 """Describe a run before its first step, and sum it up at its end, as lines for the terminal."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from diffllm.compilation import is_compiled
 from diffllm.quantize import numel
 from trainer.build import compute_dtype
 from trainer.config import Config, TrainerConfig, warmup_steps
-from trainer.disk import disk
+from trainer.disk import disk, free_space
 from trainer.distributed import Distributed
 from trainer.progress import Clock, Progress
 
@@ -39,7 +38,7 @@ def describe(
         rows: number of training rows, 0 for a stream.
     """
     lines = {
-        "model": _model(config, model),
+        "model": describe_model(config, model),
         **({"note": TOY} if config.model.path is None and config.data.train_files and not done else {}),
         "device": _device(config, distributed, model, steps * source.layout.micro_batches),
         "batch": _batch(config, source),
@@ -52,7 +51,8 @@ def describe(
     return [printable(f"{name + ':':{width}}{text}") for name, text in lines.items()]
 
 
-def _model(config: Config, model: DiffLLM) -> str:
+def describe_model(config: Config, model: DiffLLM) -> str:
+    """The decoder, where its weights are from, and how many are trained."""
     parameters = list(model.parameters())
     total, trained = _count(parameters), _count([p for p in parameters if p.requires_grad])
     kind = type(model.lm).__name__.removesuffix("ForCausalLM")
@@ -112,9 +112,7 @@ def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int)
     when = f"every {interval:,} steps and at the end" if interval else "at the end only"
     parts = [f"{written.kept} × {size_text(written.checkpoint)} for checkpoints, saved {when}"] if written.kept else []
     parts += [f"{size_text(written.export)} for hf/"] if written.export else []
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    present = sum(file.stat().st_size for part in ("checkpoints/*", "hf") for file in directory.glob(f"{part}/*"))
+    free, present = free_space(directory)
     room = f"{size_text(free)} free"
     if written.total > free + present:
         room = f"ONLY {size_text(free)} FREE, {size_text(written.total - present)} needed"

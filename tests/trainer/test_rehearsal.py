@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -16,9 +17,8 @@ from diffllm import DiffusionConfig
 from diffllm.diffusion import build_objective
 from tests.data.rows import prepared, row
 from tests.trainer.runs import metrics, train
-from trainer import summary
 from trainer.config import Config
-from trainer.preview import print_preview
+from trainer.preview import print_preview, token_table
 
 
 def test_a_run_says_what_it_is(small_run, capsys):
@@ -51,11 +51,11 @@ def test_without_steps_nothing_is_written(small_run, capsys):
 
 @pytest.mark.parametrize(("free", "warns"), [(0, True), (10**9, False)])
 def test_a_disk_that_is_too_small_is_named_and_finished_files_count(small_run, monkeypatch, capsys, free, warns):
-    monkeypatch.setattr(summary.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     config = small_run(trainer__max_steps=1)
     train(config)
     assert ("ONLY" in capsys.readouterr().out) == warns
-    monkeypatch.setattr(summary.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     train(config)
     assert "ONLY" not in capsys.readouterr().out
 
@@ -97,6 +97,20 @@ def test_trained_and_masked_tokens_cuts_and_padding_are_shown(tokenizer):
     coloured, _ = preview(tokenizer, rows, count=2, terminal=True, **settings)
     assert "\x1b[32m" in coloured
     assert "⟦" not in coloured
+
+
+@pytest.mark.parametrize("positions", [0, 4])
+def test_a_row_token_by_token(tokenizer, positions):
+    _, batch = preview(tokenizer, [row("[b]Hi")], count=1, max_length=60)
+    table = token_table(batch, tokenizer, positions)
+    cells = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    assert len(cells) == (positions or int(batch["attention_mask"].sum()))
+    assert cells[3] == ("3", "'['", "prompt", "no", "no")
+    if not positions:
+        last = int(batch["row_tokens"]) - 1
+        assert cells[last][1:4] == ("'<|endoftext|>'", "end", "yes")
+        assert [trained for *_, trained, _ in cells].count("yes") == int(batch["maskable"].sum())
+        assert [masked for *_, masked in cells].count("yes") == int(batch["masked"].sum())
 
 
 def test_control_characters_of_rows_are_escaped_and_long_rows_clipped(tokenizer):
