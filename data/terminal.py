@@ -17,8 +17,8 @@ from typing import NoReturn
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
 MODULES = (
-    *("data.prepare", "diffllm", "diffllm.adapt", "launch.plan", "launch.ranks", "launch.show"),
-    *("trainer.export", "trainer.replay"),
+    *("data.prepare", "diffllm", "diffllm.adapt", "launch.compare_sampling", "launch.plan", "launch.ranks"),
+    *("launch.show", "trainer.export", "trainer.replay"),
 )
 STOPPED = "stopped by SIGINT"
 

@@ -8,6 +8,10 @@ COMMANDS = {
     "evaluate.py": ("score answers to a task", "python evaluate.py model.path=DIR data.val_files=[test.jsonl]"),
     "data.prepare": ("convert a published set to rows", "python -m data.prepare gsm8k train.jsonl"),
     "diffllm.adapt": ("make a causal model a diffusion model", "python -m diffllm.adapt Qwen/Qwen2.5-7B DIR"),
+    "launch.compare_sampling": (
+        "compare ways to sample",
+        "python -m launch.compare_sampling model.path=DIR sampling.steps=6,18",
+    ),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),

@@ -1,6 +1,7 @@
 """The settings of train.py for the tools of this package, which have some of their own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
@@ -9,18 +10,22 @@ from omegaconf import open_dict
 from data.errors import nearest
 from launch import CONF
 from launch.cli import check_arguments, quote_text, split_config_dir
+from launch.recommended import recommend
 from trainer.config import Config
 from trainer.schema import field_names, resolve
 
 
-def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[dict[str, str], Config, str]:
+def read_settings(
+    arguments: Sequence[str], own: Sequence[str] = (), recommended: set[str] | None = None
+) -> tuple[dict[str, str], Config, str]:
     """Values of a tool's own settings, the settings of train.py, and the choice of the group `model`.
 
     Args:
         own: names of the tool's own settings.
+        recommended: gets the line of `recommend`; None leaves the sampling settings as they are.
 
     Raises:
-        ValueError: an unknown name, a value outside its range, or see `check_arguments`.
+        ValueError: an unknown name, a value outside its range, or see `check_arguments` and `recommend`.
     """
     directory, others = split_config_dir([*map(quote_text, arguments)])
     values, settings, names = {}, [], field_names()
@@ -39,6 +44,10 @@ def read_settings(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[di
     search = [f"hydra.searchpath=[file://{directory.resolve()}]"] if directory else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", ["trainer.experiment_name=tool", *search, *settings], return_hydra_config=True)
-    with open_dict(composed):
-        choice = composed.pop("hydra").runtime.choices.model
-    return values, resolve(composed), choice
+        with open_dict(composed):
+            choice = composed.pop("hydra").runtime.choices.model
+        line, lists = (None, {}) if recommended is None else recommend(composed, settings)
+    if line:
+        recommended.add(line)
+    config = resolve(composed)
+    return values, replace(config, sampling=replace(config.sampling, **lists)), choice
