@@ -107,9 +107,8 @@ def report(
     title = f"{origin['model.path']} on {origin['task.name']}, {origin['questions'].split()[0]} questions"
     summary = front_lines(points) if points else []
     print(printable("\n".join([table(lines), "", *summary, *errors])))
-    fields = list(dict.fromkeys(name for row in rows for name in row))
     with whole_file(directory / "results.csv") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer = csv.DictWriter(file, list(max(rows, key=len)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     pictures = []

@@ -58,15 +58,25 @@ def draw(points: Sequence[Point], names: Sequence[str], title: str) -> bytes:
     Args:
         names: of the varied settings.
     """
-    from matplotlib import pyplot  # of the extra `plot`
+    from matplotlib import rc_context  # of the extra `plot`
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), sharey=True, layout="constrained", dpi=150)
+    figure, file = Figure(figsize=(12, 5.2), layout="constrained", dpi=150), BytesIO()
+    FigureCanvasAgg(figure)
+    with rc_context({"text.parse_math": False}):  # values may have dollar signs
+        _draw(figure, points, names, title)
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _draw(figure: Any, points: Sequence[Point], names: Sequence[str], title: str) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
     colours, markers = (_styles(points, i, styles) for i, styles in enumerate((COLOURS, MARKERS)))
     for panel, axis in zip(panels, AXES, strict=True):
         best = front(points, axis)
-        panel.plot(
-            [getattr(each, axis) for each in best], [100 * each.accuracy for each in best], color="0.6", zorder=1
-        )
+        x, y = [getattr(each, axis) for each in best], [100 * each.accuracy for each in best]
+        panel.plot(x, y, color="0.6", zorder=1)
         for point in points:
             x, y = getattr(point, axis), 100 * point.accuracy
             colour = colours[_value(point, 0)]
@@ -84,10 +94,6 @@ def draw(points: Sequence[Point], names: Sequence[str], title: str) -> bytes:
     figure.canvas.draw()  # fixes the places of the points
     for panel, axis in zip(panels, AXES, strict=True):
         _label(panel, axis, points, names)
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
-    return file.getvalue()
 
 
 def _value(point: Point, i: int) -> str:

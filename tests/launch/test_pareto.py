@@ -44,7 +44,7 @@ def test_the_interval_of_a_share(right, questions, low, high):
         (POINTS, ["alg", "transfer", "steps"]),
         ([Point((), 0.0, (0.0, 0.3), 0.0, 1.0)], []),
         ([Point((str(i),), i / 20, (0.0, 1.0), 1.0, 1.0) for i in range(20)], ["steps"]),
-        ([Point(("a" * 300,), 0.5, (0.4, 0.6), 1.0, 1.0)], ["stop"]),
+        ([Point(("$" + "a" * 300 + "^$",), 0.5, (0.4, 0.6), 1.0, 1.0)], ["stop"]),
     ],
     ids=["several", "one", "many values", "no room for a label"],
 )
