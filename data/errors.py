@@ -1,6 +1,7 @@
 """Parts of error messages: bad rows, lists of names, what a misspelt name may mean, what differs."""
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,8 @@ def twice(names: Iterable[str]) -> str:
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """A hint for a misspelt name: names that end in it after a dot, or the closest ones, or the first NAMED."""
-    ending = [each for each in allowed if each.rpartition(".")[2] == name]
+    """A hint for a misspelt name: names that end in it after a dot or slash, else the closest, else the first NAMED."""
+    ending = [each for each in allowed if re.split("[./]", each)[-1] == name]
     close = ending or difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {listed(allowed)}"
 

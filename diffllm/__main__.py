@@ -13,6 +13,10 @@ COMMANDS = {
         "python -m launch.lm_eval --model diffllm --model_args pretrained=M --tasks bbh",
     ),
     "launch.compare": ("compare results of evaluate.py", "python -m launch.compare outputs/A outputs/B"),
+    "launch.compare_sampling": (
+        "compare ways to sample",
+        "python -m launch.compare_sampling model.path=DIR sampling.steps=6,18",
+    ),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
     "launch.verify": ("check whether a run would work", "python -m launch.verify experiment=quickstart"),

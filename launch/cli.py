@@ -259,7 +259,9 @@ def check_arguments(arguments: list[str]) -> None:
         if key.rpartition(".")[0] in FREE:
             continue
         if key not in names:
-            ours = OTHER_NAMES.get(re.split(r"[./]", key)[-1])
+            ours, (group, _, folder) = OTHER_NAMES.get(re.split(r"[./]", key)[-1]), key.partition("/")
+            if group in choices and folder:  # as the help of Hydra lists the choices in folders
+                ours = f"{group}={folder}/{override.get_value_string()}"
             raise ValueError(f"{argument}: no such setting; {f'did you mean {ours}?' if ours else nearest(key, names)}")
         if key not in choices:
             continue
@@ -315,7 +317,7 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def group_choices(directory: Path | None = None) -> dict[str, list[str]]:
-    """Choices of each group: files of conf/ and of another directory, and the objectives.
+    """Choices of each group: files of conf/ and of another directory, in folders too, and the objectives.
 
     Raises:
         ValueError: a file has the name of an objective. Its `defaults` would include itself.
@@ -325,7 +327,14 @@ def group_choices(directory: Path | None = None) -> dict[str, list[str]]:
         if (CONF / (name := own.relative_to(directory))).exists():
             raise ValueError(f"{own}: would be ignored, as conf/{name} has its name; give it another")
     folders = [CONF, *filter(None, [directory])]
-    choices = {name: [file.stem for folder in folders for file in (folder / name).glob("*.yaml")] for name in groups}
+    choices = {
+        name: [
+            file.relative_to(folder / name).with_suffix("").as_posix()
+            for folder in folders
+            for file in sorted((folder / name).rglob("*.yaml"))
+        ]
+        for name in groups
+    }
     if taken := [name for name in choices["diffusion"] if name in OBJECTIVES]:
         raise ValueError(
             f"conf/diffusion/{taken[0]}.yaml: diffusion={taken[0]} is the objective with its defaults; give the file "

@@ -1,7 +1,6 @@
 """evaluate.py: score the responses of a model to the questions of tasks."""
 
 import json
-import platform
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -24,7 +22,7 @@ from diffllm.generate import Response
 from launch.results import FILE, identity, interval, score_table
 from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
-from trainer.distributed import Distributed, init_distributed
+from trainer.distributed import Distributed, device_name, init_distributed
 from trainer.evaluation import Answers, Question, answer_all, origin_of, questions_of
 from trainer.manifest import commit, versions
 
@@ -157,14 +155,12 @@ def _manifest(
 ) -> dict[str, Any]:
     """What scores depend on, and all settings."""
     bounds = {"task.mc_num": config.task.mc_num} if any(task.kind != "generate" for task in tasks) else {}
-    device = distributed.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return {
         "origin": bounds | origin_of(questions, config.sampling, model, tokenizer),
         "judges": {task.name: task.judge for task in tasks},
         "versions": versions() | {"commit": commit()},
-        "device": name,
+        "device": device_name(distributed.device),
         "dtype": str(dtype).removeprefix("torch."),
         "ranks": distributed.size,
         "config": to_dict(config),

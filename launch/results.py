@@ -55,7 +55,7 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if {name, name.partition(".")[0]} & {*SETTINGS}}
 
 
-def interval(right: int, questions: int, level: float = 0.95) -> list[float]:
+def interval(right: float, questions: int, level: float = 0.95) -> list[float]:
     """Wilson's score interval of the share of right answers.
 
     Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.

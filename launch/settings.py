@@ -5,7 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from data.errors import nearest
 from launch import CONF
@@ -16,13 +16,13 @@ from trainer.schema import field_names, resolve
 
 
 def read_settings(
-    arguments: Sequence[str], own: Sequence[str] = (), recommended: bool = False
+    arguments: Sequence[str], own: Sequence[str] = (), recommended: set[str] | None = None
 ) -> tuple[dict[str, str], Config, str]:
     """Values of a tool's own settings, the settings of train.py, and the choice of the group `model`.
 
     Args:
         own: names of the tool's own settings.
-        recommended: take the sampling settings that the checkpoint recommends, as train.py does.
+        recommended: gets the line of `recommend`; None leaves the sampling settings as they are.
 
     Raises:
         ValueError: an unknown name, a value outside its range, or see `check_arguments` and `recommend`.
@@ -48,7 +48,9 @@ def read_settings(
             hydra = composed.pop("hydra")
         if OmegaConf.is_interpolation(composed.trainer, "experiment_name"):  # which hydra.main alone resolves
             composed.trainer.experiment_name = run_name(hydra.job.override_dirname)
-        lists = recommend(composed, settings)[1] if recommended else {}
+        line, lists = (None, {}) if recommended is None else recommend(composed, settings)
+    if line:
+        recommended.add(line)
     config = resolve(composed)
     return values, replace(config, sampling=replace(config.sampling, **lists)), hydra.runtime.choices.model
 

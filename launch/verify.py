@@ -70,7 +70,7 @@ def _read(arguments: list[str]) -> tuple[dict[str, str], Config, str]:
     """Settings of the command line, with the sampling that the checkpoint recommends if it can be read."""
     plain = read_settings(arguments, OWN)
     try:
-        return read_settings(arguments, OWN, recommended=True)
+        return read_settings(arguments, OWN, recommended=set())
     except ValueError:  # of the checkpoint, which the checks report
         return plain
 

@@ -11,6 +11,7 @@ CHOICES = {
     "alg": (*ALGS, *LLADA_ALGS),
     "transfer": (*SCHEDULED, *ADAPTIVE),
     "confidence": tuple(CONFIDENCES),
+    "eos_confidence": ("keep", "suppress"),
     "cache": CACHES,
     "compile": ("auto", "true", "false"),
 }
@@ -49,6 +50,7 @@ class SamplingConfig:
     remask: float = 0.0  # a step masks at most this share of the committed tokens again (ReMDM)
     cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
+    eos_confidence: str = "keep"  # suppress: proposed end-of-sequence tokens are committed last in their block
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
     # In these two \n, \t, \r, \\ and \uXXXX stand for characters, on the command line and in YAML.
     stop: list[str] = field(default_factory=list, metadata={"escapes": True})  # the first of them ends a row likewise

@@ -130,11 +130,20 @@ class RowState:
     def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
         """Commit the best of the proposed tokens, and mask others again with `sampling.remask`. Call `advance` next.
 
+        With `eos_confidence=suppress` proposed end-of-sequence tokens have confidence -inf (arXiv 2502.09992, B.4). An
+        adaptive transfer, which reads probabilities, chooses among the other tokens while any is left.
+
         Args:
             tokens: [N] proposed tokens of the masked positions before `step.end`.
             confidence, p, entropy: [N], see `Proposal`.
         """
         config, step, columns = self.config, self.step, self.masked(self.step.end)
+        if config.eos_confidence == "suppress":
+            ends = np.isin(tokens, self.special.eos)
+            confidence = np.where(ends, -np.inf, confidence)
+            if step.n_commit is None and not ends.all():
+                ratings = columns, tokens, confidence, p, entropy
+                columns, tokens, confidence, p, entropy = (rating[~ends] for rating in ratings)
         random = config.order_temp > 0 or step.n_remask
         draws = self.uniforms()[1] if random else None
         order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")

@@ -115,6 +115,7 @@ NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
     "trainer.nonfinite": ((TrainingLoop._refuse,), "skip"),
     "trainer.precision": ((compute_dtype,), "fp32"),
     "sampling.compile": ((prepare_sampling,), None),
+    "sampling.eos_confidence": ((RowState.commit,), "keep"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,11 @@ def device_memory(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device_name(device: torch.device) -> str:
+    """Model of a GPU or processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def ranks_from_environment() -> tuple[int, int]:

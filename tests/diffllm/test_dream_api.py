@@ -98,6 +98,15 @@ def test_tokens_in_place_of_the_models(small_model):
         generated(small_model, mask_token_id=7, eos_token_id=7)
 
 
+@pytest.mark.parametrize("confidence", ["keep", "suppress"])
+def test_an_end_is_committed_first_or_last(confidence, dream):
+    history = {"transfer": "even", "return_dict_in_generate": True, "output_history": True}
+    first = dream.diffusion_generate(PROMPT, **SETTINGS, **history).history[0]
+    [end] = first[first != dream.mask_token_id][3:].tolist()
+    again = dream.diffusion_generate(PROMPT, **SETTINGS, **history, eos_token_id=end, eos_confidence=confidence)
+    assert torch.equal(again.history[0], first) == (confidence == "keep")
+
+
 def generated_like(model, prompt, mask):
     """Output of a model whose own mask is another token."""
     before, model.mask_token_id = model.mask_token_id, mask

@@ -69,6 +69,10 @@ def assert_one_error(result, *words):
         (["lr=1"], ["lr=1: no such setting; did you mean optim.lr?"]),
         (["tiny"], ["tiny: write choices as GROUP=CHOICE; did you mean model=tiny?"]),
         (["dream"], ["did you mean diffusion=dream or sampling=dream?"]),
+        (["dream_base/math"], ["did you mean sampling=dream_base/math?"]),
+        (["sampling=dream_base/mth"], ["sampling=dream_base/mth", "did you mean dream_base/math"]),
+        (["-m", "sampling=fast,bbh"], ["sampling=bbh", "did you mean dream_base/bbh or llada_base/bbh?"]),
+        (["sampling/dream_base=math"], ["did you mean sampling=dream_base/math?"]),
         (["optm=adamw"], ["optm", "did you mean optim"]),
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
@@ -358,6 +362,16 @@ def own_choices(tmp_path):
         "# @package _global_\noptim:\n  lr: 0.25\ntrainer:\n  experiment_name: small\n"
     )
     return tmp_path / "mine"
+
+
+def test_own_choices_in_a_folder(script, tmp_path, monkeypatch):
+    (tmp_path / "mine" / "sampling" / "dream_base").mkdir(parents=True)
+    (tmp_path / "mine" / "sampling" / "dream_base" / "own.yaml").write_text("steps: 7\n")
+    chosen = []
+    monkeypatch.setattr(evaluate, "evaluate", chosen.append)
+    assert script("evaluate.py", "--config-dir=mine", "sampling=dream_base/own")[0] == 0
+    assert chosen[0].sampling.steps == 7
+    assert_one_error(script("evaluate.py", "--config-dir=mine", "sampling=own"), "did you mean dream_base/own?")
 
 
 def test_a_directory_of_own_choices(script, own_choices, tmp_path):

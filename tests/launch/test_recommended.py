@@ -52,6 +52,7 @@ def test_a_checkpoint_brings_its_settings(sampled, checkpoint):
         (["sampling.temperature=0"], {"temperature": 0.0, "max_new_tokens": 7}),
         (["sampling=default"], {"temperature": 0.0, "max_new_tokens": 256}),
         (["sampling=fast"], {"temperature": 0.0, "max_new_tokens": 256, "cache": "dual"}),
+        (["sampling=llada_instruct/math"], {"temperature": 0.0, "max_new_tokens": 512, "eos_confidence": "suppress"}),
         (["experiment=quickstart"], {"temperature": 0.5, "max_new_tokens": 18}),
     ],
 )

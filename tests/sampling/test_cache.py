@@ -73,6 +73,7 @@ def test_what_is_masked_again_in_a_finished_block_is_computed_again(model):
     transfer=st.sampled_from(["even", "threshold"]),
     threshold=st.sampled_from([0.05, 0.2]),
     remask=st.sampled_from([0.0, 0.5]),
+    eos_confidence=st.sampled_from(["keep", "suppress"]),
     cfg_scale=st.sampled_from([0.0, 0.5]),
 )
 def test_a_row_does_not_depend_on_its_batch(model, rows, **changes):

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import Canvas, SamplingConfig, fill, left_pad, sample
+from sampling import Canvas, RowState, SamplingConfig, fill, left_pad, sample
+from sampling.batch import RowBatch
 from sampling.policies import ADAPTIVE, ALGS, SCHEDULED
 from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V, unpadded
 
@@ -51,6 +52,7 @@ def fill_rows(rows, config, special=SPECIAL, **kwargs):
     stop_at_eos=st.booleans(),
     stop=st.sampled_from([(), ((3,), (4, 5))]),
     eos_penalty=st.sampled_from([0.0, 2.0]),
+    eos_confidence=st.sampled_from(["keep", "suppress"]),
     min_new_tokens=st.sampled_from([0, 1]),
 )
 def test_a_row_does_not_depend_on_its_batch(rows, stop, **changes):
@@ -151,6 +153,49 @@ def test_eos_can_be_put_off_and_penalised():
     assert not (late[:, :4] == EOS).any()
     assert (late[:, 4:] == EOS).any()
     assert not (run(prompts, eos_penalty=20.0).sequences == EOS).any()
+
+
+def hasty_steps(config):
+    """Steps that committed a proposed end and left another proposal masked, over rows with many ends."""
+    special = replace(SPECIAL, eos=(EOS, 0, 1, 2, 3))
+    batch, hasty = RowBatch(MockDenoiser(), config, special), 0
+    for prompt in range(12):
+        row = RowState(Canvas.after([4 + prompt % 5, prompt // 5], 8, MASK), config, special)
+        batch.set_rows([row])
+        while row.step is not None:
+            columns, [proposal] = row.masked(row.step.end), batch.propose()
+            row.commit(*proposal)
+            ends, left = np.isin(proposal[0], special.eos), ~np.isin(columns, row.committed)
+            hasty += (ends & ~left).any() and (~ends & left).any()
+            assert len(row.committed)
+            row.advance()
+        assert MASK not in row.tokens
+    return hasty
+
+
+@pytest.mark.parametrize("transfer", [*SCHEDULED, *ADAPTIVE])
+@pytest.mark.parametrize("alg", ALGS)
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_suppressed_ends_are_committed_after_all_other_tokens_of_their_block(alg, transfer, block_length):
+    bounds = {"threshold": 0.6, "factor": 1.0, "entropy_bound": 0.5}
+    config = SamplingConfig(
+        steps=8, alg=alg, transfer=transfer, block_length=block_length, stop_at_eos=False, alg_temp=0.5, **bounds
+    )
+    assert hasty_steps(config)
+    assert not hasty_steps(replace(config, eos_confidence="suppress"))
+
+
+@pytest.mark.parametrize(("confidence", "committed"), [("keep", [1, 3]), ("suppress", [3])])
+def test_an_adaptive_transfer_commits_suppressed_ends_when_nothing_else_is_left(confidence, committed):
+    config = SamplingConfig(transfer="threshold", threshold=0.9, eos_confidence=confidence, stop_at_eos=False)
+    row = RowState(Canvas([5, *[MASK] * 3], 1), config, SPECIAL)
+    row.commit(np.array([EOS, EOS, 4]), *np.array([[0.95, 0.5, 0.9]] * 3))
+    assert row.committed.tolist() == committed
+    assert row.tokens[3] == 4
+    row.advance()
+    ends = row.masked()
+    row.commit(np.full(len(ends), EOS), *np.array([[0.95, 0.5][-len(ends) :]] * 3))
+    assert row.committed.tolist() == ends[:1].tolist()
 
 
 def test_forbidden_tokens_are_never_committed():
@@ -358,7 +403,8 @@ def test_padding_to_the_right_of_tokens_is_refused():
      ("alg", "entropi"), ("steps", 0), ("max_new_tokens", 0), ("top_p", 1.5), ("top_p", 0.0), ("temperature", -1.0),
      ("eps", 0.0), ("block_length", 0), ("transfer", "quadratic"), ("confidence", "both"), ("top_k", 0),
      ("threshold", 0.0), ("threshold", 1.1), ("factor", 0.0), ("entropy_bound", -1.0), ("cfg_scale", -0.5),
-     ("cache", "all"), ("cache_refresh", 0), ("remask", 1.0), ("min_new_tokens", -1), ("min_new_tokens", 257)],
+     ("cache", "all"), ("eos_confidence", "low"), ("cache_refresh", 0),
+     ("remask", 1.0), ("min_new_tokens", -1), ("min_new_tokens", 257)],
 )  # fmt: skip
 def test_settings_outside_their_range_are_named(field, value):
     with pytest.raises(ValueError, match=rf"sampling\.{field}={re.escape(str(value))}"):

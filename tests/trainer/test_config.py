@@ -6,7 +6,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import launch.cli  # noqa: F401 - registers the defaults
-from launch.cli import CONF
+from launch.cli import CONF, group_choices
 from trainer.config import Config, batch_layout, to_dict
 from trainer.config import DataConfig as DataSettings
 from trainer.schema import differences, resolve, tree
@@ -20,6 +20,7 @@ def resolved(*overrides, **extra):
 
 
 CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+PRESETS = [choice for choice in group_choices()["sampling"] if "/" in choice]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -49,6 +50,38 @@ def test_a_model_chooses_its_sampling_unless_the_command_line_does(overrides, tr
 def test_the_base_model_of_llada_fills_one_block_and_the_others_several():
     models = ("llada_8b", "llada_8b_instruct", "llada_1_5")
     assert [resolved(f"model={name}").sampling.block_length for name in models] == [None, 32, 32]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_takes_a_step_for_each_token_and_names_its_source(preset):
+    sampling = resolved(f"sampling={preset}", "model=llada_8b_instruct").sampling
+    assert (sampling.steps, sampling.seed, sampling.stop_at_eos) == (None, 0, True)
+    assert sampling.transfer == ("even" if preset.startswith("llada") else "linear")
+    assert sampling.temperature == 0 or (sampling.confidence, sampling.alg) == ("scaled", "entropy")
+    assert "\n# https://github.com/" in (CONF / "sampling" / f"{preset}.yaml").read_text()
+    page = (CONF.parent / "sampling" / "README.md").read_text()
+    model, _, task = preset.partition("/")
+    lines = [line for line in page.splitlines() if line.startswith(f"| `{model}/` ")]
+    assert any(f"`{task}` {sampling.max_new_tokens:,} " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("dream_instruct/math", {"max_new_tokens": 512, "temperature": 0.1, "top_p": 0.9}),
+        ("dream_base/gsm8k", {"max_new_tokens": 256, "temperature": 0.0, "top_p": 0.95}),
+        ("dream_base/humaneval", {"max_new_tokens": 512, "temperature": 0.2, "top_p": 0.95}),
+        ("dream_coder_base/mbpp", {"max_new_tokens": 512, "temperature": 0.1, "top_p": 0.9}),
+        ("llada_base/gsm8k", {"max_new_tokens": 1024, "block_length": None, "eos_confidence": "keep"}),
+        ("llada_instruct/gsm8k", {"max_new_tokens": 512, "block_length": None, "eos_confidence": "suppress"}),
+        ("llada_instruct/gsm8k_blocks", {"max_new_tokens": 256, "block_length": 8, "eos_confidence": "keep"}),
+        ("llada_instruct/humaneval", {"max_new_tokens": 512, "forbidden": ["<|endoftext|>"]}),
+        ("llada_1_5/math", {"max_new_tokens": 1024, "block_length": 128, "eos_confidence": "suppress"}),
+    ],
+)
+def test_published_settings(preset, expected):
+    sampling = resolved(f"sampling={preset}").sampling
+    assert {name: getattr(sampling, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", [name for name, item in tree() if item.metadata.get("path")])
