@@ -1,18 +1,16 @@
 """Base class of tasks: rows, the prompt of a row, the score of a response."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from data.chat import Columns, Message, final_answer, to_chat
 from data.config import DataConfig, TaskConfig
 from data.errors import BadRows
-from data.files import iterate
+from data.files import READERS, iterate
 from data.readers import PlacedRow
-
-NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
+from data.tasks.judge import extract, is_right, plain, stated
 
 
 class Task(ABC):
@@ -22,11 +20,13 @@ class Task(ABC):
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
+        judge: names what compares answers, with its version if it is a library.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
+    judge: ClassVar[str] = "strict normaliser"
     config: DataConfig
     settings: TaskConfig
 
@@ -85,13 +85,26 @@ class Task(ABC):
         """
         return to_chat(row)["response"]
 
+    def expected(self, row: PlacedRow) -> str:
+        """Return the answer that a right response has: by default, what the reference states, else all of its text.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        reference = self.reference(row)
+        return stated(reference) or final_answer(reference)
+
+    def answer(self, response: str) -> str | None:
+        """Return the final answer of a response, or None if it has none. By default, any text is one."""
+        return extract(response) or plain(response)
+
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return a score in [0, 1]; 1 is right. By default, compare final answers by `is_same`.
+        """Return a score in [0, 1]; 1 is right. By default, compare final answers, see `data.tasks.judge`.
 
         Raises:
             ValueError: the row cannot be used to score a response; the message names its place.
         """
-        return float(is_same(final_answer(response), final_answer(self.reference(row))))
+        return float(is_right(response, self.expected(row)))
 
     def check(self, row: PlacedRow) -> None:
         """Refuse a row whose own response is not right.
@@ -102,13 +115,17 @@ class Task(ABC):
         if (score := self.score(row, self.reference(row))) != 1:
             raise ValueError(f"{row.place}: the row's own answer scores {score:g} in task.name={self.name}, expected 1")
 
+    def file_of(self, split: Literal["train", "test"], default: str) -> str:
+        """Return the name of the task's rows of a split. A folder or a hub id has both splits, a file has test rows.
 
-def is_same(answer: str, expected: str) -> bool:
-    """Whether two final answers are the same number, ignoring separators, or the same text."""
-    return _normal(answer) == _normal(expected)
-
-
-def _normal(answer: str) -> str | Decimal:
-    """Return a number without separators and currency sign, or the text; both without a final full stop."""
-    text = answer.strip().removesuffix(".")
-    return Decimal(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text
+        Raises:
+            ValueError: the split is train, and `task.files` names a file or a split.
+        """
+        file = self.file(default)
+        if Path(file).suffix not in READERS and ":" not in file:
+            return f"{file}:{split}"
+        if split == "train":
+            raise ValueError(
+                f"task.files.{self.name}={file}: it has test rows only; name rows to train on in data.train_files"
+            )
+        return file
