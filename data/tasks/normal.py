@@ -69,6 +69,8 @@ OTHER_CHOICE = re.compile(r"\([A-Za-z]\)|\b(?:and|or) [A-Z]\b")
 NAME = re.compile(r" *[A-Za-z](?:_\w)?(?:\([^()]*\))? *")
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 NO_EQUATION = re.compile(r"\b(?:and|or)\b|,(?!\d{3})|[<>!]")  # several, or an inequality
+MEMBER = re.compile(r"^[A-Za-z] ?(?:\\in(?![a-z])|∈) ?")  # x ∈ of an interval
+JOINED = re.compile(r",? (?:and|or) ")
 ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[a-z]*\}")
 WORD = re.compile(
     r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|log|exp)(?![A-Za-z]))[A-Za-z]{3}|\b(?:and|if|is|no|of|or)\b|^[A-Za-z]{2}$"
@@ -113,7 +115,7 @@ def is_same(answer: str, expected: str) -> bool:
         return _choice(answer) == letter
     answer = _value(answer)
     if items := _items(expected):
-        return _are_items(_items(answer), items)
+        return _are_items(_items(JOINED.sub(", ", answer)), items)
     return _joined(answer) == _joined(expected)
 
 
@@ -154,8 +156,8 @@ def _joined(text: str) -> str:
 
 
 def _value(text: str) -> str:
-    """Return the right side of an equation with a name, words or numbers on the left; else the text."""
-    *left, right = text.split("=")
+    """Return the right side of an equation with a name, words or numbers on the left, or of x ∈; else the text."""
+    *left, right = MEMBER.sub("", text).split("=")
     if NO_EQUATION.search("=".join(left)) or not all(
         NAME.fullmatch(side) or not VARIABLE.search(side) for side in left
     ):
