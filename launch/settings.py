@@ -5,7 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from data.errors import nearest
 from launch import CONF

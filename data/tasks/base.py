@@ -1,9 +1,8 @@
 """Base class of tasks: rows, the prompt of a row, the score of a response."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from data.chat import Columns, Message, final_answer, to_chat
 from data.config import DataConfig, TaskConfig
 from data.errors import BadRows
-from data.files import iterate
+from data.files import READERS, iterate
 from data.readers import PlacedRow
 from data.report import Noted
-
-NUMBER = re.compile(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?", re.ASCII)
+from data.tasks.judge import extract, is_right, plain, stated
 
 
 class Task(ABC):
@@ -25,14 +23,14 @@ class Task(ABC):
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
-        judge: names the program that compares answers, with its version if it is a library.
+        judge: names what compares answers, with its version if it is a library.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
         overlap: training rows that `rows` leaves out because they are test rows too.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
-    judge: ClassVar[str] = "exact"
+    judge: ClassVar[str] = "strict normaliser"
     config: DataConfig
     settings: TaskConfig
 
@@ -111,21 +109,30 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is of kind infill: define its template")
 
+    def expected(self, row: PlacedRow) -> str:
+        """Return the answer that a right response has: by default, what the reference states, else all of its text.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        reference = self.reference(row)
+        return stated(reference) or final_answer(reference)
+
     def answer(self, response: str) -> str | None:
-        """Return the final answer of a response, or None if it has none."""
-        return final_answer(response) or None
+        """Return the final answer of a response, or None if it has none. By default, any text is one."""
+        return extract(response) or plain(response)
 
     def metrics(self, row: PlacedRow, response: str) -> dict[str, float]:
         """Return further measures of a response by name; an evaluation averages them."""
         return {}
 
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return a score in [0, 1]; 1 is right. By default, compare final answers by `is_same`.
+        """Return a score in [0, 1]; 1 is right. By default, compare final answers, see `data.tasks.judge`.
 
         Raises:
             ValueError: the row cannot be used to score a response; the message names its place.
         """
-        return float(is_same(final_answer(response), final_answer(self.reference(row))))
+        return float(is_right(response, self.expected(row)))
 
     def check(self, row: PlacedRow) -> None:
         """Refuse a row whose own response is not right.
@@ -136,13 +143,17 @@ class Task(ABC):
         if (score := self.score(row, self.reference(row))) != 1:
             raise ValueError(f"{row.place}: the row's own answer scores {score:g} in task.name={self.name}, expected 1")
 
+    def file_of(self, split: Literal["train", "test"], default: str) -> str:
+        """Return the name of the task's rows of a split. A folder or a hub id has both splits, a file has test rows.
 
-def is_same(answer: str, expected: str) -> bool:
-    """Whether two final answers are the same number, ignoring separators, or the same text."""
-    return _normal(answer) == _normal(expected)
-
-
-def _normal(answer: str) -> str | Decimal:
-    """Return a number without separators and currency sign, or the text; both without a final full stop."""
-    text = answer.strip().removesuffix(".")
-    return Decimal(re.sub(r"[$,]", "", text)) if NUMBER.fullmatch(text) else text
+        Raises:
+            ValueError: the split is train, and `task.files` names a file or a split.
+        """
+        file = self.file(default)
+        if Path(file).suffix not in READERS and ":" not in file:
+            return f"{file}:{split}"
+        if split == "train":
+            raise ValueError(
+                f"task.files.{self.name}={file}: it has test rows only; name rows to train on in data.train_files"
+            )
+        return file

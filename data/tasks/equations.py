@@ -12,6 +12,7 @@ import numpy as np
 from data.chat import END_THINK, THINK
 from data.readers import PlacedRow
 from data.tasks.base import Task
+from data.tasks.judge import extract
 
 HELD_OUT_SHARE = 6  # one problem in six
 _ORDER_SEED = 0
@@ -27,6 +28,10 @@ class Equations(Task):
         held_out = len(problems) // HELD_OUT_SHARE
         chosen = {"train": order[held_out:], "test": order[:held_out]}[split]
         return [PlacedRow(_row(*problems[i]), f"equation {i}") for i in chosen]
+
+    def answer(self, response: str) -> str | None:
+        """Return the final answer of a response, or None if it has no form of answer."""
+        return extract(response)
 
 
 def _problems() -> list[tuple[int, int, int, str]]:

@@ -10,6 +10,7 @@ from data.curation import words_of
 from data.errors import BadRows
 from data.files import HUB_ID, SHARD, SPLIT, UNREAD
 from data.readers import PlacedRow, read_json, read_jsonl
+from data.tasks.judge import is_right, stated
 from data.tasks.rows import Rows
 from launch.sweep import ERROR
 from sampling.infill import Template
@@ -18,6 +19,7 @@ from tests.conftest import no_longer_than
 SIZE = 2**20
 SECONDS = 20  # an hour for what is quadratic
 UNITS = ("<", "<<", "<<a", ">>", "<<>", "1", "1,", "1,111,", "$", "a", "train-", "-00000-of-", ".", "/", "a/", "_", "é")
+UNITS += ("\\boxed{", "\\boxed{}", "answer is ", "#### a\n", "(A) ", "A ", "* ", "1 and ", "= ", "\\text{")
 UNITS += (
     "<think>",
     "</think>",
@@ -59,6 +61,7 @@ PARTS = {
     "names": match_names,
     "words": lambda text, _: words_of(text),
     "answer": lambda text, _: Rows().score(PlacedRow({"question": "a", "answer": text}, "rows:1"), text),
+    "verdict": lambda text, _: (stated(text), is_right(text, "four")),
     "chat": lambda text, _: to_chat(PlacedRow({"question": text, "answer": f"<think>{text}</think>4"}, "rows:1")),
     "log": lambda text, _: ERROR.search(text),
     "template": lambda text, _: Template.parse(text),

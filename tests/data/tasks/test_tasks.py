@@ -8,8 +8,8 @@ import data.tasks
 from data import DataConfig, PlacedRow
 from data.config import TaskConfig
 from data.tasks import find_task, tasks_of
-from data.tasks.base import is_same
 from data.tasks.equations import Equations
+from data.tasks.normal import is_same
 from data.tasks.rows import Rows
 
 USER = {"role": "user", "content": "2+2?"}
@@ -112,7 +112,7 @@ def test_rows_are_those_of_the_split(tmp_path):
         ("-3", "3", False),
         ("Paris", "Paris", True),
         ("Paris", "paris", False),
-        ("72", "72 apples", False),
+        ("72", "72 apples", True),
         ("72", "", False),
         ("3,5", "35", False),
         ("1,23", "12,3", False),
@@ -127,3 +127,28 @@ def test_answers_are_compared_as_numbers_or_as_text(expected, given, right):
         {"messages": [USER, {"role": "assistant", "content": expected}]},
     ):
         assert Rows().score(PlacedRow(row, "rows:1"), given) == right
+
+
+SOLUTION = {"question": "1+1?", "answer": "<think>\nhm\n</think>\nWe add 1 and 1.\nThis gives $\\boxed{2}$."}
+PROSE = {"prompt": "Why?", "response": "Born in 1912,\nhe knew why."}
+
+
+@pytest.mark.parametrize(
+    ("row", "response", "right"),
+    [
+        (SOLUTION, "2", True),
+        (SOLUTION, "We add 1 and 1.", False),
+        (PROSE, "<think></think>Born in 1912,\nhe knew why", True),
+        (PROSE, "1912", False),
+    ],
+)
+def test_a_reference_is_a_solution_or_free_text(row, response, right):
+    placed = PlacedRow(row, "rows:1")
+    Rows().check(placed)
+    assert Rows().score(placed, response) == right
+
+
+def test_shares_without_an_answer_are_of_what_is_judged():
+    responses = ("<think>1</think>x = 3", "Paris", "<think>1", r"\boxed{3", "")
+    assert [Equations().answer(response) for response in responses] == ["x = 3", None, None, None, None]
+    assert [Rows().answer(response) for response in responses] == ["x = 3", "Paris", None, None, None]

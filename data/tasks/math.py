@@ -1,0 +1,85 @@
+r"""Mathematical problems whose answers are numbers or formulas: rows like those of MATH, or of S1K.
+
+MATH (arXiv 2103.03874) has `problem`, and `solution` with the answer in `\boxed{}` or a short `answer`, or both.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from data.chat import THINK, is_given
+from data.config import DataConfig, TaskConfig
+from data.readers import PlacedRow
+from data.tasks.base import Task
+from data.tasks.judge import is_right, stated
+from data.tasks.normal import formulas, is_same
+from data.tasks.symbolic import Symbolic, installed
+
+HUB_ID = "HuggingFaceH4/MATH-500"
+WORDS = 5  # of an answer that is text
+
+
+class Math(Task):
+    name = "math"
+
+    def __init__(self, config: DataConfig | None = None, settings: TaskConfig | None = None):
+        super().__init__(config, settings)
+        self._version = installed()
+        self._compare_formulas = Symbolic()
+
+    @property
+    def judge(self) -> str:
+        """`math-verify` with its version where it is installed, after the strict normaliser."""
+        return f"math-verify {self._version}" if self._version else super().judge
+
+    def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:
+        """Yield the rows as prompts and responses; S1K's stay as they are.
+
+        Raises:
+            ValueError: see `file_of` and `read`.
+        """
+        for row, place in self.read([self.file_of(split, HUB_ID)]):
+            yield PlacedRow(_converted(row), place)
+
+    def expected(self, row: PlacedRow) -> str:
+        """Return the row's `answer`, or what its solution states.
+
+        Raises:
+            ValueError: neither is an answer that can be judged.
+        """
+        answer = row.row.get("answer")
+        short = isinstance(answer, str) and THINK not in answer and len(answer.split()) <= WORDS
+        expected = stated(answer if short else self.reference(row)) or (short and answer)
+        if not expected:
+            raise ValueError(
+                f"{row.place}: the reference states no answer that can be judged; it needs \\boxed{{…}}, 'answer is …' "
+                f"or '#### …', or an answer of at most {WORDS} words in field 'answer'"
+            )
+        return expected
+
+    def score(self, row: PlacedRow, response: str) -> float:
+        """Return 1 if the final answer of a response is the expected one, as a number, formula or text."""
+        return float(is_right(response, self.expected(row), self._is_same))
+
+    def check(self, row: PlacedRow) -> None:
+        """Refuse a row without an answer that can be judged.
+
+        Raises:
+            ValueError: see `expected`.
+        """
+        self.expected(row)
+
+    def _is_same(self, answer: str, expected: str) -> bool:
+        if is_same(answer, expected):
+            return True
+        pair = formulas(answer, expected) if self._version else None
+        return pair is not None and self._compare_formulas(*pair)
+
+
+def _converted(row: dict[str, Any]) -> dict[str, Any]:
+    """Row with `prompt` and `response`, or S1K's and others as they are. A short answer stays beside its solution."""
+    question = next((row[name] for name in ("problem", "question") if is_given(row.get(name))), None)
+    solution, answer = row.get("solution"), row.get("answer")
+    if question is None or THINK in str(answer):
+        return row
+    answer = str(answer) if isinstance(answer, int | float) else answer
+    return row | {"prompt": question, "response": solution if is_given(solution) else answer, "answer": answer}
