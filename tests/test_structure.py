@@ -1,6 +1,7 @@
 """The house: imports point one way and close no circle, and every setting is read."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -128,8 +129,12 @@ class Reads:
             return None
         if owner in (*GROUPS, "Config") and isinstance(node.ctx, ast.Load):
             self.found.add(f"{GROUPS[owner]}.{node.attr}" if owner in GROUPS else node.attr)
-        owners = [self.classes.get(name, {}) for name in (owner, *self.bases[owner])]
-        return next((attributes[node.attr] for attributes in owners if node.attr in attributes), None)
+        return next((each[node.attr] for each in map(self.classes.get, self.lineage(owner)) if node.attr in each), None)
+
+    def lineage(self, name: str) -> list[str]:
+        """A class of the sources, and the classes of the sources that it inherits from."""
+        bases = [base for base in self.bases[name] if base in self.classes]
+        return [name, *itertools.chain(*map(self.lineage, bases))]
 
 
 def unread(sources: Iterable[str]) -> set[str]:

@@ -34,6 +34,7 @@ from data.batches import Noise
 from data.config import DataConfig
 from data.curation import held_out, subset
 from data.packing import noise_and_pack
+from data.report import Noted
 from data.tasks import tasks_of
 from data.terminal import announced
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
@@ -295,9 +296,13 @@ def _training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepar
     rows = {task.name: task.rows("train") for task in tasks}
     prepared = rows_of(rows, data, tokenizer, "training", curated=True)
     for task in tasks:
-        if task.overlap.count:
-            prepared.report.read += task.overlap.count
-            prepared.report.dropped[f"test rows of task.name={task.name} too"] = task.overlap
+        if data.on_bad_row == "error":
+            task.bad.refuse()
+        bad = Noted(task.bad.count, task.bad.named)
+        for what, rows in (("cannot be used", bad), ("are test rows too", task.overlap)):
+            if rows.count:
+                prepared.report.read += rows.count
+                prepared.report.dropped[f"problems of task.name={task.name} that {what}"] = rows
     return prepared
 
 

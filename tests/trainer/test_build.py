@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 
-from data import prompt_ids
-from diffllm import ModelConfig, new_model
+from data import BatchLayout, DataConfig, prompt_ids
+from data.config import TaskConfig
+from data.tasks.sudoku4 import Sudoku4
+from diffllm import DiffusionConfig, ModelConfig, new_model
+from diffllm.diffusion.masked import MaskedDiffusion
 from diffllm.tokenizer import builtin_tokenizer, load_tokenizer
 from tests.conftest import small_shape
 from tests.diffllm.decoders import write_decoder
 from tests.trainer.runs import losses, train, weights
-from trainer.build import build_model
+from trainer.build import build_batches, build_model
+from trainer.config import Config
 from trainer.export import export
 
 
@@ -113,3 +117,26 @@ def test_training_adapts_the_same_on_one_rank_and_two(small_run, tmp_path, train
 def test_an_unknown_type_of_export(tmp_path):
     with pytest.raises(ValueError, match=r"dtype=f16: .*bf16, f32"):
         export(tmp_path, tmp_path / "out", "f16")
+
+
+def test_a_task_gives_the_training_rows(tmp_path, tokenizer):
+    """Its problems that are test rows, or cannot be used, are counted in the report."""
+    rows = list(Sudoku4().rows("train"))[:3]
+    lines = [{"input": row.row["metadata"]["problem"], "output": row.row["response"]} for row in rows]
+    lines.append({"input": "12"})
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataConfig(max_length=128, on_bad_row="skip", num_workers=0)
+    task = TaskConfig(["sudoku4"], {"sudoku4": str(tmp_path / "test.jsonl")}, train_rows=20)
+    noise = MaskedDiffusion(DiffusionConfig(), tokenizer.mask_token_id, 0).corrupt
+    layout = BatchLayout(0, 1, 4, 1)
+    _, _, prepared = build_batches(Config(data=data, task=task), tokenizer, layout, noise, noise)
+    report = prepared["training"].report
+    assert (report.read, report.kept) == (24, 20)
+    assert {reason: noted.count for reason, noted in report.dropped.items()} == {
+        "cannot be used": 0,
+        "problems of task.name=sudoku4 that cannot be used": 1,
+        "problems of task.name=sudoku4 that are test rows too": 3,
+    }
+    data.on_bad_row = "error"
+    with pytest.raises(ValueError, match=r"test\.jsonl:4"):
+        build_batches(Config(data=data, task=task), tokenizer, layout, noise, noise)
