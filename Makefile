@@ -11,6 +11,12 @@ install: $(VENV)/installed
 quickstart: $(VENV)/installed
 	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
 	$(BIN)/python evaluate.py model.path=outputs/quickstart/hf trainer.output_dir=outputs/quickstart sampling.batch_size=256
+	@echo 'An answer forms: sample.py prompt="Solve 3x+5=20"'
+	@$(BIN)/python sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"
+	@echo 'Next, in the environment ($(BIN)/activate):'
+	@echo '  python sample.py model.path=outputs/quickstart/hf mode=chat'
+	@echo '  python -m launch.compare_sampling model.path=outputs/quickstart/hf sampling.alg=entropy,origin sampling.steps=3,6,18'
+	@echo '  python -m launch.verify experiment=lora model=dream_7b_instruct data.train_files=mine.jsonl  # your rows'
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
