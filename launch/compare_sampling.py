@@ -126,6 +126,7 @@ def origin_of_all(
     origin = origin_of({task.name: questions}, config, model, tokenizer)
     return {
         "model.path": path,
+        "task.name": task.name,
         **{name: value for name, value in origin.items() if not name.startswith("sampling.")},
         "device": device_name(model.device),
         "threads": torch.get_num_threads(),

@@ -105,7 +105,8 @@ def report(
     rows, points = rows_of(combinations, names), [each.point for each in combinations if not each.error]
     lines, failed = cells(rows, names), [each for each in combinations if each.error]
     errors = [f"failed: {', '.join(each.values)}: {each.error}" for each in failed]
-    title = f"{origin['model.path']} on {origin['task.name']}, {origin['questions'].split()[0]} questions"
+    task = origin["task.name"]
+    title = f"{origin['model.path']} on {task}, {origin[f'rows of {task}'].split()[0]} questions"
     summary = front_lines(points) if points else []
     print(printable("\n".join([table(lines), "", *summary, *errors])))
     with whole_file(directory / "results.csv") as file:

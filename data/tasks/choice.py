@@ -13,6 +13,7 @@ FIELDS = ("options", "choices")
 
 class Choice(Task):
     name = "choice"
+    judge = "exact"
     kind = "choose"
 
     def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:

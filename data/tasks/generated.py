@@ -18,6 +18,8 @@ class GeneratedTask(Task):
     A row has a prompt, a response, and the problem in `metadata`. Rows of a file may lack the response.
     """
 
+    judge = "rules"
+
     def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:
         """Yield the test rows, or `task.train_rows` problems that are not among them.
 

@@ -15,6 +15,7 @@ SLOT = "<|mask"  # how a slot begins
 
 class Infill(Task):
     name = "infill"
+    judge = "exact"
     kind = "infill"
 
     def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:

@@ -189,7 +189,7 @@ def test_several_tasks_have_one_result_with_everything_it_depends_on(several, mo
     assert scores["exact_match_per_token"] == (chosen["best_per_token"] == 1)
     assert record["answers"]["infill"][0]["prompt"] == "1+1=<|mask:1|>;"
     assert record["scores"]["infill"]["edit_similarity"] == record["answers"]["infill"][0]["metrics"]["edit_similarity"]
-    assert record["judges"] == {"equations": "exact", "choice": "exact", "infill": "exact"}
+    assert record["judges"] == {"equations": "strict normaliser", "choice": "exact", "infill": "exact"}
     assert record["config"] == to_dict(several)
     assert (record["ranks"], record["dtype"], record["origin"]["task.mc_num"]) == (1, "float32", 4)
     origin = [name for name in record["origin"] if not name.startswith(("sampling.", "task."))]
@@ -237,7 +237,7 @@ def test_another_judge_or_version_is_another_evaluation(several, monkeypatch):
     monkeypatch.setattr(evaluation, "versions", lambda: {"torch": "9"})
     evaluation.evaluate(several)
     files = [result(several, name) for name in ("evaluation.1.json", "evaluation.2.json", "evaluation.json")]
-    assert [record["judges"]["equations"] for record in files] == ["exact", "strict 2", "strict 2"]
+    assert [record["judges"]["equations"] for record in files] == ["strict normaliser", "strict 2", "strict 2"]
     assert files[2]["versions"]["torch"] == "9"
 
 

@@ -54,8 +54,9 @@ NAMES = [f"local_{name}" for name in TASKS]
 
 
 @pytest.fixture(autouse=True)
-def _warnings_of_this_test():
+def _warnings_of_this_test(caplog):
     lm_eval.utils.warning_once.cache_clear()
+    caplog.set_level("WARNING", logger=harness.logger.name)  # Hydra leaves the root logger at ERROR
 
 
 @pytest.fixture
