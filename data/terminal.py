@@ -18,6 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
 MODULES = (
     *("data.prepare", "diffllm", "diffllm.adapt", "launch.plan", "launch.ranks", "launch.show"),
+    *("launch.experiments", "launch.experiments.sweep"),
     *("trainer.export", "trainer.replay"),
 )
 STOPPED = "stopped by SIGINT"
