@@ -10,6 +10,8 @@ COMMANDS = {
     "diffllm.adapt": ("make a causal model a diffusion model", "python -m diffllm.adapt Qwen/Qwen2.5-7B DIR"),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
+    "launch.experiments": ("run an experiment", "python -m launch.experiments ar_vs_diffusion quickstart"),
+    "launch.experiments.sweep": ("compare jobs over seeds", "python -m launch.experiments.sweep multirun/TIME"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),
     "trainer.replay": ("repeat a step that was not finite", "python -m trainer.replay FILE"),
 }
