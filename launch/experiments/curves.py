@@ -47,7 +47,7 @@ def _curve(row: Row, job: Path) -> Curve:
 
 def table(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> str:
     """One line for each setting: its lowest value, the epoch of that, and the value at the end, over seeds."""
-    head = [*comparison.axes, "seeds", "metric", "lowest", "at epoch", "at the end", "at epoch"]
+    head = [*comparison.axes, "seeds", "metric", "lowest", "its epoch", "at the end", "last epoch"]
     lines = []
     for key, each in found.items():
         metric = validated(comparison.groups[key][0])
@@ -69,7 +69,8 @@ def verdict(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> str:
         elif max(best) == last:
             where = f"overfits after {min(best):.4g} epochs or more, with some seeds not within {last:.4g}"
         else:
-            where = f"overfits after {min(best):.4g} to {max(best):.4g} epochs"
+            span = " to ".join(dict.fromkeys(f"{epoch:.4g}" for epoch in (min(best), max(best))))
+            where = f"overfits after {span} epochs"
         sentences.append(f"`{comparison.label(key)}` {where}.")
     return " ".join(sentences)
 

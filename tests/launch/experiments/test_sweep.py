@@ -48,7 +48,7 @@ def test_a_summary_has_table_verdict_failures_and_a_picture(tmp_path):
 def test_all_validations(tmp_path):
     directory = write_jobs(tmp_path / "sweep", SWEEP)
     write_metrics(directory / "2", [3.0, 1.0, 2.0])
-    assert "`optim.lr=3e-3` overfits after 2 to 2 epochs." in summarise(directory, "COMMAND", options("--curves"))
+    assert "`optim.lr=3e-3` overfits after 2 epochs." in summarise(directory, "COMMAND", options("--curves"))
 
 
 def test_models_are_scored_if_asked(tmp_path, monkeypatch):
