@@ -131,7 +131,8 @@ def test_the_export_is_a_causal_model_of_transformers(causal_run, tmp_path, caps
     model = AutoModelForCausalLM.from_pretrained(run / "hf")
     tokenizer = load_tokenizer(run / "hf")
     assert (model.config.model_type, model.generation_config.use_cache) == ("qwen2", True)
-    inputs = tokenizer("Solve", return_tensors="pt")
+    inputs = tokenizer("Solve 30", return_tensors="pt")
+    assert inputs.input_ids.shape[1] == 3  # a number is one token, as in training
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs.input_ids.shape[1] + 2
     export(run / "checkpoints" / "step_00000012", tmp_path / "exported")
     assert torch.equal(weights(run)["lm_head.weight"], model.lm_head.weight)
