@@ -63,8 +63,10 @@ class Causal(Objective):
 
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:
         """[3] Σ nll, Σ correct, response tokens."""
-        count = output.nll.new_tensor(len(output.nll), dtype=torch.float64)
-        return torch.stack([output.nll.double().sum(), output.correct.double().sum(), count])
+        sums = torch.zeros(3, dtype=torch.float64, device=output.nll.device)
+        sums[0], sums[1] = output.nll.double().sum(), output.correct.sum()
+        sums[2] = len(output.nll)  # known on the host: nothing is copied to the GPU
+        return sums
 
     def metrics(self, sums: list[float]) -> dict[str, float]:
         """Means over the response tokens.

@@ -16,7 +16,7 @@ from trainer.manifest import versions
 PAGE = Path(__file__).with_name("README.md")
 
 
-def write_region(name: str, text: str, page: Path = PAGE) -> None:
+def write_region(name: str, text: str, page: Path) -> None:
     """Replace the text between `<!-- NAME -->` and `<!-- end -->`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Summarise a sweep of train.py over seeds: `python -m launch.experiments.sweep multirun/TIME`.
+"""Summarise a sweep over seeds: `python -m launch.experiments.sweep multirun/TIME`.
 
 Compares the varied settings; `seed` repeats them. Writes a table and the best settings into summary.md of the
 directory, and a picture into summary.svg. Names failed jobs, and leaves them out.
@@ -64,7 +64,7 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
     drawn = [directory / "summary.svg"]
     if options.readme:
         drawn.append(PAGE.with_name(f"{options.readme.replace(' ', '_')}.svg"))
-        write_region(options.readme, f"{text}\n\n![{options.readme}]({drawn[-1].name})")
+        write_region(options.readme, f"{text}\n\n![{options.readme}]({drawn[-1].name})", PAGE)
     for path in drawn:
         with whole_file(path, "wb") as file:
             file.write(picture)
@@ -72,9 +72,10 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
 
 
 def _sizes(job: Path) -> Row:
-    """Tokens that a job was trained on, without padding, and the parameters of its model if it has exported one."""
-    records = read_records(job / "metrics.jsonl").objects
-    sizes = {"tokens": round(sum(each["perf/tokens_per_second"] * each["perf/step_seconds"] for each in records))}
+    """Tokens that a job has trained on, without padding, and parameters of the model that it has exported."""
+    sizes = {}
+    if records := read_records(job / "metrics.jsonl").objects:
+        sizes["tokens"] = sum(each["perf/tokens_per_second"] * each["perf/step_seconds"] for each in records)
     if (job / "hf").exists():
         model = decoder_on_meta(CheckpointSource.open(job / "hf"))
         sizes["parameters"] = sum(parameter.numel() for parameter in model.parameters())

@@ -10,7 +10,7 @@ import pytest
 from launch.cli import check_arguments
 from launch.experiments import __main__ as experiments
 from launch.experiments import sweep
-from launch.experiments.page import PAGE, split_at, write_region
+from launch.experiments.page import PAGE, split_at
 from launch.experiments.sweep import add_options, main, summarise
 from tests.launch.experiments.sweeps import write_jobs, write_metrics
 
@@ -22,8 +22,6 @@ def page(tmp_path, monkeypatch):
     path = tmp_path / "README.md"
     path.write_text("# Page\n\n<!-- one -->\nold\n<!-- end -->\n\n<!-- two x -->\n<!-- end -->\nlast\n")
     monkeypatch.setattr(sweep, "PAGE", path)
-    monkeypatch.setattr("launch.experiments.page.PAGE", path)
-    monkeypatch.setattr(write_region, "__defaults__", (path,))
     return path
 
 
