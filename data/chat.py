@@ -192,6 +192,27 @@ def final_answer(response: str) -> str:
     return response.rpartition(END_THINK)[2].strip()
 
 
+def without_thinking(chat: Chat, place: str) -> Chat:
+    """Return the chat with its answers after their thinking.
+
+    Raises:
+        ValueError: nothing follows the thinking of an answer.
+    """
+
+    def answer(text: str) -> str:
+        if END_THINK not in text:
+            return text
+        if not (final := final_answer(text)):
+            raise ValueError(f"{place}: data.thinking=drop, but nothing follows the thinking of an answer")
+        return final
+
+    prompt = [
+        message | {"content": answer(message["content"])} if message["role"] == "assistant" else message
+        for message in chat["prompt"]
+    ]
+    return chat | {"prompt": prompt, "response": answer(chat["response"])}
+
+
 def with_thinking(thinking: str, answer: str) -> str:
     """Join thinking and answer as in S1K.
 

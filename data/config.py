@@ -32,6 +32,8 @@ class DataConfig:
     on_bad_row: str = setting("error", choices=("error", "skip"), changes_rows="all")
     # trained answers of a chat: last | all
     loss_on: str = setting("last", choices=("last", "all"), changes_rows="all")
+    # thinking of the answers, also of earlier ones in a chat: keep | drop
+    thinking: str = setting("keep", choices=("keep", "drop"), changes_rows="all")
     # keep training rows for which a formula over fields and token counts is true, such as
     # "source == 'math' and thinking_tokens < 1500"; null keeps all
     filter: str | None = setting(None, changes_rows="curated")

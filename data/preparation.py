@@ -8,7 +8,7 @@ from itertools import islice
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Chat, Columns, Message, needs_answer, schema_of, to_chat, to_prompt, unused
+from data.chat import Chat, Columns, Message, needs_answer, schema_of, to_chat, to_prompt, unused, without_thinking
 from data.config import DataConfig
 from data.control_tokens import ControlTokens
 from data.curation import Duplicates, Expression, Overlap
@@ -131,6 +131,8 @@ class Preparation:
                 try:
                     named = self.columns(placed)
                     chat = to_chat(named, self.in_formulas)
+                    if self.config.thinking == "drop":
+                        chat = without_thinking(chat, placed.place)
                     if needs_answer(named.row):
                         self.control.check_answered(chat["response"], placed.place)
                 except ValueError as error:

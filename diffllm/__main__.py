@@ -20,6 +20,8 @@ COMMANDS = {
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
     "launch.verify": ("check whether a run would work", "python -m launch.verify experiment=quickstart"),
+    "launch.experiments": ("run an experiment", "python -m launch.experiments ar_vs_diffusion quickstart"),
+    "launch.experiments.sweep": ("compare jobs over seeds", "python -m launch.experiments.sweep multirun/TIME"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),
     "trainer.replay": ("repeat a step that was not finite", "python -m trainer.replay FILE"),
 }

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,14 @@ class CheckpointSource:
         """Whether the checkpoint must be adapted: a causal decoder without a mask token, or a GGUF file."""
         has_mask = self.published.get("mask_token_id") is not None or self.family in FAMILIES.values()
         return is_gguf(self.name) or not has_mask
+
+    def as_causal(self) -> "CheckpointSource":
+        """The same decoder in the format of Transformers' causal models, which has no mask."""
+        model_type = self.family.model_class.config_class.model_type
+        family = family_of({"model_type": model_type}, model_type)
+        kept = {key: value for key, value in self.published.items() if key not in ("mask_token_id", "auto_map")}
+        named = {"model_type": model_type, "architectures": [family.architecture]}
+        return replace(self, published=kept | named, family=family)
 
     @cached_property
     def generation(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: str,
     sampling: SamplingConfig | None = None,
+    causal: bool = False,
 ) -> None:
     """Write a model in the published format of its source.
 
@@ -36,7 +37,9 @@ def write_checkpoint(
         tokens: special tokens for generation_config.json; None values are left out.
         max_shard_size: of one file; several files have an index.
         sampling: settings for generation_config.json.
+        causal: write the format of Transformers' causal models instead.
     """
+    source = source.as_causal() if causal else source
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -50,7 +53,7 @@ def write_checkpoint(
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     for name, content in (
         ("config.json", config_json(source.published, config, dtype)),
-        (GENERATION_CONFIG_NAME, generation_json(source.generation, tokens, sampling)),
+        (GENERATION_CONFIG_NAME, generation_json(source.generation, tokens, sampling, causal)),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if "auto_map" in source.published and source.name is not None:

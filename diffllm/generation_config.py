@@ -11,14 +11,15 @@ RECOMMENDED = [item.name for item in fields(SamplingConfig) if item.name not in 
 
 
 def generation_json(
-    generation: Mapping[str, Any], tokens: Mapping[str, Any], sampling: SamplingConfig | None
+    generation: Mapping[str, Any], tokens: Mapping[str, Any], sampling: SamplingConfig | None, use_cache: bool = False
 ) -> dict[str, Any]:
-    """The content of generation_config.json, without a cache, since later tokens change earlier states.
+    """The content of generation_config.json.
 
     Args:
         generation: of the source.
         tokens: special tokens; None values are left out.
         sampling: settings to keep, by their names in SamplingConfig; None keeps those of the source.
+        use_cache: whether `generate` keeps states. In a bidirectional model later tokens change earlier states.
     """
     settings = {name: value for name, value in generation.items() if name != "cache_implementation"}
     if sampling is not None:
@@ -29,7 +30,7 @@ def generation_json(
         else:  # Transformers warns of a temperature of 0
             del kept["temperature"]
         settings = others | kept
-    return settings | {"use_cache": False} | {name: token for name, token in tokens.items() if token is not None}
+    return settings | {"use_cache": use_cache} | {name: token for name, token in tokens.items() if token is not None}
 
 
 def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:

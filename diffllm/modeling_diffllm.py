@@ -225,6 +225,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: str = "5GB",
         sampling: SamplingConfig | None = None,
+        causal: bool = False,
     ) -> None:
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
@@ -232,6 +233,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             state_dict: full tensors by their names in this module; by default the module's own.
             max_shard_size: of one file; several files have an index.
             sampling: settings to recommend in generation_config.json; None keeps those of the source.
+            causal: the model was trained causally: write the format of Transformers' causal models.
         """
         tokens = {
             "bos_token_id": self.published.get("bos_token_id"),
@@ -239,7 +241,9 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             "pad_token_id": self.pad_token_id,
         }
         weights = self.state_dict() if state_dict is None else state_dict
-        write_checkpoint(directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size, sampling)
+        write_checkpoint(
+            directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size, sampling, causal
+        )
 
 
 def _positions(x_t: Tensor, position_ids: Tensor | None) -> Tensor:

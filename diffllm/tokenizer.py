@@ -13,6 +13,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from data.errors import nearest
 from diffllm.checkpoint_errors import readable
@@ -21,6 +22,7 @@ from diffllm.gguf import split_gguf
 
 MASK_TOKEN = "<|mask|>"
 THINKING = ("<think>", "</think>")
+WHOLE_IN_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of tokenizers that tokenizer.json describes
 WORDS = ("system", "user", "assistant", "Solve")
 # By name. Gemma has no system role: its template puts the system message before the first turn.
 CHAT_TEMPLATES = {
@@ -72,9 +74,10 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     directory, file = split_gguf(source)
     with readable(source, "the tokenizer"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, gguf_file=file, padding_side="left", trust_remote_code=False
-            )
+            declared = None if file else get_tokenizer_config(directory).get("tokenizer_class")
+            # Transformers 5 would replace a tokenizer of its own class by that of some models, such as Qwen2's.
+            loader = PreTrainedTokenizerFast if declared in WHOLE_IN_FILE else AutoTokenizer
+            tokenizer = loader.from_pretrained(directory, gguf_file=file, padding_side="left", trust_remote_code=False)
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise

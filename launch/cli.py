@@ -113,6 +113,7 @@ def entry(
             with user_errors(debug):
                 if HydraConfig.get().mode != RunMode.MULTIRUN:
                     return run(settings_of(config))
+                refuse_ranks()  # an experiment may be a sweep without -m
                 return run_job(debug) if run_job else job_here(run, config, debug)
 
         def main() -> None:
@@ -231,10 +232,8 @@ def check_arguments(arguments: list[str]) -> None:
         ValueError: an unknown name, an argument that cannot be read, a sweep started by torchrun, or see
             `group_choices`.
     """
-    if {"-m", "--multirun"} & set(arguments) and ranks_from_environment()[1] > 1:
-        raise ValueError(
-            "start a sweep by `python train.py -m …`: under torchrun its ranks would choose different jobs"
-        )
+    if {"-m", "--multirun"} & set(arguments):
+        refuse_ranks()
     directory, arguments = split_config_dir(arguments)
     choices = group_choices(directory)
     names = sorted({*choices, *field_names()})
@@ -266,6 +265,8 @@ def check_arguments(arguments: list[str]) -> None:
         if key not in choices:
             continue
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
+        if key == "experiment":  # several may be joined: [dream_s1k_80gb,quick]
+            values = [name.strip() for value in values for name in value.strip("[]").split(",")]
         for value in task_choices(argument) or values:
             if value not in choices[key]:
                 raise ValueError(f"{key}={value}: no such choice; {nearest(value, choices[key])}")
@@ -285,6 +286,16 @@ def task_choices(argument: str) -> list[str]:
     """Choices of an argument such as `task=[A,B]`; empty for other arguments."""
     found = re.fullmatch(r"task=\[([^\[\]]*)\]", argument)
     return [name.strip() for name in found[1].split(",")] if found else []
+
+
+def refuse_ranks() -> None:
+    """Refuse a sweep under torchrun.
+
+    Raises:
+        ValueError: there are several ranks.
+    """
+    if ranks_from_environment()[1] > 1:
+        raise ValueError("start a sweep by `python train.py …`: under torchrun its ranks would choose different jobs")
 
 
 def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:

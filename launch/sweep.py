@@ -73,7 +73,8 @@ def train_job(debug: bool) -> float | None:
         output_dir = QuotedString(str(directory), Quote.single).with_quotes()
         own = [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
         options = [option for path in own for option in ("--config-dir", path)]
-        arguments = [*options, *job["overrides"], f"trainer.output_dir={output_dir}"]
+        # An experiment that is a sweep would start another.
+        arguments = [*options, *job["overrides"], "hydra.mode=RUN", f"trainer.output_dir={output_dir}"]
         log = directory / "output.log"
         command = [ROOT / "launch" / "local.sh", ROOT / "train.py", *arguments]
         job["exit_code"], stopped = run_copied(command, environment, log)
@@ -192,7 +193,7 @@ def report(rows: list[dict[str, Any]], file: Path) -> None:
         writer.writerows(rows)
     shown = [name for name in names if name != "error" and not name.startswith("val/nll_t")]
     print(table([shown, *([row.get(name) for name in shown] for row in rows)]))
-    print(f"also in {file}", flush=True)
+    print(f"also in {file}; `python -m launch.experiments.sweep {file.parent}` compares and draws them", flush=True)
     for row in rows:
         if row["error"]:
             print(printable(f"error: job {row['job']}: {row['error']}"), file=sys.stderr)

@@ -106,6 +106,7 @@ NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
     "model.compile": ((is_compiled,), "false"),
     "data.on_bad_row": ((Preparation.check,), "skip"),
     "data.loss_on": ((render_parts,), "all"),
+    "data.thinking": ((Preparation._chats,), "keep"),
     "data.drop_duplicates": ((Preparation.__init__, Duplicates.__init__), "exact"),
     "data.order": ((TrainBatches.order,), "shuffled"),
     "data.truncation": ((Preparation.__init__,), "error"),

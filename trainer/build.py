@@ -155,10 +155,15 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
         device: by default the GPU, if available.
 
     Raises:
-        ValueError: no `model.path`, or see `build_model`.
+        ValueError: no `model.path`, a causal checkpoint that was not trained to restore tokens, or see `build_model`.
     """
     if config.model.path is None:
         raise ValueError("model.path is not given: name a checkpoint, such as model.path=outputs/quickstart/hf")
+    if config.model.adapter is None and CheckpointSource.open(config.model.path).is_autoregressive:
+        raise ValueError(
+            f"model.path={config.model.path}: a causal model, which has not learnt to restore masked tokens; train it "
+            "first (experiment=adapt_ar), or let Transformers' `generate` sample it from left to right"
+        )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = attention_for(config.model.attn_implementation, device, dtype)
@@ -229,6 +234,11 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
         raise ValueError(
             f"diffusion.attention_annealing_steps={steps}: some layers of this model attend within a window, which "
             "annealing would ignore; set it to 0"
+        )
+    if config.diffusion.causal and not model.family.shift:
+        raise ValueError(
+            f"diffusion.objective={config.diffusion.objective}: {model.family.architecture} predicts each token from "
+            "its own position, which a causal model sees; choose a family that shifts, such as model.family=dream"
         )
     if config.data.packing and model.windowed:
         raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
@@ -349,9 +359,12 @@ def export_dtype(config: Config, source: CheckpointSource) -> torch.dtype:
 
 
 def recommendation(config: Config) -> SamplingConfig | None:
-    """Sampling settings for the export of a run; None keeps those of its checkpoint if the run has defaults alone."""
+    """Sampling settings for the export of a run; None keeps those of its checkpoint if the run has defaults alone.
+
+    A causal model is not sampled by unmasking and has none.
+    """
     defaults = config.model.path is not None and config.sampling == SamplingConfig()
-    return None if defaults else config.sampling
+    return None if defaults or config.diffusion.causal else config.sampling
 
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:

@@ -145,6 +145,11 @@ class Config:
                 f"model.attn_implementation={self.model.attn_implementation} cannot hide single positions, as "
                 "diffusion.attention_annealing_steps requires: use sdpa"
             )
+        if self.diffusion.causal and self.trainer.val_samples:
+            raise ValueError(
+                f"trainer.val_samples={self.trainer.val_samples} with diffusion.objective={self.diffusion.objective}: "
+                "answers are sampled by unmasking, which a causal model does not learn; set it to 0"
+            )
         if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
             raise ValueError(
                 "optim.name=adamw_8bit: torchao's moments cannot be copied for a background save; set "

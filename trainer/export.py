@@ -51,7 +51,8 @@ def export(source: Path, directory: Path, dtype: str | None = None) -> None:
         rounded = export_dtype(config, model.source)
         merged = merge_lora(model.state_dict(), config.model)
         weights = {name: tensor.to(rounded) for name, tensor in merged.items()}
-        model.save_pretrained(unfinished, weights, tokenizer, sampling=recommendation(config))
+        settings = {"sampling": recommendation(config), "causal": config.diffusion.causal}
+        model.save_pretrained(unfinished, weights, tokenizer, **settings)
 
 
 def main(arguments: list[str]) -> None:

@@ -111,7 +111,8 @@ class FSDPSFTTrainer(TrainingLoop):
             dtype = export_dtype(self.config, self.model.source)
             merged = {name: weight.to(dtype) for name, weight in merge_lora(full, self.config.model).items()}
             with whole_directory(directory, replace=True) as unfinished:
-                self.model.save_pretrained(unfinished, merged, self.tokenizer, sampling=recommendation(self.config))
+                settings = {"sampling": recommendation(self.config), "causal": self.config.diffusion.causal}
+                self.model.save_pretrained(unfinished, merged, self.tokenizer, **settings)
             if self.config.model.lora_rank:
                 with whole_directory(directory.with_name(f"{directory.name}_adapter"), replace=True) as unfinished:
                     write_adapter(unfinished, full, self.config.model)

@@ -231,7 +231,7 @@ class TrainingLoop(ABC):
             self.distributed.wait()  # an upload may take longer than the timeout of a collective
             if settings.push_to_hub is not None and self.distributed.is_main:
                 self.print_main(push(self.output_dir / "hf", settings.push_to_hub))
-        self.print_main(*conclude(settings, self.progress, self.clock, best))
+        self.print_main(*conclude(self.config, self.progress, self.clock, best))
 
     def train_step(self, step: int, micro_batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
         """Take one optimizer step, a function of the parameters and the rows, whatever the layout.

@@ -89,7 +89,8 @@ class _Token(NamedTuple):
 def _tokens(row: Batch) -> list[_Token]:
     """The attended positions of a batch of one row."""
     attended = row["attention_mask"][0].bool()
-    columns = (row[name][0][attended].tolist() for name in ("input_ids", "maskable", "masked"))
+    hidden = row["x_t"] != row["input_ids"]  # an objective may train on tokens that it does not mask
+    columns = (values[0][attended].tolist() for values in (row["input_ids"], row["maskable"], hidden))
     own = int(row["row_tokens"][0])
     return [
         _Token(token, "padding" if place >= own else "trained" if trained else "context", trained, masked)

@@ -119,13 +119,13 @@ def _files(config: Config, model: DiffLLM, distributed: Distributed, steps: int)
     return f"{directory}: {', '.join(['metrics', *parts])}; {room}"
 
 
-def conclude(settings: TrainerConfig, progress: Progress, clock: Clock, best: Path | None) -> list[str]:
+def conclude(config: Config, progress: Progress, clock: Clock, best: Path | None) -> list[str]:
     """Lines on time, validation, files and the next command of a finished run.
 
     Args:
         best: the checkpoint that was exported in place of the last step.
     """
-    directory = Path(settings.output_dir)
+    settings, directory = config.trainer, Path(config.trainer.output_dir)
     lines = [f"took {clock.total} for {clock.steps:,} steps and {clock.tokens:,.0f} tokens"]
     if progress.best is not None:
         last = "not finite" if progress.value is None else f"{progress.value:.4g}"
@@ -134,6 +134,6 @@ def conclude(settings: TrainerConfig, progress: Progress, clock: Clock, best: Pa
         lines.append(f"ended early: it did not fall in trainer.patience={settings.patience} validations")
     model = [f"model{f' of {best.name}' if best else ''}: {directory / 'hf'}"] if settings.save_model else []
     lines.append(", ".join([*model, f"metrics: {directory / 'metrics.jsonl'}"]))
-    if settings.save_model:
+    if settings.save_model and not config.diffusion.causal:
         lines.append(f'next: python sample.py model.path={directory / "hf"} prompt="YOUR QUESTION"')
     return lines

@@ -24,6 +24,7 @@ class ObjectiveConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
+    causal: ClassVar[bool] = False  # whether tokens see earlier ones only: the model is exported as a causal decoder
     objective: str = setting("")  # its name
     # steps over which a causal model's attention becomes bidirectional; 0: bidirectional from the start
     attention_annealing_steps: int = setting(0, at_least=0)

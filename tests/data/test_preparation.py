@@ -11,6 +11,33 @@ from data.encode import encode
 from tests.data.rows import MESSAGES, prepared, questions, row, write
 
 
+class TestThinking:
+    def test_it_is_dropped_from_all_answers(self, tokenizer):
+        turns = [
+            {"role": "user", "content": "one?"},
+            {"role": "assistant", "content": "<think>\nlong\n</think>\nyes"},
+            {"role": "user", "content": "two?"},
+            {"role": "assistant", "content": " no "},
+        ]
+        tokens, _ = prepared(tokenizer, [{"messages": turns}], thinking="drop", loss_on="all")
+        text = tokenizer.decode(tokens.ids(0))
+        assert "long" not in text
+        assert "yes" in text
+        assert " no " in text  # an answer without thinking is as it was
+        kept, _ = prepared(tokenizer, [row("one", answer="yes")])
+        dropped, report = prepared(tokenizer, [row("one", answer="yes")], thinking="drop")
+        assert 0 < len(dropped.ids(0)) < len(kept.ids(0))
+        assert (report.kept, tokenizer.decode(dropped.ids(0)).count("think")) == (1, 0)
+
+    def test_counts_in_formulas_are_those_of_the_tokens_that_are_left(self, tokenizer):
+        rows = [row("one", thinking="long " * 30)]
+        assert len(prepared(tokenizer, rows, thinking="drop", filter="thinking_tokens == 0")[0]) == 1
+
+    def test_an_answer_that_is_thinking_alone_cannot_be_used(self, tokenizer):
+        with pytest.raises(ValueError, match=r"rows:1: data\.thinking=drop"):
+            prepared(tokenizer, [{"prompt": "one", "response": "<think>\nlong\n</think>\n"}], thinking="drop")
+
+
 class TestCuration:
     ROWS = (
         row("two plus two", source="math", difficulty=1),

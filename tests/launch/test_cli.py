@@ -73,6 +73,7 @@ def assert_one_error(result, *words):
         (["sampling=dream_base/mth"], ["sampling=dream_base/mth", "did you mean dream_base/math"]),
         (["-m", "sampling=fast,bbh"], ["sampling=bbh", "did you mean dream_base/bbh or llada_base/bbh?"]),
         (["sampling/dream_base=math"], ["did you mean sampling=dream_base/math?"]),
+        (["experiment=[quickstart,quik]"], ["experiment=quik", "did you mean quick"]),
         (["optm=adamw"], ["optm", "did you mean optim"]),
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
@@ -119,7 +120,8 @@ def test_an_interruption_is_no_error(script, monkeypatch):
 def test_a_sweep_under_torchrun_is_refused(script, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_error(script("train.py", "-m", "optim.lr=1,2"), "python train.py -m")
+    assert_one_error(script("train.py", "-m", "optim.lr=1,2"), "start a sweep by `python train.py …`")
+    assert_one_error(script("train.py", "experiment=sweep_lr"), "start a sweep by `python train.py …`")
 
 
 def test_packages_of_another_checkout_are_refused(tmp_path):

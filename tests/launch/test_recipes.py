@@ -78,6 +78,26 @@ def test_adapters_beside_a_large_model_fit_a_card_of_24_gb(model):
     assert plan.config.optim.lr == 1e-4
 
 
+# Cells of a row: cards; memory and time with the weights in the host, then on the cards.
+FULL = re.findall(
+    r"^\| (\d) \| (.+) \| (.+) \| (.+) \| (.*?) ?\|$", (ROOT / "launch" / "experiments" / "README.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize(("gpus", "memory", "time", "without", "faster"), FULL, ids=[gpus for gpus, *_ in FULL])
+def test_the_full_recipe_is_planned_for_one_four_and_eight_cards(gpus, memory, time, without, faster):
+    def figures(offload: str) -> tuple[str, str]:
+        plan = make_plan(["experiment=full", "gpu=h100", f"gpus={gpus}", f"trainer.cpu_offload={offload}"])
+        assert plan.layout.global_batch_size == 32
+        steps = count_steps(plan.config, plan.layout, rows=1000)
+        seconds = steps * step_time(plan.model, plan.config, plan.layout, plan.gpus).total
+        return (size_text(plan.needed), duration_text(seconds)) if plan.fits else ("does not fit", "")
+
+    assert [gpus for gpus, *_ in FULL] == ["1", "4", "8"]
+    assert figures("true") == (memory, time)
+    assert figures("false") == (without, faster)
+
+
 def s1k_lengths() -> Counter[int]:
     """Rows by tokens of a log-normal set like S1K: on average 4,700 tokens, 74 % above 4,096 (arXiv 2501.19393)."""
     z = NormalDist().inv_cdf(1 - 0.74)

@@ -93,9 +93,23 @@ def test_a_job_gets_its_overrides_as_they_were_typed(script, local, tmp_path):  
     assert (code, err) == (0, "")
     given = [json.loads(file.read_text()) for file in sorted((tmp_path / "here, it's").glob("*/given"))]
     for seed, (arguments, debug) in zip((1, 2), given, strict=True):
-        assert arguments[:-1] == [str(tmp_path / "train.py"), *typed, f"seed={seed}"]
+        assert arguments[:-1] == [str(tmp_path / "train.py"), *typed, f"seed={seed}", "hydra.mode=RUN"]
         assert debug is None  # an error is to be one line
     assert out.splitlines()[-4].split() == ["job", "seed", "status", "seconds"]
+
+
+def test_an_experiment_may_be_a_sweep(script, local):  # noqa: F811
+    """Without -m. Its jobs are no sweeps, and the command line replaces its values."""
+    local("(directory / 'given').write_text(json.dumps(sys.argv[2:-1]))")
+    code, out, err = script("train.py", "experiment=[quickstart,sweep_lr]", "trainer.total_epochs=1", "seed=0,1")
+    assert (code, err) == (0, "")
+    [sweep] = Path("multirun").iterdir()
+    given = [json.loads((sweep / str(job) / "given").read_text()) for job in range(6)]
+    assert given[0] == [
+        *("optim.lr=1e-06", "trainer.total_epochs=1", "experiment=[quickstart,sweep_lr]", "seed=0", "hydra.mode=RUN")
+    ]
+    assert {each[0] for each in given} == {"optim.lr=1e-06", "optim.lr=2e-06", "optim.lr=5e-06"}
+    assert f"python -m launch.experiments.sweep {sweep}" in out.splitlines()[-1]
 
 
 def test_a_failed_job_does_not_stop_the_others(script, local, tmp_path):  # noqa: F811

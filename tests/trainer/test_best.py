@@ -130,10 +130,10 @@ def test_time_left_is_estimated_once_without_the_first_step():
 
 
 def test_a_finished_run_names_the_next_command(small_run):
-    settings = small_run().trainer
-    lines = conclude(settings, Progress(), Clock(steps=3, tokens=1234.0), None)
+    config = small_run()
+    lines = conclude(config, Progress(), Clock(steps=3, tokens=1234.0), None)
     assert lines[0].endswith("for 3 steps and 1,234 tokens")
-    assert lines[-1].startswith(f"next: python sample.py model.path={settings.output_dir}/hf ")
+    assert lines[-1].startswith(f"next: python sample.py model.path={config.trainer.output_dir}/hf ")
 
 
 def test_a_best_step_of_another_directory_is_not_considered(small_run, validated, capsys):

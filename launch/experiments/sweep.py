@@ -1,0 +1,96 @@
+"""Summarise a sweep over seeds: `python -m launch.experiments.sweep multirun/TIME`.
+
+Compares the varied settings; `seed` repeats them. Writes a table and the best settings into summary.md of the
+directory, and a picture into summary.svg. Names failed jobs, and leaves them out.
+"""
+
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from data.quantities import duration_text
+from data.storage import read_object, read_records, whole_file
+from data.terminal import Parser, ending_in_one_line, printable
+from diffllm.checkpoint_source import CheckpointSource
+from diffllm.loading import decoder_on_meta
+from launch.experiments import comparison, curves
+from launch.experiments.comparison import Row
+from launch.experiments.page import PAGE, circumstances, split_at, write_region
+from launch.experiments.scoring import score
+from launch.sweep import results
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of a summary."""
+    parser.add_argument("--metric", help="judges the settings; default: exact_match, or the first validation metric")
+    parser.add_argument("--evaluate", action="store_true", help="first score the models on the task of their runs")
+    parser.add_argument("--curves", action="store_true", help="compare the validations of all epochs")
+    parser.add_argument("--readme", metavar="NAME", help="also write region NAME of launch/experiments/README.md")
+
+
+def summarise(directory: Path, command: str, options: Namespace) -> str:
+    """Write the summary of a sweep, and return it.
+
+    Args:
+        command: that made the sweep.
+        options: of `add_options`.
+
+    Raises:
+        ValueError: no job has finished, or see `score`, `compare` and `split_at`.
+    """
+    if options.readme:
+        split_at(options.readme, PAGE)
+    jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
+    rows = results(directory)
+    if options.evaluate:
+        for row in rows:
+            if not row["error"]:
+                score(jobs[row["job"]])
+        rows = results(directory)
+    rows = [row if row["error"] else row | _sizes(jobs[row["job"]]) for row in rows]
+    compared = comparison.compare(rows, options.metric)
+    kind, content = (curves, [compared, curves.curves(compared, jobs)]) if options.curves else (comparison, [compared])
+    seconds = sum(row["seconds"] or 0 for row in rows)
+    parts = [
+        f"`{command}` on {circumstances()}: {len(rows)} jobs in {duration_text(seconds)}.",
+        kind.table(*content),
+        kind.verdict(*content),
+        *(f"Job {row['job']} failed: {row['error']}" for row in rows if row["error"]),
+    ]
+    text, picture = "\n\n".join(parts), kind.draw(*content)
+    with whole_file(directory / "summary.md") as file:
+        file.write(f"{text}\n\n![summary](summary.svg)\n")
+    drawn = [directory / "summary.svg"]
+    if options.readme:
+        drawn.append(PAGE.with_name(f"{options.readme.replace(' ', '_')}.svg"))
+        write_region(options.readme, f"{text}\n\n![{options.readme}]({drawn[-1].name})", PAGE)
+    for path in drawn:
+        with whole_file(path, "wb") as file:
+            file.write(picture)
+    return text
+
+
+def _sizes(job: Path) -> Row:
+    """Tokens that a job has trained on, without padding, and parameters of the model that it has exported."""
+    sizes = {}
+    if records := read_records(job / "metrics.jsonl").objects:
+        sizes["tokens"] = sum(each["perf/tokens_per_second"] * each["perf/step_seconds"] for each in records)
+    if (job / "hf").exists():
+        model = decoder_on_meta(CheckpointSource.open(job / "hf"))
+        sizes["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    return sizes
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser("launch.experiments.sweep", __doc__)
+    parser.add_argument("directory", type=Path, help="of the sweep, such as multirun/TIME")
+    add_options(parser)
+    with ending_in_one_line():
+        options = parser.parse_args(arguments)
+        command = f"python -m launch.experiments.sweep {shlex.join(arguments)}"
+        print(printable(summarise(options.directory, command, options)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Settings of a sweep, compared over seeds."""
+
+import pytest
+
+from launch.experiments.comparison import compare, draw, table, verdict
+from launch.sweep import results
+from tests.launch.experiments.sweeps import write_jobs
+
+LR, EPOCHS = ("optim.lr=1e-3", "optim.lr=2e-3"), ("trainer.total_epochs=2", "trainer.total_epochs=5")
+
+
+def jobs(*values, axes=(LR,), seeds=3, fixed=("data=x",)):
+    """Overrides of the grid with the seed last, and their values in order."""
+    grid = [[*fixed]]
+    for axis in (*axes, [f"seed={seed}" for seed in range(seeds)]):
+        grid = [[*overrides, each] for overrides in grid for each in axis]
+    return list(zip(grid, values, strict=True))
+
+
+def compared(tmp_path, *values, metric=None, **changes):
+    return compare(results(write_jobs(tmp_path / "sweep", jobs(*values, **changes))), metric)
+
+
+def test_varied_settings_are_axes_and_seeds_repeat_them(tmp_path):
+    comparison = compared(tmp_path, *range(12), axes=(LR, EPOCHS))
+    assert comparison.axes == ["optim.lr", "trainer.total_epochs"]
+    assert list(comparison.groups) == [("1e-3", "2"), ("1e-3", "5"), ("2e-3", "2"), ("2e-3", "5")]
+    means = comparison.estimates("val/elbo")
+    assert [means[key].mean for key in comparison.groups] == [1, 4, 7, 10]
+    assert {means[key].count for key in means} == {3}
+
+
+def test_the_margin_is_over_equal_seeds(tmp_path):
+    """Seeds differ by far more than the settings do, but always in the same direction."""
+    comparison = compared(tmp_path, 1.0, 2.0, 3.0, 0.9, 1.8, 2.9)
+    assert comparison.ranking() == [("2e-3",), ("1e-3",)]
+    margin = comparison.margin(("2e-3",), ("1e-3",))
+    assert margin.mean == pytest.approx(0.4 / 3)
+    assert margin.mean < margin.half
+    text = verdict(comparison)
+    assert text.startswith("Best: `optim.lr=2e-3` with val/elbo 1.867 ± ")
+    assert "within the spread over 3 seeds" in text
+
+
+def test_a_margin_beyond_the_spread(tmp_path):
+    assert "more than the spread over 3 seeds" in verdict(compared(tmp_path, 1.0, 2.0, 3.0, 0.5, 1.51, 2.49))
+
+
+def test_one_seed_is_named_as_chance(tmp_path):
+    assert "may be chance" in verdict(compared(tmp_path, 1.0, 2.0, seeds=1))
+
+
+def test_accuracy_is_better_when_it_is_higher(tmp_path):
+    sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, 3.0, 4.0, seeds=2))
+    for job, right in enumerate((0.9, 0.8, 0.5, 0.6)):
+        scores = f'{{"scores": {{"exact_match": {right}, "nfe": 3.0, "tokens_per_forward": 1.0}}}}'
+        (sweep / str(job) / "evaluation.json").write_text(scores)
+    comparison = compare(results(sweep))
+    assert (comparison.metric, comparison.ranking()[0]) == ("exact_match", ("1e-3",))
+    assert comparison.margin(("1e-3",), ("2e-3",)).mean == pytest.approx(0.3)
+    assert compare(results(sweep), "val/elbo").ranking()[0] == ("1e-3",)
+
+
+def test_failed_jobs_are_left_out(tmp_path):
+    comparison = compared(tmp_path, 1.0, None, 3.0, 4.0, 5.0, 6.0)
+    assert len(comparison.groups["1e-3",]) == 2
+    assert comparison.margin(("1e-3",), ("2e-3",)).count == 2
+
+
+def test_no_finished_job_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"none of 2 jobs .*job 0: out of luck"):
+        compared(tmp_path, None, None, seeds=1)
+    with pytest.raises(ValueError, match=r"none of 0 jobs"):
+        compare([])
+
+
+def test_a_metric_that_no_job_has_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"--metric val/elbow: .*val/elbo"):
+        compared(tmp_path, 1.0, 2.0, seeds=1, metric="val/elbow")
+
+
+def test_a_run_that_is_only_repeated_has_no_best(tmp_path):
+    comparison = compared(tmp_path, 1.0, 2.0, axes=(), seeds=2)
+    assert verdict(comparison) == "val/elbo 1.5 ± 6.4 over 2 seeds."
+    assert table(comparison).splitlines()[0] == "| seeds | val/elbo | seconds |"
+
+
+def test_the_table(tmp_path):
+    assert table(compared(tmp_path, 1.0, 2.0, seeds=1)).splitlines() == [
+        "| optim.lr | seeds | val/elbo | seconds |",
+        "|---|---|---|---|",
+        "| 1e-3 | 1 | 1 | 30 |",
+        "| 2e-3 | 1 | 2 | 30 |",
+    ]
+
+
+@pytest.mark.parametrize("axes", [(), (LR,), (LR, EPOCHS)], ids=len)
+def test_the_picture_is_the_same_from_the_same_numbers(tmp_path, axes):
+    comparison = compared(tmp_path, *range(1, 1 + 2 * 2 ** len(axes)), axes=axes, seeds=2)
+    picture = draw(comparison)
+    assert picture == draw(comparison)
+    assert b"<svg" in picture

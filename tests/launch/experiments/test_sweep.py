@@ -1,0 +1,139 @@
+"""The summary of a sweep, its page, and the commands that the page names."""
+
+import json
+import re
+import shlex
+from argparse import ArgumentParser
+
+import pytest
+
+from launch.cli import check_arguments
+from launch.experiments import __main__ as experiments
+from launch.experiments import sweep
+from launch.experiments.page import PAGE, split_at
+from launch.experiments.sweep import add_options, main, summarise
+from tests.launch.experiments.sweeps import write_jobs, write_metrics
+
+SWEEP = [(["optim.lr=1e-3", "seed=0"], 2.0), (["optim.lr=2e-3", "seed=0"], None), (["optim.lr=3e-3", "seed=0"], 1.0)]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    path.write_text("# Page\n\n<!-- one -->\nold\n<!-- end -->\n\n<!-- two x -->\n<!-- end -->\nlast\n")
+    monkeypatch.setattr(sweep, "PAGE", path)
+    return path
+
+
+def options(*arguments):
+    parser = ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_summary_has_table_verdict_failures_and_a_picture(tmp_path):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    text = summarise(directory, "COMMAND", options())
+    assert text.startswith("`COMMAND` on ")
+    assert "3 jobs in 90.0 s" in text
+    assert "| 3e-3 | 1 | 1 | 100 | 30 |" in text  # 50 tokens a second for 2 seconds
+    assert "Best: `optim.lr=3e-3`" in text
+    assert text.splitlines()[-1] == "Job 1 failed: out of luck"
+    assert text in (directory / "summary.md").read_text()
+    assert (directory / "summary.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_all_validations(tmp_path):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    write_metrics(directory / "2", [3.0, 1.0, 2.0])
+    assert "`optim.lr=3e-3` overfits after 2 epochs." in summarise(directory, "COMMAND", options("--curves"))
+
+
+def test_models_are_scored_if_asked(tmp_path, monkeypatch):
+    directory, scored = write_jobs(tmp_path / "sweep", SWEEP), []
+
+    def score(job):
+        scored.append(job.name)
+        scores = {"exact_match": int(job.name) / 10, "nfe": 1.0, "tokens_per_forward": 1.0}
+        (job / "evaluation.json").write_text(json.dumps({"scores": scores}))
+
+    monkeypatch.setattr(sweep, "score", score)
+    assert "`optim.lr=3e-3` with exact_match 0.2" in summarise(directory, "COMMAND", options("--evaluate"))
+    assert scored == ["0", "2"]
+
+
+def test_a_region_of_the_page_is_replaced(tmp_path, page):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    text = summarise(directory, "COMMAND", options("--readme", "two x"))
+    assert page.read_text() == (
+        "# Page\n\n<!-- one -->\nold\n<!-- end -->\n\n"
+        f"<!-- two x -->\n\n{text}\n\n![two x](two_x.svg)\n\n<!-- end -->\nlast\n"
+    )
+    assert page.with_name("two_x.svg").is_file()
+
+
+def test_an_unknown_region_is_refused_first(page, tmp_path):
+    with pytest.raises(ValueError, match=r"no region twos x; .*two x"):
+        summarise(tmp_path / "nowhere", "COMMAND", options("--readme", "twos x"))
+
+
+def test_a_directory_without_jobs_ends_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: none of 0 jobs"):
+        main([str(tmp_path)])
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Run an experiment, with jobs in the place of train.py; returns its exit code and the command of train.py."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run(jobs, code, *arguments):
+        def train(command):
+            commands.append(list(map(str, command)))
+            directory = next(each for each in command if str(each).startswith("hydra.sweep.dir=")).partition("=")[2]
+            write_jobs(tmp_path / directory, jobs)
+            return type("Done", (), {"returncode": code})
+
+        monkeypatch.setattr(experiments.subprocess, "run", train)
+        with pytest.raises(SystemExit) as ending:
+            experiments.main(list(arguments))
+        return ending.value.code, commands[-1]
+
+    return run
+
+
+def test_an_experiment_trains_and_summarises(started, capsys):
+    code, command = started(SWEEP, 1, "sweep_lr", "quickstart", "--metric", "val/elbo", "seed=0,1")
+    assert code == 1  # a job failed
+    assert command[2:4] == ["-m", "experiment=[quickstart,sweep_lr]"]
+    assert command[-1] == "seed=0,1"
+    assert "`python -m launch.experiments sweep_lr quickstart seed=0,1` on" in capsys.readouterr().out
+
+
+def test_an_interrupted_experiment_is_not_summarised(started, capsys):
+    assert started(SWEEP, 130, "sweep_lr", "quickstart")[0] == 130
+    assert capsys.readouterr().out == ""
+
+
+SECTIONS = {part.partition("\n")[0]: part for part in PAGE.read_text().split("\n## ")[1:]}
+COMMANDS = re.findall(r"^python -m launch\.experiments (.*)$", PAGE.read_text(), re.M)
+
+
+def test_each_experiment_has_a_section_with_its_command():
+    assert {*experiments.SWEEPS} - SECTIONS.keys() == {"ablate_equations"}  # beside ablate_data
+    for name, section in SECTIONS.items():
+        [block] = re.findall(r"```bash\n(.*?)```", section, re.S)
+        assert name in block
+        assert name == "full" or f"<!-- {name}" in section or f"<!-- {name.replace('data', 'equations')} " in section
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_are_accepted(command):
+    name, recipe, *settings = shlex.split(command)
+    assert name in experiments.SWEEPS
+    check_arguments([f"experiment=[{recipe},{name}]", *settings])
+    if recipe == "quickstart":
+        before, after = split_at(f"{name} {recipe}", PAGE)
+        assert before
+        assert after
