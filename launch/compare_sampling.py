@@ -7,7 +7,8 @@ combined. `seeds=0,1,2` repeats the combinations that draw at random with these 
   python -m launch.compare_sampling model.path=M task=gsm8k data.subset=200 sampling=dream,fast seeds=0,1,2
 
 trainer.output_dir (outputs/compare_sampling) gets results.json, results.csv, comparison.md, and comparison.png with the
-extra `plot`. The same command samples only combinations that results.json lacks. The exit code is 1 if one failed.
+extra `plot`; `readme=REGION` also writes a region of launch/experiments/README.md. The same command samples only
+combinations that results.json lacks. The exit code is 1 if one failed.
 """
 
 import itertools
@@ -36,6 +37,7 @@ from diffllm.generate import generate
 from diffllm.static_forward import prepare_sampling
 from launch.cli import EXPECTED, check_arguments, describe, quote_text, user_errors
 from launch.comparison import Combination, report
+from launch.experiments.page import PAGE, split_at
 from launch.settings import read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
@@ -44,6 +46,7 @@ from trainer.distributed import device_name
 from trainer.evaluation import Question, origin_of, questions_of
 from trainer.manifest import versions
 
+OWN = ("seeds=", "readme=")
 ONCE = "sampling.compile"  # prepares the model, which all combinations share
 FAILURES = (ValueError, MemoryError, FloatingPointError)  # of a combination; the others go on
 
@@ -191,9 +194,12 @@ def compare(arguments: Sequence[str]) -> bool:
         ValueError: an unknown setting, no checkpoint, rows that cannot be used, no combination without an error, or
             see `split_grid` and `known_runs`.
     """
-    own = [each for each in arguments if each.startswith("seeds=")]
-    settings = ["trainer.experiment_name=compare_sampling", *(each for each in arguments if each not in own)]
-    seeds = _seeds(own[-1].partition("=")[2]) if own else []
+    own = dict(each.split("=", 1) for each in arguments if each.startswith(OWN))
+    others = [each for each in arguments if not each.startswith(OWN)]
+    settings = ["trainer.experiment_name=compare_sampling", *others]
+    seeds, region = _seeds(own["seeds"]) if "seeds" in own else [], own.get("readme")
+    if region:
+        split_at(region, PAGE)
     check_arguments([quote_text(each) for each in settings])
     fixed, names, grid = split_grid(settings)
     shared = [each for each in fixed if each.startswith(ONCE) or not each.startswith("sampling")]
@@ -216,7 +222,7 @@ def compare(arguments: Sequence[str]) -> bool:
     directory = Path(config.trainer.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     run_all(combinations, model, tokenizer, task, questions, directory / "results.json", origin)
-    report(combinations, names, origin, directory, arguments)
+    report(combinations, names, origin, directory, [each for each in arguments if each != f"readme={region}"], region)
     return not any(each.error for each in combinations)
 
 

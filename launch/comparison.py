@@ -12,6 +12,7 @@ from typing import Any
 
 from data.storage import whole_file
 from data.terminal import printable, table
+from launch.experiments.page import PAGE, markdown, write_region
 from launch.pareto import AXES, Point, draw, front
 from launch.results import interval
 from sampling import SamplingConfig
@@ -94,6 +95,7 @@ def report(
     origin: dict[str, Any],
     directory: Path,
     arguments: Sequence[str],
+    region: str | None = None,
 ) -> None:
     """Print the table and the fronts; write them as CSV, Markdown and PNG.
 
@@ -101,6 +103,7 @@ def report(
         names: of the varied settings.
         origin: what all results have in common.
         arguments: of the command.
+        region: of launch/experiments/README.md, to be written too.
     """
     rows, points = rows_of(combinations, names), [each.point for each in combinations if not each.error]
     lines, failed = cells(rows, names), [each for each in combinations if each.error]
@@ -113,19 +116,29 @@ def report(
         writer = csv.DictWriter(file, list(max(rows, key=len)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    pictures = []
+    picture = None
     if points and find_spec("matplotlib") is not None:
-        with whole_file(directory / "comparison.png", "wb") as file:
-            file.write(draw(points, names, title))
-        pictures.append("![accuracy against speed and forwards](comparison.png)")
+        picture = draw(points, names, title)
     elif points:
         print("comparison.png needs matplotlib: pip install 'diffllm[plot]'", file=sys.stderr)
     command = f"`{shlex.join(['python', '-m', 'launch.compare_sampling', *arguments])}`"
     shared = [f"{name}: {value}" for name, value in {**origin, **shared_settings(combinations)}.items()]
-    parts = [f"# {title}", command, "; ".join(shared), markdown(lines), *summary, *errors, *pictures]
+    text = "\n\n".join([command, "; ".join(shared), markdown(lines), *summary, *errors])
+    drawn = directory / "comparison.png"
     with whole_file(directory / "comparison.md") as file:
-        file.write("\n\n".join(parts) + "\n")
-    print(printable(f"also in {directory}, as JSON, CSV, Markdown{' and PNG' if pictures else ''}"))
+        file.write(f"# {title}\n\n{text}\n\n{_shown(drawn) if picture else ''}\n")
+    pictures = [drawn]
+    if region:
+        pictures.append(PAGE.with_name(f"{region}.png"))
+        write_region(region, f"{text}\n\n{_shown(pictures[-1]) if picture else ''}", PAGE)
+    for path in pictures if picture else []:
+        with whole_file(path, "wb") as file:
+            file.write(picture)
+    print(printable(f"also in {directory}, as JSON, CSV, Markdown{' and PNG' if picture else ''}"))
+
+
+def _shown(picture: Path) -> str:
+    return f"![accuracy against speed and forwards]({picture.name})"
 
 
 def shared_settings(combinations: Sequence[Combination]) -> dict[str, Any]:
@@ -136,9 +149,3 @@ def shared_settings(combinations: Sequence[Combination]) -> dict[str, Any]:
         for name, value in configs[0].items()
         if value != getattr(SamplingConfig(), name) and all(config[name] == value for config in configs)
     }
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, the head first."""
-    head, *rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join([head, "|" + "---|" * len(lines[0]), *rows])
