@@ -32,7 +32,7 @@ from sampling.confidence import propose
 from sampling.config import CHOICES, LLADA_ALGS
 from tests.conftest import ROOT, small_shape
 from tests.sampling.models import MASK, SPECIAL
-from trainer.build import LR_SCHEDULES, _adamw, build_trainable, compute_dtype, export_dtype
+from trainer.build import LR_SCHEDULES, _adamw, build_optimizer, build_trainable, compute_dtype, export_dtype
 from trainer.config import Config, TrainerConfig
 from trainer.loop import TrainingLoop
 from trainer.memory import state_memory
@@ -111,7 +111,7 @@ NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
     "data.order": ((TrainBatches.order,), "shuffled"),
     "data.truncation": ((Preparation.__init__,), "error"),
     "diffusion.t_sampler": ((MaskedDiffusion.time, MaskedDiffusion._prefers_small_t.fget), "stratified"),
-    "optim.name": ((_adamw,), "adamw_8bit"),
+    "optim.name": ((_adamw, build_optimizer), None),
     "trainer.logger": ((MetricsLog.__init__, MetricsLog._open), None),
     "trainer.nonfinite": ((TrainingLoop._refuse,), "skip"),
     "trainer.precision": ((compute_dtype,), "fp32"),

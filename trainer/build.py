@@ -1,7 +1,7 @@
 """Build the parts of a run from its settings: model, tokenizer, batches, optimizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ from diffllm.tokenizer import (
 from sampling import SamplingConfig
 from trainer.config import Config, OptimConfig, warmup_steps
 from trainer.distributed import GIB, device_memory
+from trainer.muon import Muon
 
 # Arguments of the schedules beside the steps of the warm-up, from (steps of the run, of them in the decay).
 LR_SCHEDULES: dict[str, tuple[Callable[..., LambdaLR], Callable[[int, int], dict[str, Any]]]] = {
@@ -367,23 +368,35 @@ def recommendation(config: Config) -> SamplingConfig | None:
     return None if defaults or config.diffusion.causal else config.sampling
 
 
-def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
-    """AdamW over the trained parameters, without decay on norms and biases.
+def build_optimizer(model: DiffLLM, config: OptimConfig) -> Optimizer:
+    """AdamW or Muon over the trained parameters, without decay on norms and biases.
 
     Raises:
         ValueError: 8-bit moments without torchao.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = muon_matrices(model) if config.name == "muon" else []
+    others = [parameter for parameter in trained if not any(parameter is matrix for matrix in matrices)]
     groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in others if parameter.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = {"fused": True} if config.name == "adamw" and all(parameter.is_cuda for parameter in trained) else {}
-    optimizer = _adamw(config.name)(groups, lr=config.lr, betas=tuple(config.betas), **fused)
+    fused = {"fused": True} if config.name != "adamw_8bit" and all(parameter.is_cuda for parameter in trained) else {}
+    settings = {"lr": config.lr, "betas": tuple(config.betas), **fused}
+    if config.name == "muon":
+        optimizer = Muon(matrices, groups, weight_decay=config.weight_decay, **settings)
+    else:
+        optimizer = _adamw(config.name)(groups, **settings)
     for group in optimizer.param_groups:
         group["initial_lr"] = config.lr  # the schedule multiplies it; torchao keeps `lr` in a float32 tensor
     return optimizer
+
+
+def muon_matrices(model: DiffLLM) -> list[Tensor]:
+    """The trained matrices inside the layers, which Muon optimizes."""
+    layers = model.lm.get_decoder().layers
+    return [parameter for parameter in layers.parameters() if parameter.requires_grad and parameter.ndim == 2]
 
 
 def _adamw(name: str) -> type[Optimizer]:

@@ -57,7 +57,8 @@ class TrainingState:
         """Create zero moments: torch would create them at the first read, by a step that counts."""
         get_optimizer_state_dict(self.model, self.optimizer)
         for moments in self.optimizer.state.values():
-            moments["step"].zero_()
+            if "step" in moments:  # not beside Muon's momentum
+                moments["step"].zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded tensors for dcp, which loads into them in place."""

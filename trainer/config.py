@@ -16,14 +16,14 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 
 @dataclass
 class OptimConfig:
-    """AdamW and its lr schedule.
+    """The optimizer and its lr schedule.
 
     Raises:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    # adamw | adamw_8bit, its moments in 8 bits (extra `torchao`)
-    name: str = setting("adamw", choices=("adamw", "adamw_8bit"))
+    # adamw | adamw_8bit, its moments in 8 bits (extra `torchao`) | muon, for the matrices of the layers, beside adamw
+    name: str = setting("adamw", choices=("adamw", "adamw_8bit", "muon"))
     lr: float = setting(1e-5, above=0)  # the highest learning rate
     betas: list[float] = setting([0.9, 0.95], at_least=0, below=1)
     weight_decay: float = setting(0.01, at_least=0)  # on matrices, not on norms and biases

@@ -67,7 +67,7 @@ class TrainingLoop(ABC):
         self.output_dir = Path(config.trainer.output_dir)
         self.dtype = compute_dtype(config, distributed.device)
         self.identity = Identity.of(config, source, model.vocab_size)
-        self.optimizer = build_optimizer(model.parameters(), config.optim)
+        self.optimizer = build_optimizer(model, config.optim)
         self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
         self.validation_rows = validation_rows
         self.progress, self.clock = Progress(rows=validation_rows), Clock()

@@ -10,7 +10,7 @@ from data import BatchLayout
 from data.storage import first_line
 from diffllm import DiffLLM
 from diffllm.quantize import NF4_BYTES, numel
-from trainer.build import compute_dtype, frozen_dtype
+from trainer.build import compute_dtype, frozen_dtype, muon_matrices
 from trainer.config import Config, batch_layout
 from trainer.distributed import GIB, Distributed, device_memory
 
@@ -38,6 +38,7 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     trained = sum(numel(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(numel(p) for p in model.parameters() if not p.requires_grad)
     moment = 1 if config.optim.name == "adamw_8bit" else 4
+    once = sum(map(numel, muon_matrices(model))) if config.optim.name == "muon" else 0  # momentum alone
     layer = sum(numel(p) for p in layers[0].parameters())
     root = trained + frozen - layer * len(layers)
     # Embedding, head and final norm stay gathered, and two layers at a time: the current one and the next.
@@ -55,7 +56,7 @@ def state_memory(model: DiffLLM, config: Config, ranks: int, device: torch.devic
     return StateMemory(
         weights=(4 * trained + frozen_dtype(config, device).itemsize * frozen) // shards + packed,
         gradients=4 * trained // shards,
-        optimizer=2 * moment * trained // shards,
+        optimizer=moment * (2 * trained - once) // shards,
         gathered=computed * (root + held + root_trained),
     )
 

@@ -166,7 +166,7 @@ def memorisation(run: Run) -> Iterator[Result]:
         yield skip(reason)
         return
     optim, losses = run.config.optim, []
-    optimizer = build_optimizer(run.model.parameters(), optim)
+    optimizer = build_optimizer(run.model, optim)
     with announced(f"{STEPS} steps on few rows"):
         for step in range(STEPS):
             set_lr(optimizer, optim, STEPS, step)

@@ -44,7 +44,7 @@ def measure(directory: Path, distributed: Distributed) -> tuple[float, float, fl
     config = Config(model=ModelConfig(**SHAPE, num_key_value_heads=12))
     model, _ = build_model(config.model)
     shard(model, distributed, config)
-    state = TrainingState(model, build_optimizer(model.parameters(), config.optim), distributed)
+    state = TrainingState(model, build_optimizer(model, config.optim), distributed)
     medians = []
     for asynchronous in (False, True):
         checkpoints = Checkpoints(directory / f"{asynchronous}", state, keep=1, asynchronous=asynchronous)
