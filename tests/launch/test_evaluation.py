@@ -266,9 +266,7 @@ def test_an_evaluation_is_not_resumed_on_another_device_or_version(several, monk
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate(several)
     versions = evaluation.versions()
-    assert "ranks" not in json.loads(
-        (Path(several.trainer.output_dir) / "evaluation.json.partial/run.json").read_text()
-    )
+    assert "ranks" not in result(several, "evaluation.json.partial/run.json")
     monkeypatch.setattr(evaluation, "versions", lambda: versions | {"torch": "9"})
     monkeypatch.setattr(evaluation, "device_name", lambda _: "another")
     with pytest.raises(ValueError, match=r"device was .* and is another; version of torch was .* and is 9\. Give"):
