@@ -1,7 +1,7 @@
 """Score a model on tasks: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
 
-`task=NAME` chooses a task, `task=[NAME,NAME]` several. `torchrun --nproc_per_node=8 evaluate.py …` shares the questions
-among the ranks.
+`task=NAME` chooses a task, `'task=[NAME,NAME]'` several. `torchrun --nproc_per_node=8 evaluate.py …` shares the
+questions among the ranks.
 """
 
 from launch.cli import entry

@@ -20,7 +20,7 @@ from sampling import Template, infill_templates
 from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
-from trainer.distributed import init_distributed, ranks_from_environment
+from trainer.distributed import check_alone, init_distributed
 from trainer.evaluation import Answers, answer_all, ask, origin_of
 
 
@@ -122,19 +122,9 @@ def check_for_terminal(config: Config, what: str) -> None:
     """
     if config.output is not None:
         raise ValueError(f"output={config.output}: goes with input=FILE; {what} is answered on the terminal")
-    check_alone(what)
+    check_alone(what, "python sample.py")
     if config.prompt is not None and not config.prompt.strip():
         raise ValueError("prompt= is empty: give a question, such as prompt='Solve 3x+5=20'")
-
-
-def check_alone(what: str) -> None:
-    """Refuse several ranks.
-
-    Raises:
-        ValueError: torchrun has started more than one.
-    """
-    if (ranks := ranks_from_environment()[1]) > 1:
-        raise ValueError(f"{what} is for one rank, torchrun has started {ranks}: start it with `python sample.py …`")
 
 
 def answer_file(config: Config) -> None:

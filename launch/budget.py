@@ -12,6 +12,8 @@ from data.curation import subset
 from data.errors import BadRows
 from data.files import iterate, outline
 from data.tasks import tasks_of
+from data.tasks.base import Task
+from data.tasks.generated import GeneratedTask
 from diffllm import DiffLLM
 from launch.machine import Gpus
 from trainer.build import compute_dtype
@@ -71,13 +73,20 @@ def count_rows(config: Config) -> int | None:
     if files := config.data.train_files:
         counts = [_count(name) for name in files]
     else:
-        counts = [sum(1 for _ in task.rows("train")) for task in tasks_of(config.data, config.task)]
+        counts = [_count_of_task(task) for task in tasks_of(config.data, config.task)]
     if None in counts:
         return None
     rows = sum(counts)
     if config.data.val_split and not config.data.val_files:
         rows -= min(math.ceil(config.data.val_split * rows), rows - 1)
     return rows if config.data.subset is None else len(subset(rows, config.data.subset, config.seed))
+
+
+def _count_of_task(task: Task) -> int | None:
+    """Training rows of a task; None if they are not here."""
+    if isinstance(task, GeneratedTask):
+        return task.settings.train_rows
+    return _count(task.file_of("train")) if task.hub_id else sum(1 for _ in task.rows("train"))
 
 
 def _count(name: str) -> int | None:

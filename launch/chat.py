@@ -20,11 +20,11 @@ from data.errors import nearest
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
-from launch.answers import check_alone
 from launch.drawing import respond
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
+from trainer.distributed import check_alone
 from trainer.schema import resolve
 
 HELP = """\
@@ -47,7 +47,7 @@ def chat(config: Config) -> None:
     for name in ("prompt", "template", "input", "output"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: mode=chat asks on the terminal, leave it out")
-    check_alone("mode=chat")
+    check_alone("mode=chat", "python sample.py")
     model, tokenizer = load_for_sampling(config)
     typed = sys.stdin.isatty()
     conversation = Conversation(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)

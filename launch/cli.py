@@ -9,7 +9,6 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from hashlib import sha1
 from pathlib import Path
 
@@ -31,12 +30,12 @@ from data.storage import find_full_disk, first_line
 from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import CONF
-from launch.recommended import recommend
+from launch.recommended import resolve_recommended
 from launch.sweep import Sweep, recorded, reported
 from trainer.config import Config
 from trainer.distributed import ranks_from_environment
 from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, leave, report_to_torchrun
-from trainer.schema import field_names, resolve
+from trainer.schema import field_names
 
 # Names in Transformers, TRL and axolotl that have little in common with ours.
 OTHER_NAMES = {
@@ -140,16 +139,17 @@ def entry(
 
 
 def settings_of(config: DictConfig) -> Config:
-    """Resolve a composed tree, with the sampling settings that its checkpoint recommends.
+    """Resolve a composed tree, with the sampling settings that its checkpoint recommends; rank 0 prints them.
 
     Raises:
-        ValueError: see `recommend` and `resolve`.
+        ValueError: see `resolve_recommended`.
     """
-    line, lists = recommend(config, HydraConfig.get().overrides.task)
-    if line and ranks_from_environment()[0] == 0:
-        print(printable(line), file=sys.stderr, flush=True)
-    resolved = resolve(config)
-    return replace(resolved, sampling=replace(resolved.sampling, **lists))
+
+    def tell(line: str) -> None:
+        if ranks_from_environment()[0] == 0:
+            print(printable(line), file=sys.stderr, flush=True)
+
+    return resolve_recommended(config, HydraConfig.get().overrides.task, tell)
 
 
 def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> None:

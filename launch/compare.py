@@ -1,7 +1,7 @@
 """Compare results of evaluate.py: what differs between them, then their scores.
 
-Results with the same questions are compared in pairs by McNemar's exact test: the probability that the questions which
-only one of the two solved are shared out at least so unevenly, if both solve them equally often.
+Results with the same questions are compared in pairs by McNemar's exact test. p: if both solve questions equally often,
+the probability of a split at least as uneven among the questions that only one solved.
 """
 
 import sys
@@ -27,7 +27,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * sum(comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n)
 
 
-def compare(places: Sequence[str]) -> None:
+def compare_results(places: Sequence[str]) -> None:
     """Print what differs between results, their scores, and paired tests.
 
     Args:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser("launch.compare", __doc__)
     parser.add_argument("results", nargs="+", metavar="RESULT", help="an evaluation.json, or a directory with one")
     with ending_in_one_line():
-        compare(parser.parse_args(arguments).results)
+        compare_results(parser.parse_args(arguments).results)
 
 
 if __name__ == "__main__":

@@ -29,21 +29,20 @@ from transformers.utils import logging as transformers_logging
 
 from data.errors import differences
 from data.storage import read_object, write_object
-from data.tasks import tasks_of
 from data.tasks.base import Task
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import generate
 from diffllm.static_forward import prepare_sampling
 from launch.cli import EXPECTED, check_arguments, describe, quote_text, user_errors
-from launch.comparison import Combination, report
 from launch.experiments.page import PAGE, split_at
+from launch.sampling_page import Combination, report
 from launch.settings import read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
-from trainer.distributed import device_name
-from trainer.evaluation import Question, origin_of, questions_of
+from trainer.distributed import check_alone, device_name
+from trainer.evaluation import Question, evaluated_tasks, origin_of, questions_of
 from trainer.manifest import versions
 
 OWN = ("seeds=", "readme=")
@@ -187,16 +186,16 @@ def run_all(
         raise KeyboardInterrupt("run the same command to resume") from error
 
 
-def compare(arguments: Sequence[str]) -> bool:
+def compare_strategies(arguments: Sequence[str]) -> bool:
     """Compare the combinations of a command line. Return whether all succeeded.
 
     Raises:
-        ValueError: an unknown setting, no checkpoint, rows that cannot be used, no combination without an error, or
-            see `split_grid` and `known_runs`.
+        ValueError: several ranks or tasks, an unknown setting, no checkpoint, rows that cannot be used, no combination
+            without an error, or see `split_grid` and `known_runs`.
     """
+    check_alone("launch.compare_sampling", "python -m launch.compare_sampling")
     own = dict(each.split("=", 1) for each in arguments if each.startswith(OWN))
-    others = [each for each in arguments if not each.startswith(OWN)]
-    settings = ["trainer.experiment_name=compare_sampling", *others]
+    settings = ["trainer.experiment_name=compare_sampling", *(each for each in arguments if not each.startswith(OWN))]
     seeds, region = _seeds(own["seeds"]) if "seeds" in own else [], own.get("readme")
     if region:
         split_at(region, PAGE)
@@ -204,7 +203,9 @@ def compare(arguments: Sequence[str]) -> bool:
     fixed, names, grid = split_grid(settings)
     shared = [each for each in fixed if each.startswith(ONCE) or not each.startswith("sampling")]
     config: Config = read_settings(shared)[1]
-    [task] = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
+    task, *others = evaluated_tasks(config)
+    if others:
+        raise ValueError(f"task.name={config.task.name}: ways to sample are compared on one task; give one of them")
     if task.kind != "generate":
         raise ValueError(f"task.name={task.name}: its kind is {task.kind}; only generate is sampled")
     combinations, lines = read_combinations(fixed, grid, seeds)
@@ -243,4 +244,4 @@ if __name__ == "__main__":
     with user_errors(debug=False):
         if {"-h", "--help"} & set(sys.argv[1:]):
             sys.exit(print(__doc__))
-        sys.exit(0 if compare(sys.argv[1:]) else 1)
+        sys.exit(0 if compare_strategies(sys.argv[1:]) else 1)

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import differences, listed
 from data.storage import read_object, whole_file
-from data.tasks import tasks_of
 from data.tasks.base import Task
 from data.terminal import printable
 from diffllm import DiffLLM
@@ -23,7 +22,7 @@ from launch.results import FILE, identity, interval, score_table
 from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed, device_name, init_distributed
-from trainer.evaluation import Answers, Question, answer_all, origin_of, questions_of
+from trainer.evaluation import Answers, Question, answer_all, evaluated_tasks, origin_of, questions_of
 from trainer.manifest import commit, versions
 
 SHOWN = 6
@@ -35,22 +34,17 @@ def evaluate(config: Config) -> None:
     If that file has the same evaluation, print its scores. A file of another one is renamed.
 
     Raises:
-        ValueError: an unknown task; `data.val_files` that no task reads; or see `questions_of` and `answer_all`.
+        ValueError: see `evaluated_tasks`, `questions_of` and `answer_all`.
         KeyboardInterrupt: with the scores so far.
     """
-    tasks = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
-    if config.data.val_files and "rows" not in (names := [task.name for task in tasks]):
-        raise ValueError(
-            f"data.val_files={config.data.val_files} with task.name={names}: only the task rows reads them; give the "
-            f"rows of {names[0]} by task.files.{names[0]}=FILE"
-        )
+    tasks = evaluated_tasks(config)
     path = Path(config.trainer.output_dir) / FILE
     with init_distributed() as distributed:
         model, tokenizer = load_for_sampling(config, distributed.device)
         questions = {task.name: questions_of(task, tokenizer, config.seed) for task in tasks}
-        for task in tasks:
-            if distributed.is_main and task.bad.count:
-                print(printable(task.bad.text()))
+        if distributed.is_main:
+            for task in tasks:
+                _name_odd_rows(task, questions[task.name])
         given = (config, tasks, questions, model, tokenizer, distributed)
         manifest = distributed.on_main(lambda: _manifest(*given))
         if distributed.on_main(lambda: _is_done(path, manifest)):
@@ -69,7 +63,7 @@ def evaluate(config: Config) -> None:
             _print(scores, config)
             print(printable(f"every setting, version and answer: {path}"))
 
-        sampled = (questions, model, tokenizer, config.sampling, path, manifest["origin"], distributed)
+        sampled = (questions, model, tokenizer, config.sampling, path, identity(manifest), distributed)
         try:
             answer_all(*sampled, write, judge.so_far, config.task.mc_num)
         except KeyboardInterrupt as error:
@@ -117,10 +111,13 @@ class Judge:
                 chosen = {"options": [option.text for option in question.options], **response.details}
                 text = question.options[response.details["best_per_token"]].text
                 metrics |= {"exact_match_per_token": float(task.score(question.row, text) == 1)}
+            reference = task.reference(question.row)
+            expected = task.expected(question.row) if task.kind == "generate" else reference
             records.append(
                 {
                     "prompt": question.template or question.messages,
-                    "expected": task.reference(question.row),
+                    "expected": expected,
+                    **({} if expected == reference else {"reference": reference}),
                     **response.fields(),
                     **chosen,
                     "ended": response.ended,
@@ -165,6 +162,14 @@ def _manifest(
         "ranks": distributed.size,
         "config": to_dict(config),
     }
+
+
+def _name_odd_rows(task: Task, questions: Sequence[Question]) -> None:
+    """Print which rows of a task cannot be used, and how many can be solved by their whole text alone."""
+    if task.bad.count:
+        print(printable(task.bad.text()))
+    if free := sum(not task.states_answer(question.row) for question in questions):
+        print(f"{task.name}: {free} of {len(questions)} references state no answer and are compared as whole texts")
 
 
 def _is_done(path: Path, manifest: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Arguments of the model `diffllm` of lm-eval: names of other harnesses, types, and settings of the run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import nearest
 from data.settings import check_fields, setting
 from launch import CONF
-from launch.recommended import recommend
+from launch.recommended import resolve_recommended
 from sampling import SamplingConfig
 from trainer.config import Config
 from trainer.distributed import Distributed
-from trainer.schema import field_names, resolve
+from trainer.schema import field_names
 
 SAMPLING = [item.name for item in fields(SamplingConfig)]
 
@@ -111,7 +111,7 @@ def compose_settings(settings: Mapping[str, Any]) -> tuple[Config, str | None]:
         The resolved tree, and a line that names the recommended settings, None without any.
 
     Raises:
-        ValueError: no checkpoint is given, or see `recommend` and `resolve`.
+        ValueError: no checkpoint is given, or see `resolve_recommended`.
     """
     if settings.get("model.path") is None:
         raise ValueError("pretrained is missing: name a checkpoint, such as pretrained=outputs/quickstart/hf")
@@ -119,9 +119,9 @@ def compose_settings(settings: Mapping[str, Any]) -> tuple[Config, str | None]:
         tree = compose("config", ["trainer.experiment_name=lm_eval"])
         for name, value in settings.items():
             OmegaConf.update(tree, name, value)
-        line, lists = recommend(tree, [f"{name}=" for name in settings])
-        config = resolve(tree)
-    return replace(config, sampling=replace(config.sampling, **lists)), line
+        lines: list[str] = []
+        config = resolve_recommended(tree, [f"{name}=" for name in settings], lines.append)
+    return config, next(iter(lines), None)
 
 
 def device_of(config: HarnessConfig, distributed: Distributed) -> torch.device | None:

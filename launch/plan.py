@@ -46,7 +46,7 @@ It takes the choices and settings of train.py (python train.py --help), and
 
   python -m launch.plan experiment=dream_s1k_lora_24gb gpu=4090
   python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8
-  python -m launch.plan model.path=DIR data.train_files=[rows.jsonl] data.max_length=4096 model.lora_rank=16
+  python -m launch.plan model.path=DIR data.train_files=rows.jsonl data.max_length=4096 model.lora_rank=16
 
 The exit code is 0 if the run fits, and 1 if it does not."""
 
@@ -289,10 +289,11 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     rows = None if config.trainer.max_steps else count_rows(config)
     steps, epochs = count_steps(config, layout, rows), config.trainer.total_epochs
     if steps is None:
+        missing = config.data.train_files or [f"the rows of {name}" for name in config.task.name]
         epoch = 1000 / layout.global_batch_size * step.total
         yield (
             f"  1,000 rows take {duration_text(epoch)} an epoch, {duration_text(epochs * epoch)} in "
-            f"trainer.total_epochs={epochs} (not on this machine: {', '.join(config.data.train_files)})"
+            f"trainer.total_epochs={epochs} (not on this machine: {', '.join(missing)})"
         )
     else:
         reason = f"trainer.max_steps={steps}" if rows is None else f"trainer.total_epochs={epochs} of {rows:,} rows"

@@ -1,7 +1,7 @@
 """Sampling settings that a checkpoint recommends, in place of defaults that the command line leaves."""
 
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
 from hydra import compose
@@ -11,8 +11,27 @@ from diffllm.checkpoint_source import CheckpointSource
 from diffllm.generation_config import RECOMMENDED, recommended_sampling
 from launch import CONF
 from sampling import SamplingConfig
+from trainer.config import Config
+from trainer.schema import resolve
 
 BY_FAMILY = {"Dream": "dream", "llada": "llada"}  # choices of `sampling` by model_type, for published checkpoints
+
+
+def resolve_recommended(config: DictConfig, overrides: Iterable[str], tell: Callable[[str], object]) -> Config:
+    """Resolve a composed tree with the sampling settings that its checkpoint recommends.
+
+    Args:
+        overrides: of the command line.
+        tell: takes the line that names the recommended settings, if there are some, before they are checked.
+
+    Raises:
+        ValueError: see `recommend` and `resolve`.
+    """
+    line, lists = recommend(config, overrides)
+    if line:
+        tell(line)
+    resolved = resolve(config)
+    return replace(resolved, sampling=replace(resolved.sampling, **lists))
 
 
 def recommend(config: DictConfig, overrides: Iterable[str]) -> tuple[str | None, dict[str, list[str]]]:

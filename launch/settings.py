@@ -1,7 +1,6 @@
 """The settings of train.py for the tools of this package, which have some of their own."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 
 from hydra import compose, initialize_config_dir
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf, open_dict
 from data.errors import nearest
 from launch import CONF
 from launch.cli import check_arguments, name_tasks, quote_text, run_name, split_config_dir
-from launch.recommended import recommend
+from launch.recommended import resolve_recommended
 from trainer.config import Config
 from trainer.schema import field_names, resolve
 
@@ -22,10 +21,10 @@ def read_settings(
 
     Args:
         own: names of the tool's own settings.
-        recommended: gets the line of `recommend`; None leaves the sampling settings as they are.
+        recommended: gets the line of `resolve_recommended`; None leaves the sampling settings as they are.
 
     Raises:
-        ValueError: an unknown name, a value outside its range, or see `check_arguments` and `recommend`.
+        ValueError: an unknown name, a value outside its range, or see `check_arguments` and `resolve_recommended`.
     """
     directory, others = split_config_dir([*map(quote_text, arguments)])
     values, settings, names = {}, [], field_names()
@@ -48,11 +47,8 @@ def read_settings(
             hydra = composed.pop("hydra")
         if OmegaConf.is_interpolation(composed.trainer, "experiment_name"):  # which hydra.main alone resolves
             composed.trainer.experiment_name = run_name(hydra.job.override_dirname)
-        line, lists = (None, {}) if recommended is None else recommend(composed, settings)
-    if line:
-        recommended.add(line)
-    config = resolve(composed)
-    return values, replace(config, sampling=replace(config.sampling, **lists)), hydra.runtime.choices.model
+        config = resolve(composed) if recommended is None else resolve_recommended(composed, settings, recommended.add)
+    return values, config, hydra.runtime.choices.model
 
 
 def whole_number(name: str, value: str | None, default: int) -> int:

@@ -21,7 +21,7 @@ from launch.checks.base import Check, Result, Run, fail, skip
 from launch.cli import EXPECTED, describe, quiet_libraries, user_errors
 from launch.settings import read_settings, whole_number
 from trainer.config import Config
-from trainer.distributed import init_distributed
+from trainer.distributed import check_alone, init_distributed
 from trainer.memory import remedies
 
 STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}
@@ -35,7 +35,7 @@ It takes the choices and settings of train.py (python train.py --help), and
   train=false  tries no gradient and no steps on few rows, which take the memory of training
 
   python -m launch.verify experiment=quickstart
-  python -m launch.verify experiment=lora model.path=DIR data.train_files=[rows.jsonl] tokens=0
+  python -m launch.verify experiment=lora model.path=DIR data.train_files=rows.jsonl tokens=0
 
 A check prints ok, warn, FAIL, or skip with the reason. "help:" names a symptom under "Questions" in trainer/README.md.
 The exit code is 1 if a check fails, else 0. The checks are
@@ -47,8 +47,9 @@ def verify(arguments: list[str]) -> bool:
     """Check the run of a command line. Return whether no check has failed.
 
     Raises:
-        ValueError: an unknown setting or a wrong value.
+        ValueError: several ranks, an unknown setting or a wrong value.
     """
+    check_alone("launch.verify", "python -m launch.verify")
     values, config, choice = _read(arguments)
     tokens = whole_number("tokens", values.get("tokens"), Run.tokens)
     if (train := values.get("train", "true")) not in ("true", "false"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -268,7 +268,8 @@ def build_batches(
         noise, val_noise: corrupt the batches.
 
     Raises:
-        ValueError: see `data.rows_of_files`; `data.subset` is more than all rows; or too few rows for a batch.
+        ValueError: see `data.rows_of_files` and `_rows_of_tasks`; `data.subset` is more than all rows; or too few
+            rows for a batch.
     """
     data, eos = config.data, tokenizer.eos_token_id
     if data.packing:
@@ -277,8 +278,11 @@ def build_batches(
     if data.streaming:
         train = StreamedBatches(data.train_files, data, tokenizer, layout, noise, config.seed)
     else:
-        rows["training"] = prepared = _training_rows(config, tokenizer)
-        report = prepared.report
+        if data.train_files:
+            prepared = rows_of_files(data.train_files, data, tokenizer, "training", curated=True)
+        else:
+            prepared = _rows_of_tasks(config, tokenizer, "train", "training", curated=True)
+        rows["training"], report = prepared, prepared.report
         try:
             if data.val_split and not data.val_files:
                 rows["training"], rows["validation"] = prepared, _ = _split(prepared, data.val_split, config.seed)
@@ -292,22 +296,27 @@ def build_batches(
     if data.val_files:
         rows["validation"] = rows_of_files(data.val_files, data, tokenizer, "validation", curated=False)
     elif not data.train_files and not data.val_split:
-        tested = {task.name: task.rows("test") for task in tasks_of(data, config.task)}
-        rows["validation"] = rows_of(tested, data, tokenizer, "validation", curated=False)
+        rows["validation"] = _rows_of_tasks(config, tokenizer, "test", "validation", curated=False)
     val = ValBatches(rows["validation"].rows, layout, eos, val_noise) if "validation" in rows else None
     return train, val, rows
 
 
-def _training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Rows of `data.train_files`, or else of the tasks."""
-    data = config.data
-    if data.train_files:
-        return rows_of_files(data.train_files, data, tokenizer, "training", curated=True)
-    tasks = tasks_of(data, config.task)
-    rows = {task.name: task.rows("train") for task in tasks}
-    prepared = rows_of(rows, data, tokenizer, "training", curated=True)
+def _rows_of_tasks(
+    config: Config, tokenizer: PreTrainedTokenizerBase, split: Literal["train", "test"], name: str, curated: bool
+) -> Prepared:
+    """Rows of a split of the tasks. Problems that cannot be used, or are test rows too, are in the report.
+
+    Args:
+        name, curated: see `data.rows_of`.
+
+    Raises:
+        ValueError: problems cannot be used, unless `data.on_bad_row=skip`.
+    """
+    tasks = tasks_of(config.data, config.task)
+    rows = {task.name: task.rows(split) for task in tasks}
+    prepared = rows_of(rows, config.data, tokenizer, name, curated=curated)
     for task in tasks:
-        if data.on_bad_row == "error":
+        if config.data.on_bad_row == "error":
             task.bad.refuse()
         bad = Noted(task.bad.count, task.bad.named)
         for what, rows in (("cannot be used", bad), ("are test rows too", task.overlap)):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import platform
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from trainer.ending import SPEAK_SECONDS, Deadline, FirstError, PeerWatch
 
 GIB = 2**30
 LOCK = ".lock"
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
 PATIENCE = timedelta(days=7)  # how long a finished rank waits for the others
 
 
@@ -93,12 +95,28 @@ def device_memory(device: torch.device) -> int:
 
 def device_name(device: torch.device) -> str:
     """Model of a GPU or processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    return found[1] if found else platform.machine()
 
 
 def ranks_from_environment() -> tuple[int, int]:
     """Rank and number of ranks from torchrun, or 0 and 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_alone(what: str, command: str) -> None:
+    """Refuse several ranks.
+
+    Args:
+        command: starts `what` on one rank.
+
+    Raises:
+        ValueError: torchrun has started more than one.
+    """
+    if (ranks := ranks_from_environment()[1]) > 1:
+        raise ValueError(f"{what} is for one rank, torchrun has started {ranks}: start it with `{command} …`")
 
 
 @contextmanager

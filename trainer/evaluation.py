@@ -28,6 +28,7 @@ from data.curation import subset
 from data.encode import encode
 from data.errors import differences
 from data.storage import AppendedRecords, digest_bytes, read_object, read_records, refuse_links, whole_file
+from data.tasks import tasks_of
 from data.tasks.base import Task
 from data.terminal import printable
 from data.token_cache import tokenizer_digest
@@ -36,6 +37,7 @@ from diffllm.answers import Option, choose_options, fill_templates
 from diffllm.generate import Response, check_context, generate
 from diffllm.static_forward import prepare_sampling
 from sampling import SamplingConfig, Template
+from trainer.config import Config
 from trainer.distributed import Distributed, locked
 
 RECORD = {item.name: item.type for item in fields(Response)}
@@ -95,6 +97,21 @@ def _ask_to_infill(task: Task, row: PlacedRow, tokenizer: PreTrainedTokenizerBas
 
 
 ASK = {"generate": _ask_freely, "choose": _ask_to_choose, "infill": _ask_to_infill}  # by kind of task
+
+
+def evaluated_tasks(config: Config) -> list[Task]:
+    """Return the tasks of an evaluation: those of `task.name`, or else the rows of `data.val_files`, or equations.
+
+    Raises:
+        ValueError: `data.val_files` that no task reads, or see `tasks_of`.
+    """
+    tasks = tasks_of(config.data, config.task, "rows" if config.data.val_files else "equations")
+    if config.data.val_files and "rows" not in (names := [task.name for task in tasks]):
+        raise ValueError(
+            f"data.val_files={config.data.val_files} with task.name={names}: only the task rows reads them; give the "
+            f"rows of {names[0]} by task.files.{names[0]}=FILE"
+        )
+    return tasks
 
 
 def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -23,6 +24,7 @@ class Task(ABC):
         name: chooses the task on the command line, `task.name=NAME`.
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
+        hub_id: set of the hub with the rows, unless `task.files` names others; None if the task needs no such set.
         judge: names what compares answers, with its version if it is a library.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
         overlap: training rows that `rows` leaves out because they are test rows too.
@@ -30,6 +32,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
+    hub_id: ClassVar[str | None] = None
     judge: ClassVar[str] = "strict normaliser"
     config: DataConfig
     settings: TaskConfig
@@ -47,13 +50,13 @@ class Task(ABC):
             ValueError: the rows cannot be found.
         """
 
-    def file(self, default: str | None = None) -> str:
-        """Return the name of the task's rows in `task.files`, or the default.
+    def file(self) -> str:
+        """Return the name of the task's rows in `task.files`, or else their `hub_id`.
 
         Raises:
             ValueError: neither.
         """
-        if (file := self.settings.files.get(self.name, default)) is None:
+        if (file := self.settings.files.get(self.name, self.hub_id)) is None:
             raise ValueError(f"task.name={self.name}: give its rows by task.files.{self.name}=FILE")
         return file
 
@@ -118,6 +121,17 @@ class Task(ABC):
         reference = self.reference(row)
         return stated(reference) or final_answer(reference)
 
+    def states_answer(self, row: PlacedRow) -> bool:
+        """Whether the reference of a row states an answer; else the default `score` compares it as a whole text.
+
+        True for a task that has another `expected` or `score`.
+
+        Raises:
+            ValueError: see `messages`.
+        """
+        is_default = (type(self).expected, type(self).score) == (Task.expected, Task.score)
+        return not is_default or stated(self.reference(row)) is not None
+
     def answer(self, response: str) -> str | None:
         """Return the final answer of a response, or None if it has none. By default, any text is one."""
         return extract(response) or plain(response)
@@ -143,13 +157,13 @@ class Task(ABC):
         if (score := self.score(row, self.reference(row))) != 1:
             raise ValueError(f"{row.place}: the row's own answer scores {score:g} in task.name={self.name}, expected 1")
 
-    def file_of(self, split: Literal["train", "test"], default: str) -> str:
+    def file_of(self, split: Literal["train", "test"]) -> str:
         """Return the name of the task's rows of a split. A folder or a hub id has both splits, a file has test rows.
 
         Raises:
-            ValueError: the split is train, and `task.files` names a file or a split.
+            ValueError: the split is train, and `task.files` names a file or a split; or see `file`.
         """
-        file = self.file(default)
+        file = self.file()
         if Path(file).suffix not in READERS and ":" not in file:
             return f"{file}:{split}"
         if split == "train":
@@ -157,3 +171,11 @@ class Task(ABC):
                 f"task.files.{self.name}={file}: it has test rows only; name rows to train on in data.train_files"
             )
         return file
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, or None without it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -52,12 +52,16 @@ class Countdown(GeneratedTask):
     def key(self, row: dict[str, Any]) -> Hashable:
         return (*sorted(row["metadata"]["numbers"]), row["metadata"]["target"])
 
+    def answer(self, response: str) -> str | None:
+        """Return the last expression of a response, or None."""
+        expressions = EXPRESSION.findall(final_answer(response).translate(SIGNS))
+        return next((each for each in reversed(expressions) if re.search("[-+*/]", each)), None)
+
     def score(self, row: PlacedRow, response: str) -> float:
         """Return 1 if the steps, or the last expression, make the target and use each number once."""
         numbers, target = row.row["metadata"]["numbers"], row.row["metadata"]["target"]
-        text = final_answer(response).translate(SIGNS)
-        steps = [(left, int(right)) for left, right in EQUATION.findall(text)]
-        last = [(expression, target) for expression in EXPRESSION.findall(text) if re.search("[-+*/]", expression)][-1:]
+        steps = [(left, int(right)) for left, right in EQUATION.findall(final_answer(response).translate(SIGNS))]
+        last = [(expression, target)] if (expression := self.answer(response)) else []
         return float(any(_makes(equations, numbers, target) for equations in (steps, last)))
 
 

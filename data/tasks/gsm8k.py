@@ -12,6 +12,7 @@ from data.tasks.judge import extract
 
 class Gsm8k(Task):
     name = "gsm8k"
+    hub_id = RAW_SETS["gsm8k"].hub_id
 
     def rows(self, split: Literal["train", "test"]) -> Iterator[PlacedRow]:
         """Yield rows as `data.prepare gsm8k` writes them, from such rows or published ones. Add others to `bad`.
@@ -19,11 +20,10 @@ class Gsm8k(Task):
         Raises:
             ValueError: see `file_of` and `read`.
         """
-        raw_set = RAW_SETS["gsm8k"]
-        for placed in self.read([self.file_of(split, raw_set.hub_id)]):
+        for placed in self.read([self.file_of(split)]):
             try:
                 is_raw = THINK not in str(placed.row.get("answer"))
-                yield PlacedRow(convert(placed, raw_set), placed.place) if is_raw else placed
+                yield PlacedRow(convert(placed, RAW_SETS["gsm8k"]), placed.place) if is_raw else placed
             except ValueError as error:
                 self.bad.add(error)
 

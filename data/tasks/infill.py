@@ -34,7 +34,7 @@ class Infill(Task):
         Without both it has as many tokens as `middle`, so that the model knows the length.
 
         Raises:
-            ValueError: a field is not text, `middle` is empty, or prefix or suffix holds a slot.
+            ValueError: a field is not text, `middle` is white space, or prefix or suffix holds a slot.
         """
         prefix, suffix = (_text(row, name) for name in ("prefix", "suffix"))
         if SLOT in prefix + suffix:
@@ -48,10 +48,10 @@ class Infill(Task):
         """Return the text that is missing.
 
         Raises:
-            ValueError: it is no text, or empty.
+            ValueError: it is no text, or white space, which an empty response would equal.
         """
-        if not (middle := _text(row, "middle")):
-            raise ValueError(f"{row.place}: field 'middle' is empty")
+        if not (middle := _text(row, "middle")).strip():
+            raise ValueError(f"{row.place}: field 'middle' is empty or white space: leave the row out")
         return middle
 
     def answer(self, response: str) -> str | None:

@@ -16,7 +16,7 @@ MARK = re.compile(r"\banswer[*_ ]*(?:is\b(?!\s+not\b)|:)[*_:\s]*", re.IGNORECASE
 HASHES = re.compile(r"####[ \t]*([^\n]+)")
 FENCE = re.compile(r"\\[\[\]()]|\$\$|```\w*")  # around formulas and code
 CLAUSE_END = re.compile(
-    r"[.!?;](?=\s|$)|,\s+(?:as|not|so|when|where)\s|,?\s+(?:because|but|since|which)\s", re.IGNORECASE
+    r"(?<!\\)[.!?;](?=\s|$)|,\s+(?:as|not|so|when|where)\s|,?\s+(?:because|but|since|which)\s", re.IGNORECASE
 )
 CHOICE = re.compile(r"\([A-Z]\)|(?<![^\s*$])[A-Z](?=[.)\s*$]*$)")  # anywhere, or at the end
 CHOICE_LINE = re.compile(r"(?:\([A-Z]\)|[A-Z][).])\s+\S")

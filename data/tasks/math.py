@@ -9,21 +9,21 @@ from typing import Any, Literal
 from data.chat import THINK, is_given
 from data.config import DataConfig, TaskConfig
 from data.readers import PlacedRow
-from data.tasks.base import Task
-from data.tasks.judge import is_right, stated
+from data.tasks.base import Task, installed
+from data.tasks.judge import extract, is_right, plain, stated
 from data.tasks.normal import formulas, is_same
-from data.tasks.symbolic import Symbolic, installed
+from data.tasks.symbolic import Symbolic
 
-HUB_ID = "HuggingFaceH4/MATH-500"
 WORDS = 5  # of an answer that is text
 
 
 class Math(Task):
     name = "math"
+    hub_id = "HuggingFaceH4/MATH-500"
 
     def __init__(self, config: DataConfig | None = None, settings: TaskConfig | None = None):
         super().__init__(config, settings)
-        self._version = installed()
+        self._version = installed("math-verify")
         self._compare_formulas = Symbolic()
 
     @property
@@ -37,7 +37,7 @@ class Math(Task):
         Raises:
             ValueError: see `file_of` and `read`.
         """
-        for row, place in self.read([self.file_of(split, HUB_ID)]):
+        for row, place in self.read([self.file_of(split)]):
             yield PlacedRow(_converted(row), place)
 
     def expected(self, row: PlacedRow) -> str:
@@ -55,6 +55,11 @@ class Math(Task):
                 f"or '#### …', or an answer of at most {WORDS} words in field 'answer'"
             )
         return expected
+
+    def answer(self, response: str) -> str | None:
+        """Return the final answer of a response, or all of a response of a few words, or None."""
+        text = plain(response)
+        return extract(response) or (text if text and len(text.split()) <= WORDS else None)
 
     def score(self, row: PlacedRow, response: str) -> float:
         """Return 1 if the final answer of a response is the expected one, as a number, formula or text."""

@@ -16,6 +16,7 @@ SIGNS = str.maketrans(
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r",\\! ?(?=\d{3})", ","),  # 1,\! 000
         (r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}", r" \1 "),
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!", ""),
         (r"\{,\}(?=\d)", ","),  # 1{,}000
@@ -71,6 +72,7 @@ VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 NO_EQUATION = re.compile(r"\b(?:and|or)\b|,(?!\d{3})|[<>!]")  # several, or an inequality
 MEMBER = re.compile(r"^[A-Za-z] ?(?:\\in(?![a-z])|∈) ?")  # x ∈ of an interval
 JOINED = re.compile(r",? (?:and|or) ")
+UNORDERED = ("", "{}")  # brackets of lists whose order does not count
 ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{[a-z]*\}")
 WORD = re.compile(
     r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|log|exp)(?![A-Za-z]))[A-Za-z]{3}|\b(?:and|if|is|no|of|or)\b|^[A-Za-z]{2}$"
@@ -135,7 +137,7 @@ def formulas(answer: str, expected: str) -> tuple[str, str] | None:
     """Return an answer and the expected one as LaTeX for computer algebra, or None if `is_same` knows better.
 
     It does for words, choices and two numbers; and for differences that algebra would overlook: units, indices as in
-    52_8, and the brackets of lists.
+    52_8, the brackets of lists, and repeated elements.
     """
     kinds = kind_of_answer(answer), kind_of_answer(expected)
     if not {*kinds} <= {"number", "expression"} or kinds == ("number", "number"):
@@ -144,10 +146,17 @@ def formulas(answer: str, expected: str) -> tuple[str, str] | None:
     if "=" not in answer or "=" not in expected:
         answer, expected = _value(answer), _value(expected)
     units = {unit[0] for text in (answer, expected) if (unit := UNIT.search(text))}
-    lists = [items.brackets if (items := _items(text)) else "" for text in (answer, expected)]
+    lists = [_items(text) or Items("", []) for text in (answer, expected)]
     if len(units) > 1 or re.search(r"\d_", answer + expected) or ("=" in answer and "=" not in expected):
         return None
-    return (UNIT.sub("", answer), UNIT.sub("", expected)) if lists[0] == lists[1] else None
+    if lists[0].brackets != lists[1].brackets or any(map(_repeats, lists)):
+        return None
+    return UNIT.sub("", answer), UNIT.sub("", expected)
+
+
+def _repeats(items: Items) -> bool:
+    """Whether an element occurs twice where order does not count."""
+    return items.brackets in UNORDERED and len({*map(str.strip, items.texts)}) < len(items.texts)
 
 
 def _joined(text: str) -> str:
@@ -265,10 +274,10 @@ def _split(text: str) -> list[str] | None:
 
 
 def _are_items(answer: Items | None, expected: Items) -> bool:
-    """Whether two lists have the same brackets and elements, in any order in sets."""
+    """Whether two lists have the same brackets and elements, in any order in sets and without brackets."""
     if answer is None or answer.brackets != expected.brackets or len(answer.texts) != len(expected.texts):
         return False
-    if expected.brackets != "{}":
+    if expected.brackets not in UNORDERED:
         return all(map(is_same, answer.texts, expected.texts))
     left = answer.texts
     for text in expected.texts:

@@ -46,11 +46,18 @@ class Sudoku4(GeneratedTask):
     def key(self, row: dict[str, Any]) -> Hashable:
         return row["metadata"]["problem"]
 
+    def answer(self, response: str) -> str | None:
+        """Return the last 16 digits of a response, or None if it has fewer."""
+        digits = re.findall(r"\d", final_answer(response))[-(SIZE**2) :]
+        return "".join(digits) if len(digits) == SIZE**2 else None
+
     def score(self, row: PlacedRow, response: str) -> float:
         """Return 1 if the last 16 digits of the answer are a solution that keeps the givens."""
-        digits = np.array([int(digit) for digit in re.findall(r"\d", final_answer(response))[-(SIZE**2) :]])
+        if (answer := self.answer(response)) is None:
+            return 0.0
+        digits = np.array([*map(int, answer)])
         problem = np.array([int(digit) for digit in row.row["metadata"]["problem"].replace("\n", "")])
-        if len(digits) < SIZE**2 or (digits != problem)[problem > 0].any():
+        if (digits != problem)[problem > 0].any():
             return 0.0
         return float((solutions() == digits).all(1).any())
 

@@ -9,19 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from threading import Lock
 
 SECONDS = 5  # of CPU time, so that a busy machine does not change a verdict
 MEMORY = 4 * 2**30
-
-
-def installed() -> str | None:
-    """Return the version of math-verify, or None without it."""
-    try:
-        return version("math-verify")
-    except PackageNotFoundError:
-        return None
 
 
 class Symbolic:

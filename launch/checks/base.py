@@ -36,6 +36,7 @@ class Result(NamedTuple):
 
 
 ok, warn, fail, skip = (partial(Result, status) for status in ("ok", "warn", "FAIL", "skip"))
+NOT_SAMPLED = skip("answers of a causal model are not sampled by unmasking")
 
 
 class Check(NamedTuple):

@@ -14,7 +14,7 @@ from data.terminal import announced, printable
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.generate import generate
 from diffllm.lora import base_name
-from launch.checks.base import Result, Run, fail, ok, skip, warn
+from launch.checks.base import NOT_SAMPLED, Result, Run, fail, ok, skip, warn
 from launch.checks.rows import row_of
 from trainer.build import build_optimizer, set_lr
 from trainer.distributed import device_memory
@@ -106,7 +106,7 @@ def first_loss(run: Run) -> Iterator[Result]:
         nll = torch.cat([run.objective.loss(run.model, batch).nll for batch in run.micro_batches]).mean().item()
     reshard(run.model)
     chance = math.log(run.model.vocab_size)
-    text = f"{nll:.2f} nats a masked token, a guess has ln({run.model.vocab_size:,}) = {chance:.2f}"
+    text = f"{nll:.2f} nats a trained token, a guess has ln({run.model.vocab_size:,}) = {chance:.2f}"
     if not math.isfinite(nll):
         yield fail(text, "trainer.precision=fp32; else the checkpoint is broken")
     elif run.config.model.path is None and abs(nll / chance - 1) > FROM_SCRATCH:
@@ -187,6 +187,9 @@ def memorisation(run: Run) -> Iterator[Result]:
 
 def generation(run: Run) -> Iterator[Result]:
     """A response to a prompt of the rows is sampled; it is not empty, ends, and does not repeat one token."""
+    if run.config.diffusion.causal:
+        yield NOT_SAMPLED
+        return
     prepared = next((run.prepared[name] for name in ("validation", "training") if name in run.prepared), None)
     if prepared is None:
         yield skip("data.streaming=true without data.val_files: no prompt to answer")

@@ -12,7 +12,7 @@ from data.report import MANY, Report
 from data.tasks import tasks_of
 from data.template import texts_of
 from diffllm.tokenizer import check_tokenizer
-from launch.checks.base import Result, Run, fail, ok, skip, warn
+from launch.checks.base import NOT_SAMPLED, Result, Run, fail, ok, skip, warn
 from trainer.config import check_rows
 from trainer.distributed import Distributed
 from trainer.preview import token_table
@@ -112,7 +112,7 @@ def validation(run: Run) -> Iterator[Result]:
     check_rows(run.config, run.steps or 0, held_out is not None)
     ValSamples(run.shape, run.tokenizer, held_out, run.config, Distributed(0, run.ranks, run.device))
     if held_out is None:
-        advice = "data.val_split=0.02 holds out training rows, data.val_files=[FILE] names others"
+        advice = "data.val_split=0.02 holds out training rows, data.val_files=FILE names others"
         yield warn("no validation rows: overfitting will not show", advice)
     elif trained is None:
         yield skip("data.streaming=true: the rows that are trained on are not known yet")
@@ -140,7 +140,7 @@ def batch(run: Run) -> Iterator[Result]:
         text = f"diffusion.objective={run.config.diffusion.objective} masks tokens that are not trained on"
         yield fail(text, "correct its `corrupt`", details=details)
     else:
-        masked, trained = int(row["masked"].sum()), int(row["maskable"].sum())
+        masked, trained = int((row["x_t"] != row["input_ids"]).sum()), int(row["maskable"].sum())
         yield ok(f"{masked} of {trained} trained tokens are masked in this draw", details=details)
 
 
@@ -152,6 +152,9 @@ def row_of(run: Run) -> Batch:
 
 def canvas(run: Run) -> Iterator[Result]:
     """The canvas that responses are sampled on is as long as the responses of the rows."""
+    if run.config.diffusion.causal:
+        yield NOT_SAMPLED
+        return
     report = next((run.prepared[name].report for name in ("validation", "training") if name in run.prepared), None)
     if report is None:
         yield skip("data.streaming=true: the rows are not read yet")

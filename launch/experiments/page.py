@@ -11,6 +11,7 @@ import torch
 
 from data.errors import nearest
 from data.storage import whole_file
+from trainer.distributed import device_name
 from trainer.manifest import versions
 
 PAGE = Path(__file__).with_name("README.md")
@@ -54,8 +55,7 @@ def circumstances() -> str:
     if gpus := torch.cuda.device_count():
         device = f"{gpus} × {torch.cuda.get_device_name()}"
     else:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        device = f"{os.cpu_count()} cores of {found[1] if found else 'an unnamed CPU'}"
+        device = f"{os.cpu_count()} cores of {device_name(torch.device('cpu'))}"
     return ", ".join([device, *(f"{name} {number}" for name, number in versions().items())])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from data.config import TaskConfig
 from data.tasks.equations import Equations
 from diffllm import new_model
 from diffllm.tokenizer import builtin_tokenizer
@@ -46,6 +47,14 @@ def test_rows_of_files_of_all_kinds(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "openai/gsm8k", "openai/gsm8k/main:test"])
 def test_rows_of_files_elsewhere_are_unknown(name):
     assert count_rows(files_of(name)) is None
+
+
+def test_rows_of_tasks_are_neither_made_nor_downloaded(tmp_path):
+    config = Config(task=TaskConfig(["countdown"], train_rows=10**9))
+    assert count_rows(config) == 10**9
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(ROW)}\n" * 7)
+    assert count_rows(Config(task=TaskConfig(["gsm8k"], {"gsm8k": str(tmp_path)}))) == 7
+    assert count_rows(Config(task=TaskConfig(["equations", "math"]))) is None
 
 
 def test_steps():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.compare import compare, main, mcnemar
+from launch.compare import compare_results, main, mcnemar
 from launch.results import interval
 from trainer.config import Config, to_dict
 
@@ -53,7 +53,7 @@ def test_large_counts_do_not_overflow():
 def test_what_differs_comes_before_the_scores(tmp_path, capsys):
     a = write(tmp_path / "a" / "evaluation.json", {"t": [True] * 8 + [False] * 2}, sampling__steps=4)
     b = write(tmp_path / "b" / "other.json", {"t": [True, *[False] * 8, True], "u": [True]}, trainer__max_steps=3)
-    compare([str(tmp_path / "a"), b])
+    compare_results([str(tmp_path / "a"), b])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"A  {tmp_path / 'a'}", f"B  {b}"]
     place = lines.index("")
@@ -65,13 +65,13 @@ def test_what_differs_comes_before_the_scores(tmp_path, capsys):
     ]  # fmt: skip
     assert lines[-1].startswith("t, A and B: of the same 10 questions only the first solved 7, only the second 1;")
     assert lines[-1].endswith(f"p = {mcnemar(7, 1):.2g}")
-    compare([a, a])
+    compare_results([a, a])
     assert "no setting, version, digest or device differs" in capsys.readouterr().out
 
 
 def test_other_questions_are_not_paired(tmp_path, capsys):
     files = [write(tmp_path / f"{digest}.json", {"t": [True]}, digest) for digest in ("a", "b", "b")]
-    compare(files)
+    compare_results(files)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["rows", "of", "t", "a", "b", "b"] for line in lines)
     assert [line for line in lines if "no paired test" in line] == [
@@ -83,13 +83,13 @@ def test_other_questions_are_not_paired(tmp_path, capsys):
 @pytest.mark.parametrize("count", [1, 27])
 def test_a_wrong_number_of_results(count):
     with pytest.raises(ValueError, match=f"^{count} results: give 2 to 26"):
-        compare(["a.json"] * count)
+        compare_results(["a.json"] * count)
 
 
 def test_no_common_task(tmp_path):
     files = [write(tmp_path / f"{task}.json", {task: [True]}) for task in ("t", "u")]
     with pytest.raises(ValueError, match=r"no task is in two .*t\.json has t; .*u\.json has u"):
-        compare(files)
+        compare_results(files)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from diffllm.generate import Response
-from launch import compare_sampling, comparison
-from launch.compare_sampling import compare
+from launch import compare_sampling, sampling_page
+from launch.compare_sampling import compare_strategies
 from tests.conftest import GOLDEN
 from tests.data.rows import write
 
@@ -34,7 +34,7 @@ def run(small_model, tokenizer, monkeypatch, tmp_path):
     def start(*arguments: str) -> tuple[bool, list]:
         asked.clear()
         own = [] if any("temperature" in each for each in arguments) else ["sampling.temperature=0"]
-        done = compare([*shared, "sampling.batch_size=3", *own, *arguments])
+        done = compare_strategies([*shared, "sampling.batch_size=3", *own, *arguments])
         return done, [*asked]
 
     start.directory = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_settings_of_the_checkpoint_are_taken(run, tmp_path, capsys):
 
 
 def test_without_matplotlib_a_line_says_what_is_missing(run, monkeypatch, capsys):
-    monkeypatch.setattr(comparison, "find_spec", lambda _: None)
+    monkeypatch.setattr(sampling_page, "find_spec", lambda _: None)
     assert run("sampling.steps=3")[0]
     assert "diffllm[plot]" in capsys.readouterr().err
     assert not (run.directory / "comparison.png").exists()
@@ -131,10 +131,28 @@ def test_wrong_arguments(run, argument, message):
     assert not run.directory.exists()
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("task=[rows,gsm8k]", r"task\.name=\['rows', 'gsm8k'\]: .* one task"),
+        ("task=gsm8k", r"data\.val_files=.* with task\.name=\['gsm8k'\]"),
+    ],
+)
+def test_a_strategy_answers_one_task(run, argument, message):
+    with pytest.raises(ValueError, match=message):
+        run(argument)
+
+
+def test_several_ranks_are_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"for one rank.*python -m launch\.compare_sampling"):
+        run("sampling.steps=3")
+
+
 def test_a_model_is_sampled(small_model, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(compare_sampling, "load_for_sampling", lambda _: (small_model, tokenizer))
     shared = [f"model.path={GOLDEN / 'dream_tiny'}", "data.subset=3", f"trainer.output_dir={tmp_path}"]
     choices = ["sampling=default,fast,llada", "sampling.max_new_tokens=4", f"--config-dir={tmp_path}"]
-    assert compare([*shared, *choices])
+    assert compare_strategies([*shared, *choices])
     rows = csv.DictReader((tmp_path / "results.csv").open())
     assert [row["sampling"] for row in rows] == ["default", "fast", "llada"]

@@ -257,6 +257,39 @@ def test_an_interruption_names_the_score_so_far(several, monkeypatch):
     assert stopped.value.args[:2] == ("equations: 1 of 2 right so far", "choice: 0 of 1 right so far")
 
 
+def test_an_evaluation_is_not_resumed_on_another_device_or_version(several, monkeypatch):
+    def interrupted(*_):
+        yield Response(0, "7", 1, 1, 1.0, True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(several)
+    versions = evaluation.versions()
+    assert "ranks" not in result(several, "evaluation.json.partial/run.json")
+    monkeypatch.setattr(evaluation, "versions", lambda: versions | {"torch": "9"})
+    monkeypatch.setattr(evaluation, "device_name", lambda _: "another")
+    with pytest.raises(ValueError, match=r"device was .* and is another; version of torch was .* and is 9\. Give"):
+        evaluation.evaluate(several)
+
+
+def test_a_reference_without_an_answer_is_counted_and_one_with_more_is_kept(
+    small_model, tokenizer, tmp_path, monkeypatch, capsys
+):
+    references = [r"As 1+1 is two, \boxed{2}.", "2", "First this,\nthen that."]
+    rows = [{"prompt": "?", "response": reference} for reference in references]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data=DataConfig(val_files=[str(tmp_path / "test.jsonl")]))
+    config.trainer.output_dir = str(tmp_path / "run")
+    monkeypatch.setattr(evaluation, "load_for_sampling", lambda *_: (small_model, tokenizer))
+    monkeypatch.setattr(engine, "generate", lambda *_: (Response(i, "2", 1, 1, 1.0, True) for i in range(3)))
+    evaluation.evaluate(config)
+    assert capsys.readouterr().out.startswith("rows: 1 of 3 references state no answer")
+    answers = result(config)["answers"]["rows"]
+    assert [answer["expected"] for answer in answers] == ["2", "2", references[2]]
+    assert [answer.get("reference") for answer in answers] == [references[0], None, None]
+
+
 def test_responses_without_an_answer_are_named(several, monkeypatch, capsys):
     monkeypatch.setattr(engine, "generate", lambda *_: (Response(i, " ", 4, 1, 4.0, False) for i in range(2)))
     evaluation.evaluate(several)

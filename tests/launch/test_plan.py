@@ -197,6 +197,11 @@ def test_a_directory_says_its_shape_itself(run):
     assert f"shape from {GOLDEN / 'llada_tiny'}/config.json" in out
 
 
+def test_rows_of_a_task_that_are_not_here_are_named(run):
+    _, out, _ = run("model=tiny", "task=gsm8k", "gpu=4090")
+    assert "(not on this machine: the rows of gsm8k)" in out
+
+
 def test_a_causal_directory_is_planned_as_it_is_adapted(tmp_path, tokenizer):
     source = write_decoder("qwen2", tmp_path, tokenizer, vocab_size=len(tokenizer))
     _, config, _ = read_arguments([f"model.path={source}", "model.mask_token=NOISE", "data.max_length=64"])

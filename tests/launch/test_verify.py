@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
 
+from diffllm.diffusion.causal import CausalConfig
 from diffllm.generate import Response
 from launch.checks import CHECKS, machine, model
 from launch.checks.base import Check, Run
@@ -106,6 +107,11 @@ def test_a_red_check_ends_in_1_and_skips_those_that_need_it(command):
     assert [status[name] for name in ("packages", "shape", "memory", "memorising")] == ["ok", "FAIL", "skip", "skip"]
     assert "help: the model is refused" in out
     assert "next:" not in out
+
+
+def test_several_ranks_are_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command() == (1, "")
 
 
 @pytest.mark.parametrize("argument", ["tokens=-1", "train=maybe", "optim.lrr=1"])
@@ -328,6 +334,17 @@ def test_an_objective_that_masks_nothing_or_the_prompt(one, where):
     result = one("batch", masked)
     assert result.status == "FAIL"
     assert result.details.row_count
+
+
+def test_a_causal_run_masks_nothing_and_is_not_sampled(one):
+    def causal(run):
+        run.config.diffusion = CausalConfig()
+
+    for name in ("canvas", "generation"):
+        result = one(name, causal)
+        assert (result.status, result.text) == ("skip", "answers of a causal model are not sampled by unmasking")
+    assert re.match(r"0 of [1-9]\d* trained tokens are masked", one("batch", causal).text)
+    assert one("first loss", causal).status == "ok"
 
 
 def test_a_canvas_of_another_length_than_the_responses(one):

@@ -137,6 +137,9 @@ def test_a_task_gives_the_training_rows(tmp_path, tokenizer):
         "problems of task.name=sudoku4 that cannot be used": 1,
         "problems of task.name=sudoku4 that are test rows too": 3,
     }
+    report = prepared["validation"].report
+    assert (report.read, report.kept) == (4, 3)
+    assert report.dropped["problems of task.name=sudoku4 that cannot be used"].count == 1
     data.on_bad_row = "error"
     with pytest.raises(ValueError, match=r"test\.jsonl:4"):
         build_batches(Config(data=data, task=task), tokenizer, layout, noise, noise)

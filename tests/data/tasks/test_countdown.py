@@ -68,6 +68,14 @@ def test_a_response_solves_the_problem_or_not(response, score):
     assert Countdown().score(ROW, response) == score
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [("<think>1+2</think>79 − 44 or (79-44)+15 = 50", "(79-44)+15"), ("I do not know", None), ("50", None)],
+)
+def test_the_answer_is_the_last_expression(response, answer):
+    assert Countdown().answer(response) == answer
+
+
 def test_a_fraction_may_occur_on_the_way():
     row = PlacedRow({"metadata": {"numbers": [3, 2, 8], "target": 12}}, "row 1")
     assert Countdown().score(row, "3/2*8") == 1

@@ -44,6 +44,7 @@ def test_scores(response, right, similarity):
         ({"suffix": 3}, "field 'suffix' must be text, not int"),
         ({"middle": None}, "field 'middle' must be text, not null"),
         ({"middle": ""}, "field 'middle' is empty"),
+        ({"middle": " \n"}, "field 'middle' is empty"),
         ({"suffix": "<|mask:3|>"}, "would be taken for a slot"),
     ],
 )

@@ -31,7 +31,7 @@ def judge(request, monkeypatch):
     if request.param == "math-verify":
         pytest.importorskip("math_verify", reason="formulas are compared by math-verify")
     else:
-        monkeypatch.setattr(math, "installed", lambda: None)
+        monkeypatch.setattr(math, "installed", lambda _: None)
         monkeypatch.setattr(math, "Symbolic", lambda: None)
     return request.param
 
@@ -63,6 +63,23 @@ def test_the_answer_is_found_in_the_reference(tmp_path, judge, row, expected):
     assert task.expected(placed) == expected
     assert task.score(placed, f"<think>5</think>\nSo it is \\boxed{{{expected}}}.") == 1
     assert task.score(placed, "\\boxed{5}") == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("-2, 1", 1), ("x=1 or x=-2", 1), ("1, -2", 1), ("1, 1, -2", 0), ("(1,-2)", 0), ("1", 0)],
+)
+def test_math_verify_changes_no_verdict_on_a_list_of_numbers(tmp_path, judge, response, right):
+    task, [row] = rows_of(tmp_path, {"problem": "?", "answer": "1,-2"})
+    assert task.score(row, rf"\boxed{{{response}}}") == right
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [("so x = 3", "x = 3"), ("Eve wins.", "Eve wins."), ("Sorry, but I can not tell you.", None), (r"\boxed{3", None)],
+)
+def test_a_long_text_is_no_answer(response, answer):
+    assert Math().answer(f"<think>hm</think>{response}") == answer
 
 
 def test_rows_are_chats_to_train_on(tmp_path):

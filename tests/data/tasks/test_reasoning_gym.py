@@ -27,6 +27,13 @@ def test_generated_tasks_with_their_verifiers(task):
         assert row["difficulty"] > 0
 
 
+def test_the_judge_names_the_library_of_the_verifiers(monkeypatch):
+    monkeypatch.setattr("data.tasks.rows.installed", {"reasoning-gym": "9"}.get)
+    assert Rows().judge == "strict normaliser, reasoning-gym 9"
+    monkeypatch.setattr("data.tasks.rows.installed", {}.get)
+    assert Rows().judge == "strict normaliser"
+
+
 def test_another_solution_is_right_too():
     pytest.importorskip("reasoning_gym", reason="generated tasks need reasoning-gym")
     row = next(generated_rows("countdown", 1, seed=3)).row

@@ -57,3 +57,8 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
 )
 def test_a_response_solves_the_problem_or_not(response, score):
     assert Sudoku4().score(ROW, response) == score
+
+
+def test_the_answer_is_the_last_16_digits():
+    responses = ("The 4x4 grid is\n1423\n2341\n3214\n4132", "I do not know", "1423\n2341\n3214")
+    assert [Sudoku4().answer(response) for response in responses] == ["1423234132144132", None, None]

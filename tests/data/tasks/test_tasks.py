@@ -148,6 +148,14 @@ def test_a_reference_is_a_solution_or_free_text(row, response, right):
     assert Rows().score(placed, response) == right
 
 
+def test_a_reference_that_states_no_answer_is_told_from_others():
+    made = {"prompt": "?", "response": "1+1", "source": "reasoning_gym/countdown"}
+    rows = [PlacedRow(row, "rows:1") for row in (SOLUTION, PROSE, PROSE | made)]
+    assert [Rows().states_answer(row) for row in rows] == [True, False, True]
+    judged = type("Judged", (Equations,), {"score": lambda *_: 1.0})
+    assert [task.states_answer(rows[1]) for task in (Equations(), judged())] == [False, True]
+
+
 def test_shares_without_an_answer_are_of_what_is_judged():
     responses = ("<think>1</think>x = 3", "Paris", "<think>1", r"\boxed{3", "")
     assert [Equations().answer(response) for response in responses] == ["x = 3", None, None, None, None]
