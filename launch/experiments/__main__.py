@@ -14,7 +14,7 @@ from pathlib import Path
 from data.terminal import Parser, ending_in_one_line, printable
 from launch import ROOT
 from launch.cli import check_arguments, quote_text, task_choices
-from launch.experiments.sweep import add_options, check, summarise
+from launch.experiments.sweep import add_options, check_options, summarise
 
 # Options of the summary by the names of the experiments that need some.
 SWEEPS = {
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         vars(options).update(SWEEPS.get(options.name, {}))
         own = [f"--config-dir={options.config_dir}"] if options.config_dir else []
         settings = [f"experiment=[{options.recipe},{options.name}]", *options.settings]
-        check(options)
+        check_options(options)
         check_arguments([*own, *map(quote_text, settings)])
         if options.evaluate and not options.metric:
             _check_one_task(options.settings)

@@ -29,7 +29,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--readme", metavar="NAME", help="also write region NAME of launch/experiments/README.md")
 
 
-def check(options: Namespace) -> None:
+def check_options(options: Namespace) -> None:
     """Refuse options that a summary could not follow.
 
     Raises:
@@ -48,9 +48,9 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
         options: of `add_options`.
 
     Raises:
-        ValueError: no job has finished, or see `check`, `score` and `compare`.
+        ValueError: no job has finished, or see `check_options`, `score` and `compare`.
     """
-    check(options)
+    check_options(options)
     jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
     rows = results(directory)
     if options.evaluate:
