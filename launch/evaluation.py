@@ -4,19 +4,20 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import differences, listed
 from data.storage import read_object, whole_file
 from data.tasks.base import Task
 from data.terminal import printable
-from diffllm import DiffLLM
 from diffllm.generate import Response
 from launch.results import FILE, identity, interval, score_table
 from trainer.build import load_for_sampling
@@ -46,24 +47,12 @@ def evaluate(config: Config) -> None:
             for task in tasks:
                 _name_odd_rows(task, questions[task.name])
         given = (config, tasks, questions, model, tokenizer, distributed)
-        manifest = distributed.on_main(lambda: _manifest(*given))
-        if distributed.on_main(lambda: _is_done(path, manifest)):
+        depends = distributed.on_main(lambda: manifest(*given))
+        if distributed.on_main(lambda: _is_done(path, depends)):
             return
         judge = Judge(tasks, questions)
-
-        def write(answers: dict[str, Answers]) -> None:
-            scores, judged = {}, {}
-            for task in tasks:
-                scores[task.name], judged[task.name] = judge.scores(task, answers[task.name])
-                _show(task, questions[task.name], judged[task.name])
-            record = {"scores": scores, **manifest, "answers": judged}
-            _keep_other(path, manifest)
-            with whole_file(path) as file:
-                file.write(json.dumps(record, indent=2) + "\n")
-            _print(scores, config)
-            print(printable(f"every setting, version and answer: {path}"))
-
-        sampled = (questions, model, tokenizer, config.sampling, path, identity(manifest), distributed)
+        sampled = (questions, model, tokenizer, config.sampling, path, identity(depends), distributed)
+        write = partial(write_result, config, judge, depends)
         try:
             answer_all(*sampled, write, judge.so_far, config.task.mc_num)
         except KeyboardInterrupt as error:
@@ -142,11 +131,30 @@ class Judge:
         }, records
 
 
-def _manifest(
+def write_result(config: Config, judge: Judge, depends: dict[str, Any], answers: Mapping[str, Answers]) -> None:
+    """Judge the answers to all tasks. Write `trainer.output_dir`/evaluation.json and print its scores.
+
+    Args:
+        depends: `manifest` of the answers.
+        answers: by task.
+    """
+    path, scores, judged = Path(config.trainer.output_dir) / FILE, {}, {}
+    for name, task in judge.tasks.items():
+        scores[name], judged[name] = judge.scores(task, answers[name])
+        _show(task, judge.questions[name], judged[name])
+    record = {"scores": scores, **depends, "answers": judged}
+    _keep_other(path, depends)
+    with whole_file(path) as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+    _print(scores, config)
+    print(printable(f"every setting, version and answer: {path}"))
+
+
+def manifest(
     config: Config,
     tasks: Sequence[Task],
     questions: Mapping[str, Sequence[Question]],
-    model: DiffLLM,
+    model: Module,
     tokenizer: PreTrainedTokenizerBase,
     distributed: Distributed,
 ) -> dict[str, Any]:
@@ -172,30 +180,30 @@ def _name_odd_rows(task: Task, questions: Sequence[Question]) -> None:
         print(f"{task.name}: {free} of {len(questions)} references state no answer and are compared as whole texts")
 
 
-def _is_done(path: Path, manifest: dict[str, Any]) -> bool:
+def _is_done(path: Path, depends: dict[str, Any]) -> bool:
     """Whether a file has this evaluation; then print its scores."""
-    if not path.exists() or _differences(path, manifest):
+    if not path.exists() or _differences(path, depends):
         return False
     print(printable(f"{path} has this evaluation already; delete it to run it again"))
     print(score_table(([name], scores) for name, scores in read_object(path)["scores"].items()))
     return True
 
 
-def _differences(path: Path, manifest: dict[str, Any]) -> list[str]:
+def _differences(path: Path, depends: dict[str, Any]) -> list[str]:
     saved = read_object(path)
-    if not manifest.keys() <= saved.keys():
+    if not depends.keys() <= saved.keys():
         return ["an older version wrote it"]
-    return differences(identity(saved), identity(manifest))
+    return differences(identity(saved), identity(depends))
 
 
-def _keep_other(path: Path, manifest: dict[str, Any]) -> None:
+def _keep_other(path: Path, depends: dict[str, Any]) -> None:
     """Rename the file of another evaluation, if there is one, to evaluation.N.json."""
     if not path.exists():
         return
     number = 1
     while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1
-    found = listed(_differences(path, manifest))
+    found = listed(_differences(path, depends))
     path.rename(kept)
     print(printable(f"{path} held another evaluation, which is now {kept}: {found}"))
 

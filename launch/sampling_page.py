@@ -124,21 +124,15 @@ def report(
     command = f"`{shlex.join(['python', '-m', 'launch.compare_sampling', *arguments])}`"
     shared = [f"{name}: {value}" for name, value in {**origin, **shared_settings(combinations)}.items()]
     text = "\n\n".join([command, "; ".join(shared), markdown(lines), *summary, *errors])
-    drawn = directory / "comparison.png"
+    shown = "![accuracy against speed and forwards](comparison.png)" if picture else ""
     with whole_file(directory / "comparison.md") as file:
-        file.write(f"# {title}\n\n{text}\n\n{_shown(drawn) if picture else ''}\n")
-    pictures = [drawn]
-    if region:
-        pictures.append(PAGE.with_name(f"{region}.png"))
-        write_region(region, f"{text}\n\n{_shown(pictures[-1]) if picture else ''}", PAGE)
-    for path in pictures if picture else []:
-        with whole_file(path, "wb") as file:
+        file.write(f"# {title}\n\n{text}\n\n{shown}\n")
+    if picture:
+        with whole_file(directory / "comparison.png", "wb") as file:
             file.write(picture)
+    if region:
+        write_region(region, text, picture, "png", PAGE)
     print(printable(f"also in {directory}, as JSON, CSV, Markdown{' and PNG' if picture else ''}"))
-
-
-def _shown(picture: Path) -> str:
-    return f"![accuracy against speed and forwards]({picture.name})"
 
 
 def shared_settings(combinations: Sequence[Combination]) -> dict[str, Any]:

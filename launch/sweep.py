@@ -50,8 +50,12 @@ def recorded() -> Iterator[tuple[Path, dict[str, Any]]]:
         The directory, and the record, in which the block replaces `error`.
     """
     hydra, start = HydraConfig.get(), time.perf_counter()
-    directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    job = {"job": hydra.job.num, "overrides": overrides, "exit_code": None, "seconds": None, "error": "did not finish"}
+    directory = Path(hydra.runtime.output_dir)
+    given = {
+        "overrides": list(hydra.overrides.task),
+        "config_dirs": [each.path for each in hydra.runtime.config_sources if each.provider == "command-line"],
+    }
+    job = {"job": hydra.job.num, **given, "exit_code": None, "seconds": None, "error": "did not finish"}
     write_object(directory / "job.json", job)
     try:
         yield directory, job
@@ -71,8 +75,7 @@ def train_job(debug: bool) -> float | None:
         environment.pop("HYDRA_FULL_ERROR", None)  # the sweep's own setting
     with recorded() as (directory, job):
         output_dir = QuotedString(str(directory), Quote.single).with_quotes()
-        own = [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
-        options = [option for path in own for option in ("--config-dir", path)]
+        options = [option for path in job["config_dirs"] for option in ("--config-dir", path)]
         # An experiment that is a sweep would start another.
         arguments = [*options, *job["overrides"], "hydra.mode=RUN", f"trainer.output_dir={output_dir}"]
         log = directory / "output.log"

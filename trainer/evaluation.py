@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import Module
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -138,7 +139,7 @@ def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> l
 
 
 def origin_of(
-    tasks: Mapping[str, Sequence[Question]], config: SamplingConfig, model: DiffLLM, tokenizer: PreTrainedTokenizerBase
+    tasks: Mapping[str, Sequence[Question]], config: SamplingConfig, model: Module, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """What responses depend on, by names for errors: digests of rows, weights and tokenizer; sampling settings.
 

@@ -10,7 +10,7 @@ from launch.experiments.page import markdown, pyplot, svg
 
 Row = dict[str, Any]  # of launch.sweep.results
 
-HIGHER = ("exact_match", "val/accuracy", "val/masked_accuracy", "tokens_per_forward")  # is better
+HIGHER = ("exact_match", "accuracy", "masked_accuracy", "tokens_per_forward")  # is better, also of a task or validation
 SEED = "seed"
 WHOLE = ("tokens", "parameters", "seconds")  # shown as whole numbers
 SHOWN = ("exact_match", "nfe", *WHOLE)  # beside the metric and the validation's
@@ -30,6 +30,11 @@ class Comparison:
     metric: str
     groups: dict[tuple[str, ...], list[Row]]
 
+    @property
+    def higher(self) -> bool:
+        """Whether a higher metric is better."""
+        return self.metric.rpartition("/")[2] in HIGHER
+
     def estimates(self, metric: str) -> dict[tuple[str, ...], Estimate | None]:
         """Mean of a metric over the seeds, None where no job has it."""
         found = {key: [row.get(metric) for row in rows] for key, rows in self.groups.items()}
@@ -39,7 +44,7 @@ class Comparison:
     def ranking(self) -> list[tuple[str, ...]]:
         """Settings from the best to the worst."""
         found = {key: value.mean for key, value in self.estimates(self.metric).items() if value is not None}
-        return sorted(found, key=found.__getitem__, reverse=self.metric in HIGHER)
+        return sorted(found, key=found.__getitem__, reverse=self.higher)
 
     def label(self, key: Sequence[str]) -> str:
         """Settings as they are typed."""
@@ -52,7 +57,7 @@ class Comparison:
             for key in (better, worse)
         ]
         pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
-        sign = 1 if self.metric in HIGHER else -1
+        sign = 1 if self.higher else -1
         return estimate([sign * (first - second) for first, second in pairs]) if pairs else None
 
 
@@ -63,7 +68,7 @@ def compare(rows: Sequence[Row], metric: str | None = None) -> Comparison:
         metric: by default exact_match where all jobs were scored, else the first validation metric, else train/loss.
 
     Raises:
-        ValueError: every job failed, or none has the metric.
+        ValueError: every job failed, none has the metric, or several tasks were scored and none is chosen.
     """
     done = [row for row in rows if not row["error"]]
     if not done:
@@ -89,6 +94,8 @@ def validated(row: Row) -> str | None:
 def _metric(rows: Sequence[Row]) -> str:
     if all("exact_match" in row for row in rows):
         return "exact_match"
+    if scored := dict.fromkeys(name for row in rows for name in row if name.endswith("/exact_match")):
+        raise ValueError(f"several tasks were scored: choose one by --metric {' or --metric '.join(scored)}")
     return validated(rows[0]) or "train/loss"
 
 

@@ -1,9 +1,10 @@
-"""Regions of a page that commands write, and the words that their results need."""
+"""Device and versions for captions, Markdown tables, SVG, regions of a page."""
 
 import io
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,23 @@ from trainer.manifest import versions
 PAGE = Path(__file__).with_name("README.md")
 
 
-def write_region(name: str, text: str, page: Path) -> None:
-    """Replace the text between `<!-- NAME -->` and `<!-- end -->`.
+def write_region(name: str, text: str, picture: bytes | None, suffix: str, page: Path) -> None:
+    """Replace the text between `<!-- NAME -->` and `<!-- end -->`, and the picture below it.
+
+    Args:
+        picture: content of NAME.SUFFIX beside the page, with `_` for spaces; None leaves the text alone.
 
     Raises:
         ValueError: the page has no such region.
     """
     before, after = split_at(name, page)
-    with whole_file(page) as file:
-        file.write(f"{before}\n{text.strip()}\n\n{after}")
+    if picture is not None:
+        file = page.with_name(f"{name.replace(' ', '_')}.{suffix}")
+        text = f"{text.strip()}\n\n![{name}]({file.name})"
+        with whole_file(file, "wb") as content:
+            content.write(picture)
+    with whole_file(page) as content:
+        content.write(f"{before}\n{text.strip()}\n\n{after}")
 
 
 def split_at(name: str, page: Path) -> tuple[str, str]:
@@ -59,16 +68,20 @@ def circumstances() -> str:
     return ", ".join([device, *(f"{name} {number}" for name, number in versions().items())])
 
 
-def pyplot() -> Any:
-    """The module of matplotlib, set to draw the same bytes from the same numbers.
+def check_plot() -> None:
+    """Refuse to summarise without the packages of the extra plot.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: one is not installed.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'diffllm[plot]'") from error
+    if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
+        raise ValueError(f"pictures and intervals need {' and '.join(missing)}: pip install 'diffllm[plot]'")
+
+
+def pyplot() -> Any:
+    """The module of matplotlib, set to draw the same bytes from the same numbers."""
+    from matplotlib import pyplot
+
     pyplot.rcParams["svg.hashsalt"] = "experiments"
     return pyplot
 

@@ -16,7 +16,7 @@ from diffllm.checkpoint_source import CheckpointSource
 from diffllm.loading import decoder_on_meta
 from launch.experiments import comparison, curves
 from launch.experiments.comparison import Row
-from launch.experiments.page import PAGE, circumstances, split_at, write_region
+from launch.experiments.page import PAGE, check_plot, circumstances, split_at, write_region
 from launch.experiments.scoring import score
 from launch.sweep import results
 
@@ -29,6 +29,17 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--readme", metavar="NAME", help="also write region NAME of launch/experiments/README.md")
 
 
+def check_options(options: Namespace) -> None:
+    """Refuse options that a summary could not follow.
+
+    Raises:
+        ValueError: see `check_plot` and `split_at`.
+    """
+    check_plot()
+    if options.readme:
+        split_at(options.readme, PAGE)
+
+
 def summarise(directory: Path, command: str, options: Namespace) -> str:
     """Write the summary of a sweep, and return it.
 
@@ -37,10 +48,9 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
         options: of `add_options`.
 
     Raises:
-        ValueError: no job has finished, or see `score`, `compare` and `split_at`.
+        ValueError: no job has finished, or see `check_options`, `score` and `compare`.
     """
-    if options.readme:
-        split_at(options.readme, PAGE)
+    check_options(options)
     jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
     rows = results(directory)
     if options.evaluate:
@@ -61,13 +71,10 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
     text, picture = "\n\n".join(parts), kind.draw(*content)
     with whole_file(directory / "summary.md") as file:
         file.write(f"{text}\n\n![summary](summary.svg)\n")
-    drawn = [directory / "summary.svg"]
+    with whole_file(directory / "summary.svg", "wb") as file:
+        file.write(picture)
     if options.readme:
-        drawn.append(PAGE.with_name(f"{options.readme.replace(' ', '_')}.svg"))
-        write_region(options.readme, f"{text}\n\n![{options.readme}]({drawn[-1].name})", PAGE)
-    for path in drawn:
-        with whole_file(path, "wb") as file:
-            file.write(picture)
+        write_region(options.readme, text, picture, "svg", PAGE)
     return text
 
 

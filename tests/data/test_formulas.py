@@ -5,10 +5,11 @@ import json
 import resource
 
 import pytest
+from omegaconf import OmegaConf
 
 from data.curation import Expression
 from data.evaluator import METHODS
-from tests.conftest import no_longer_than
+from tests.conftest import ROOT, no_longer_than
 
 ROW = {
     "question": "a b " * 50_000,
@@ -135,3 +136,11 @@ def test_errors_of_the_interpreter_are_of_the_row(error, monkeypatch):
     monkeypatch.setattr(formula._evaluator, "eval", fail)
     with pytest.raises(ValueError, match=rf"^rows:1: data\.difficulty='n > 1': {error.__name__}"):
         formula(ROW, "rows:1")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_kept"), [(None, False), ("USACO", True), ("a/livecodebench", True), ("math", False)]
+)
+def test_rows_of_code_may_have_no_source(source, is_kept):
+    formula = OmegaConf.load(ROOT / "conf" / "data" / "s1k_code.yaml").filter
+    assert Expression(formula, "data.filter", bool)({"source": source}, "rows:1") == is_kept

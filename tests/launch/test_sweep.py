@@ -28,7 +28,7 @@ def local(monkeypatch, tmp_path):
         file.write_text(
             f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\n"
             "from hydra.core.override_parser.overrides_parser import OverridesParser\n"
-            "overrides = OverridesParser.create().parse_overrides(sys.argv[2:])\n"
+            "overrides = OverridesParser.create().parse_overrides([each for each in sys.argv[2:] if '=' in each])\n"
             f"directory = Path(overrides[-1].value())\n{code}\n"
         )
         file.chmod(0o755)
@@ -110,6 +110,17 @@ def test_an_experiment_may_be_a_sweep(script, local):  # noqa: F811
     ]
     assert {each[0] for each in given} == {"optim.lr=1e-06", "optim.lr=2e-06", "optim.lr=5e-06"}
     assert f"python -m launch.experiments.sweep {sweep}" in out.splitlines()[-1]
+
+
+def test_a_job_gets_and_records_choices_of_ones_own(script, local, tmp_path):  # noqa: F811
+    local("(directory / 'given').write_text(json.dumps(sys.argv[2:]))")
+    (own := tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (own / "small.yaml").write_text("# @package _global_\nseed: 3\n")
+    code, _, err = script("train.py", "--config-dir=mine", "-m", "experiment=small", "optim.lr=1e-3")
+    assert (code, err) == (0, "")
+    [job] = (tmp_path / "multirun").glob("*/0")
+    assert json.loads((job / "given").read_text())[:2] == ["--config-dir", str(own.parent)]
+    assert json.loads((job / "job.json").read_text())["config_dirs"] == [str(own.parent)]
 
 
 def test_a_failed_job_does_not_stop_the_others(script, local, tmp_path):  # noqa: F811

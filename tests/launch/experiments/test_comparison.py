@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.experiments.comparison import compare, draw, table, verdict
+from launch.experiments.comparison import Comparison, compare, draw, table, verdict
 from launch.sweep import results
-from tests.launch.experiments.sweeps import write_jobs
+from tests.launch.experiments.sweeps import write_jobs, write_scores
 
 LR, EPOCHS = ("optim.lr=1e-3", "optim.lr=2e-3"), ("trainer.total_epochs=2", "trainer.total_epochs=5")
 
@@ -53,12 +53,31 @@ def test_one_seed_is_named_as_chance(tmp_path):
 def test_accuracy_is_better_when_it_is_higher(tmp_path):
     sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, 3.0, 4.0, seeds=2))
     for job, right in enumerate((0.9, 0.8, 0.5, 0.6)):
-        scores = f'{{"scores": {{"exact_match": {right}, "nfe": 3.0, "tokens_per_forward": 1.0}}}}'
-        (sweep / str(job) / "evaluation.json").write_text(scores)
+        write_scores(sweep / str(job), equations=right)
     comparison = compare(results(sweep))
     assert (comparison.metric, comparison.ranking()[0]) == ("exact_match", ("1e-3",))
     assert comparison.margin(("1e-3",), ("2e-3",)).mean == pytest.approx(0.3)
     assert compare(results(sweep), "val/elbo").ranking()[0] == ("1e-3",)
+
+
+def test_several_tasks_are_judged_by_one(tmp_path):
+    sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, seeds=1))
+    for job, right in enumerate((0.2, 0.8)):
+        write_scores(sweep / str(job), equations=right, rows=1 - right)
+    with pytest.raises(ValueError, match=r"--metric equations/exact_match or --metric rows/exact_match"):
+        compare(results(sweep))
+    comparison = compare(results(sweep), "equations/exact_match")
+    assert comparison.ranking() == [("2e-3",), ("1e-3",)]
+    assert comparison.margin(("2e-3",), ("1e-3",)).mean == pytest.approx(0.6)
+    assert compare(results(sweep), "rows/exact_match").ranking()[0] == ("1e-3",)
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [("val/elbo", False), ("val/accuracy", True), ("rows/tokens_per_forward", True), ("rows/nfe", False)],
+)
+def test_which_metrics_are_better_when_higher(metric, higher):
+    assert Comparison([], metric, {}).higher == higher
 
 
 def test_failed_jobs_are_left_out(tmp_path):

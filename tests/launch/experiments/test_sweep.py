@@ -1,6 +1,5 @@
 """The summary of a sweep, its page, and the commands that the page names."""
 
-import json
 import re
 import shlex
 from argparse import ArgumentParser
@@ -9,10 +8,11 @@ import pytest
 
 from launch.cli import check_arguments
 from launch.experiments import __main__ as experiments
+from launch.experiments import page as page_of
 from launch.experiments import sweep
 from launch.experiments.page import PAGE, split_at
 from launch.experiments.sweep import add_options, main, summarise
-from tests.launch.experiments.sweeps import write_jobs, write_metrics
+from tests.launch.experiments.sweeps import write_jobs, write_metrics, write_scores
 
 SWEEP = [(["optim.lr=1e-3", "seed=0"], 2.0), (["optim.lr=2e-3", "seed=0"], None), (["optim.lr=3e-3", "seed=0"], 1.0)]
 
@@ -54,8 +54,7 @@ def test_models_are_scored_if_asked(tmp_path, monkeypatch):
 
     def score(job):
         scored.append(job.name)
-        scores = {"exact_match": int(job.name) / 10, "nfe": 1.0, "tokens_per_forward": 1.0}
-        (job / "evaluation.json").write_text(json.dumps({"scores": scores}))
+        write_scores(job, equations=int(job.name) / 10)
 
     monkeypatch.setattr(sweep, "score", score)
     assert "`optim.lr=3e-3` with exact_match 0.2" in summarise(directory, "COMMAND", options("--evaluate"))
@@ -111,6 +110,38 @@ def test_an_experiment_trains_and_summarises(started, capsys):
     assert "`python -m launch.experiments sweep_lr quickstart seed=0,1` on" in capsys.readouterr().out
 
 
+def test_choices_of_ones_own_are_passed_on(started, capsys, tmp_path):
+    (own := tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\n")
+    _, command = started(SWEEP, 1, "--config-dir=mine", "mine", "quickstart")
+    assert command[2:5] == ["--config-dir=mine", "-m", "experiment=[quickstart,mine]"]
+    assert "`python -m launch.experiments --config-dir=mine mine quickstart` on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep_lrs", "quickstart"], "experiment=sweep_lrs: .*sweep_lr"),
+        (["sweep_lr", "quick_start"], "experiment=quick_start: .*quickstart"),
+        (["sweep_lr", "quickstart", "optim.lrs=1"], "optim.lrs=1: .*optim.lr"),
+        (["ar_vs_diffusion", "quickstart", "task=[gsm8k,math]"], "--metric gsm8k/exact_match"),
+        (["sweep_lr", "quickstart", "--readme", "no"], "no region no"),
+    ],
+)
+def test_mistakes_are_found_before_the_sweep(arguments, message, monkeypatch):
+    monkeypatch.setattr(experiments.subprocess, "run", None)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        experiments.main(arguments)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_a_missing_package_is_found_before_the_sweep(package, monkeypatch):
+    monkeypatch.setattr(experiments.subprocess, "run", None)
+    monkeypatch.setattr(page_of, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(SystemExit, match=rf"{package}: pip install 'diffllm\[plot\]'"):
+        experiments.main(["sweep_lr", "quickstart"])
+
+
 def test_an_interrupted_experiment_is_not_summarised(started, capsys):
     assert started(SWEEP, 130, "sweep_lr", "quickstart")[0] == 130
     assert capsys.readouterr().out == ""
@@ -121,7 +152,9 @@ COMMANDS = re.findall(r"^python -m launch\.experiments (.*)$", PAGE.read_text(),
 
 
 def test_each_experiment_has_a_section_with_its_command():
-    assert {*experiments.SWEEPS} - SECTIONS.keys() == {"ablate_equations"}  # beside ablate_data
+    names = {command.split()[0] for command in COMMANDS}
+    assert names >= experiments.SWEEPS.keys()
+    assert names - SECTIONS.keys() == {"ablate_equations"}  # beside ablate_data
     for name, section in SECTIONS.items():
         [block] = re.findall(r"```bash\n(.*?)```", section, re.S)
         assert name in block
@@ -135,7 +168,6 @@ def test_each_experiment_has_a_section_with_its_command():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_page_are_accepted(command):
     name, recipe, *settings = shlex.split(command)
-    assert name in experiments.SWEEPS
     check_arguments([f"experiment=[{recipe},{name}]", *settings])
     if recipe == "quickstart":
         before, after = split_at(f"{name} {recipe}", PAGE)
