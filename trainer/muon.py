@@ -22,7 +22,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(Optimizer):
     """Optimizes matrices by Muon and other groups of parameters by AdamW.
 
-    A sharded matrix is gathered, so that its update does not depend on the layout.
+    Sharded matrices are gathered, so that an update does not depend on the layout. There are as many at once as ranks,
+    and each rank orthogonalises one of them.
 
     Args:
         matrices: [M, N] each, of the layers: no embedding and no head.
@@ -48,23 +49,39 @@ class Muon(Optimizer):
         group, *others = self.param_groups
         self._adamw.param_groups, self._adamw.state = others, self.state  # which load_state_dict replaces
         self._adamw.step()
-        for matrix in group["params"]:
-            if matrix.grad is None:
-                continue
-            if "momentum_buffer" not in self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-            momentum = self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
-            update = _sharded(matrix.grad.lerp(momentum, MOMENTUM))  # Nesterov's
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(update, alpha=-group["lr"] * RMS * sqrt(max(matrix.shape)))
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        at_once = _shards(matrices[0]) if matrices else 1
+        for start in range(0, len(matrices), at_once):
+            some = matrices[start : start + at_once]
+            for matrix, update in zip(some, _orthogonalised([*map(self._momentum, some)]), strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * RMS * sqrt(max(matrix.shape)))
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
+        """Nesterov's momentum, after the gradient has been added to it."""
+        if "momentum_buffer" not in self.state[matrix]:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum = self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
+        return matrix.grad.lerp(momentum, MOMENTUM)
 
 
-def _sharded(update: Tensor) -> Tensor:
-    """Orthogonalise an update, gathered if it is sharded."""
-    if not isinstance(update, DTensor):
-        return orthogonalise(update)
-    whole = orthogonalise(update.full_tensor())
-    return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+def _shards(matrix: Tensor) -> int:
+    """Ranks that share the work on matrices; 1 if a rank works alone, or with copies of the shards (HSDP)."""
+    return matrix.device_mesh.size() if isinstance(matrix, DTensor) and matrix.device_mesh.ndim == 1 else 1
+
+
+def _orthogonalised(updates: list[Tensor]) -> list[Tensor]:
+    """Orthogonalise updates, of sharded ones the i-th on rank i."""
+    if not isinstance(updates[0], DTensor):
+        return [*map(orthogonalise, updates)]
+    whole, mesh = [update.full_tensor() for update in updates], updates[0].device_mesh
+    shared = _shards(updates[0]) > 1
+    for i in [mesh.get_local_rank()] if shared else range(len(whole)):
+        whole[i : i + 1] = [orthogonalise(each) for each in whole[i : i + 1]]
+    return [
+        distribute_tensor(each, mesh, update.placements, src_data_rank=i if shared else None)
+        for i, (each, update) in enumerate(zip(whole, updates, strict=True))
+    ]
 
 
 def orthogonalise(update: Tensor) -> Tensor:

@@ -96,8 +96,9 @@ def test_muon_trains_on_any_layout_and_resumes(small_run, train_on_two_ranks):
     assert before != losses(train(small_run("plain")))
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     assert losses(train(small_run("one", **muon))) == before
-    train_on_two_ranks([small_run("two", **muon)])
-    assert losses(run.parent / "two") == pytest.approx(before, rel=1e-4)
+    train_on_two_ranks([small_run("two", **muon), small_run("copies", trainer__replicate=2, **muon)])
+    for layout in ("two", "copies"):
+        assert losses(run.parent / layout) == pytest.approx(before, rel=1e-4)
 
 
 @pytest.mark.slow
