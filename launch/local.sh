@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: launch/local.sh train.py experiment=quickstart …
-# One rank a GPU, for as many of them as divide the batch, or two CPU ranks without a GPU; RANKS=N overrides.
+# One rank a GPU, for as many of them as divide the batch, or one on all CPU cores without a GPU; RANKS=N overrides.
 # RESTARTS=N restarts the ranks up to N times when one of them dies; they resume from the newest checkpoint.
 set -euo pipefail
 python=${PYTHON:-python}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 if [[ -z ${RANKS:-} && $gpus -gt 1 && $(basename "$1") == train.py ]]; then
     ranks=$("$python" -m launch.ranks "$gpus" "${@:2}")
 fi

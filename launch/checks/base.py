@@ -23,7 +23,7 @@ from trainer.distributed import Distributed
 from trainer.parallel import shard
 
 FEW = 4  # rows that the model is tried on
-CPU_RANKS = 2  # that launch/local.sh starts without a GPU
+CPU_RANKS = 1  # that launch/local.sh starts without a GPU
 
 
 class Result(NamedTuple):
