@@ -1,6 +1,7 @@
 """The model `diffllm` of lm-eval, on tasks in local files."""
 
 import json
+import logging
 import runpy
 import sys
 from functools import partial
@@ -54,7 +55,8 @@ NAMES = [f"local_{name}" for name in TASKS]
 
 
 @pytest.fixture(autouse=True)
-def _warnings_of_this_test(caplog):
+def _warnings_of_this_test(caplog, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # handlers of other tests write to streams that are closed
     lm_eval.utils.warning_once.cache_clear()
     caplog.set_level("WARNING", logger=harness.logger.name)  # Hydra leaves the root logger at ERROR
 

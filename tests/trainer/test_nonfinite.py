@@ -123,6 +123,7 @@ def test_too_many_skips_end_the_run(small_run, fails):
         train(small_run(**settings(trainer__nonfinite="skip", trainer__max_nonfinite_steps=0)))
 
 
+@pytest.mark.slow
 def test_replay_from_the_command_line(small_run, fails, tmp_path):
     fails("loss")
     with pytest.raises(FloatingPointError):

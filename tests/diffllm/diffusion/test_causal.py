@@ -114,6 +114,7 @@ def test_sums_and_denominators_of_parts_add_up(small_model):
     assert OBJECTIVE.metrics([30.0, 5.0, 10.0]) == {"nll": 3.0, "perplexity": math.exp(3.0), "accuracy": 0.5}
 
 
+@pytest.mark.slow
 def test_it_trains_the_same_in_any_layout(causal_run, train_on_two_ranks):
     one = train(causal_run("one"))
     changes = {"data__train_batch_size": 8, "data__micro_batch_size_per_gpu": 2}

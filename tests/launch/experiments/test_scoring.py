@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 from data.tasks.equations import Equations
 from diffllm.diffusion.causal import CausalConfig
 from diffllm.tokenizer import load_tokenizer
-from launch.compare import compare
+from launch.compare import compare_results
 from launch.experiments import scoring
 from launch.experiments.scoring import score
 from launch.results import read_result
@@ -60,7 +60,7 @@ def test_both_kinds_of_results_compare(job, capsys):
         run = job(objective)
         score(run)
         runs.append(run.rename(run.with_name(objective)))
-    compare([*map(str, runs)])
+    compare_results([*map(str, runs)])
     said = capsys.readouterr().out
     assert "of the same 6 questions" in said
     assert "greedy" in next(line for line in said.splitlines() if line.startswith("sampling.alg"))
