@@ -37,7 +37,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 except ImportError as error:
-    needed = "launch.lm_eval needs lm-eval: pip install 'diffllm[lm_eval]'"
+    needed = "launch.lm_eval needs lm-eval: pip install 'diffllm[lm-eval]'"
     if __name__ == "__main__":
         sys.exit(f"error: {needed}")
     raise ImportError(needed) from error

@@ -19,7 +19,7 @@ from sampling import SamplingConfig, sample, score
 from tests.conftest import ROOT
 from tests.trainer.processes import TORCHRUN, Run
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'diffllm[lm_eval]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'diffllm[lm-eval]'")
 
 import lm_eval.tasks
 import lm_eval.utils
@@ -210,7 +210,7 @@ def test_an_unknown_task_is_one_error(command, checkpoint):
 def test_without_lm_eval(monkeypatch):
     monkeypatch.delitem(sys.modules, "launch.lm_eval")
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    with pytest.raises(SystemExit, match=r"^error: .*diffllm\[lm_eval\]"):
+    with pytest.raises(SystemExit, match=r"^error: .*diffllm\[lm-eval\]"):
         runpy.run_module("launch.lm_eval", run_name="__main__")
 
 
