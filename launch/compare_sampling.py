@@ -124,7 +124,7 @@ def origin_of_all(
     questions: Sequence[Question],
     config: SamplingConfig,
 ) -> dict[str, Any]:
-    """What all results of a directory have in common, by names for errors."""
+    """Return the model, digests, versions and device of all results of a directory, by names for errors."""
     origin = origin_of({task.name: questions}, config, model, tokenizer)
     return {
         "model.path": path,

@@ -158,7 +158,7 @@ def manifest(
     tokenizer: PreTrainedTokenizerBase,
     distributed: Distributed,
 ) -> dict[str, Any]:
-    """What scores depend on, and all settings."""
+    """Return the settings, digests, judges, versions and device of an evaluation."""
     bounds = {"task.mc_num": config.task.mc_num} if any(task.kind != "generate" for task in tasks) else {}
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return {

@@ -40,7 +40,7 @@ def read_result(place: str) -> dict[str, Any]:
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answers of a result and their scores depend on, by names for errors."""
+    """Return the digests, judges, versions and device of a result, by names for errors."""
     versions = {f"version of {name}": value for name, value in record["versions"].items()}
     judges = {f"judge of {name}": value for name, value in record["judges"].items()}
     return record["origin"] | judges | versions | {name: record[name] for name in ("device", "dtype")}

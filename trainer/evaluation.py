@@ -141,7 +141,7 @@ def questions_of(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> l
 def origin_of(
     tasks: Mapping[str, Sequence[Question]], config: SamplingConfig, model: Module, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """What responses depend on, by names for errors: digests of rows, weights and tokenizer; sampling settings.
+    """Return digests of rows, weights and tokenizer, and the sampling settings, by names for errors.
 
     The digest of a task's rows does not depend on the tokenizer, that of its rows in tokens does.
 

@@ -39,7 +39,8 @@ class Muon(Optimizer):
         weight_decay: float,
         **settings: Any,
     ):
-        self._adamw = AdamW(others, lr=lr, **settings)
+        # LoRA trains matrices alone, and AdamW takes no empty list.
+        self._adamw = AdamW(others or [{"params": []}], lr=lr, **settings)
         group = {"params": list(matrices), "weight_decay": weight_decay}
         super().__init__([group, *self._adamw.param_groups], {"lr": lr})
 

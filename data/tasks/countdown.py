@@ -47,7 +47,9 @@ class Countdown(GeneratedTask):
             raise ValueError(
                 f"{place}: a row of countdown needs input='15,44,79,50', the target last, or numbers and target"
             ) from error
-        return _row(numbers, target, str(row.get("output", "")).replace(",", "\n"))
+        if len(numbers) < 2:
+            raise ValueError(f"{place}: a problem of countdown needs two numbers or more, and its target")
+        return _row(numbers, target, (row.get("output") or "").replace(",", "\n"))
 
     def key(self, row: dict[str, Any]) -> Hashable:
         return (*sorted(row["metadata"]["numbers"]), row["metadata"]["target"])

@@ -210,7 +210,7 @@ def _unit(after: str, most: int | None) -> str | None:
 
 
 def _are_words(text: str) -> bool:
-    """Whether a text has only words and units, none of which makes another number of the one beside it."""
+    """Whether a text has only words and units, without those of CHANGES."""
     text = re.sub(r"(?<=[A-Za-z])\^-?\d\b", "", text)
     words = filter(None, (word.strip("()'\"") for word in re.split(r"[\s,:;/-]+", text)))
     return all(re.fullmatch(r"[A-Za-z']{3,}|" + SHORT.pattern, word) and not CHANGES.fullmatch(word) for word in words)

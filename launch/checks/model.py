@@ -66,7 +66,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _too_large(run: Run, training: bool) -> str | None:
-    """Why the model, or its training, does not fit one rank of this machine; None if it does."""
+    """Return why the model or its training does not fit one rank, or None."""
     state = state_memory(run.shape, run.config, 1, run.device)
     needed = state.total if training else state.weights + state.gathered
     available = device_memory(torch.device("cpu") if run.config.trainer.cpu_offload else run.device)
@@ -145,7 +145,7 @@ def gradient(run: Run) -> Iterator[Result]:
 
 
 def _not_trained(run: Run) -> str | None:
-    """Why no step is tried here; None if one is."""
+    """Return why no training step is tried, or None."""
     return _too_large(run, training=True) if run.train else "train=false"
 
 

@@ -92,7 +92,7 @@ def test_slurm_requeues_what_was_preempted_not_what_failed(slurm, preempted, req
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("saved", [True, False])
 def test_slurm_requeues_before_the_time_limit_once_it_is_saved(slurm, saved):
     slurm.stand_in("srun", f"trap 'exit {int(not saved)}' USR1; touch ~/started; while :; do sleep 0.1; done")
     process = slurm.start(ROOT / "launch" / "slurm.sbatch")

@@ -89,6 +89,18 @@ def test_a_step_is_that_of_torch(small_model):
         torch.testing.assert_close(one - first, other - first, rtol=0.02, atol=0.02 * (one - first).abs().max().item())
 
 
+def test_muon_may_have_all_parameters_or_none(small_model):
+    """LoRA trains matrices of the layers alone; a run may also train only the head."""
+    for trained in (muon_matrices(small_model), [small_model.lm.lm_head.weight]):
+        small_model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+            parameter.grad = torch.ones_like(parameter)
+        before = [parameter.detach().clone() for parameter in trained]
+        build_optimizer(small_model, OptimConfig(name="muon")).step()
+        assert not any(torch.equal(*pair) for pair in zip(before, trained, strict=True))
+
+
 def test_muon_trains_on_any_layout_and_resumes(small_run, train_on_two_ranks):
     muon = {"optim__name": "muon", "trainer__save_checkpoint_steps": 6}
     run = train(small_run("one", **muon))
