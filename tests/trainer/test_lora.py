@@ -185,3 +185,10 @@ def test_a_run_with_defaults_keeps_the_recommendation_of_its_checkpoint(small_ru
     config.sampling.alg = "topk_margin"
     changed = json.loads((train(config) / "hf" / "generation_config.json").read_text())
     assert (changed["alg"], changed.get("temperature")) == ("topk_margin", None)
+
+
+def test_muon_trains_adapters_and_resumes(lora_run):
+    run = train(lora_run("muon", optim__name="muon"))
+    before = losses(run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    assert losses(train(lora_run("muon", optim__name="muon"))) == before
