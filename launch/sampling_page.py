@@ -17,6 +17,8 @@ from launch.pareto import AXES, Point, draw, front
 from launch.results import interval
 from sampling import SamplingConfig
 
+DIGITS = {"tokens_per_second": 0, "nfe": 1}  # after the point
+
 
 @dataclass
 class Combination:
@@ -68,8 +70,7 @@ def cells(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[list[str
             texts = [
                 f"{row['accuracy']:.1%}",
                 f"{row['low']:.1%} to {row['high']:.1%}",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['nfe']:.1f}",
+                *(f"{row[axis]:,.{digits}f}" for axis, digits in DIGITS.items()),
                 f"{row['tokens_per_forward']:.2f}",
                 row["front"].replace("tokens_per_second", "tokens/s"),
             ]
@@ -82,7 +83,7 @@ def front_lines(points: Sequence[Point]) -> list[str]:
     return [
         f"Front of accuracy and {AXES[axis]}: "
         + " · ".join(
-            f"{', '.join(each.values) or 'the only one'} ({each.accuracy:.1%}, {getattr(each, axis):,.4g})"
+            f"{', '.join(each.values) or 'the only one'} ({each.accuracy:.1%}, {getattr(each, axis):,.{DIGITS[axis]}f})"
             for each in front(points, axis)
         )
         for axis in AXES

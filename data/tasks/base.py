@@ -172,6 +172,16 @@ class Task(ABC):
             )
         return file
 
+    def test_file(self, split: Literal["train", "test"]) -> str:
+        """Return the name of the rows of a task that has test rows only.
+
+        Raises:
+            ValueError: the split is train, or see `file`.
+        """
+        if split == "train":
+            raise ValueError(f"task.name={self.name}: it has test rows only; name rows to train on in data.train_files")
+        return self.file()
+
 
 def installed(package: str) -> str | None:
     """Return the version of a package, or None without it."""

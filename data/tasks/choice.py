@@ -20,11 +20,9 @@ class Choice(Task):
         """Return the rows of `task.files.choice`.
 
         Raises:
-            ValueError: the split is train, no file is given, or see `read`.
+            ValueError: see `test_file` and `read`.
         """
-        if split == "train":
-            raise ValueError("task.name=choice: it has test rows only; name rows to train on in data.train_files")
-        return self.read([self.file()])
+        return self.read([self.test_file(split)])
 
     def messages(self, row: PlacedRow) -> list[Message]:
         """Return the prompt of a row as chat messages; the options are not listed in it.

@@ -22,11 +22,9 @@ class Infill(Task):
         """Return the rows of `task.files.infill`.
 
         Raises:
-            ValueError: the split is train, no file is given, or see `read`.
+            ValueError: see `test_file` and `read`.
         """
-        if split == "train":
-            raise ValueError("task.name=infill: it has test rows only; name rows to train on in data.train_files")
-        return self.read([self.file()])
+        return self.read([self.test_file(split)])
 
     def template(self, row: PlacedRow, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return prefix, slot and suffix. The slot has the length of the row's `slot`, else of `task.slot`.

@@ -10,7 +10,8 @@ from launch.experiments.page import markdown, pyplot, svg
 
 Row = dict[str, Any]  # of launch.sweep.results
 
-HIGHER = ("exact_match", "accuracy", "masked_accuracy", "tokens_per_forward")  # is better, also of a task or validation
+SHARES = ("exact_match", "accuracy", "masked_accuracy")  # shown in percent; also of a task or validation
+HIGHER = (*SHARES, "tokens_per_forward")  # is better
 SEED = "seed"
 WHOLE = ("tokens", "parameters", "seconds")  # shown as whole numbers
 SHOWN = ("exact_match", "nfe", *WHOLE)  # beside the metric and the validation's
@@ -107,28 +108,39 @@ def table(comparison: Comparison) -> str:
     columns = {name: comparison.estimates(name) for name in names}
     head = [*comparison.axes, "seeds", *names]
     lines = [
-        [*key, len(group), *(_cell(name, column[key]) for name, column in columns.items())]
+        [*key, len(group), *(found[key] and _text(name, found[key]) for name, found in columns.items())]
         for key, group in comparison.groups.items()
     ]
     return markdown([head, *lines])
 
 
-def _cell(name: str, value: Estimate | None) -> str | None:
-    return value and (f"{value.mean:,.0f}" if name in WHOLE else str(value))
+def _text(metric: str, value: Estimate, unit: str = " %") -> str:
+    """A value of a metric.
+
+    Args:
+        unit: of a share.
+    """
+    if _is_share(metric):
+        return value.percent() + unit
+    return f"{value.mean:,.0f}" if metric in WHOLE else str(value)
+
+
+def _is_share(metric: str) -> bool:
+    return metric.rpartition("/")[2] in SHARES
 
 
 def verdict(comparison: Comparison) -> str:
     """Name the best settings, and say whether their margin over the next exceeds the spread over the seeds."""
     best, *others = comparison.ranking()
     value = comparison.estimates(comparison.metric)[best]
-    line = f"{comparison.metric} {value} over {_seeds(value.count)}."
+    line = f"{comparison.metric} {_text(comparison.metric, value)} over {_seeds(value.count)}."
     if not others:
         return line
     line = f"Best: `{comparison.label(best)}` with {line}"
     margin, other = comparison.margin(best, others[0]), comparison.label(others[0])
     if margin is None:
         return f"{line} The next, `{other}`, shares no seed with it."
-    line = f"{line} Its margin over the next, `{other}`, is {margin}"
+    line = f"{line} Its margin over the next, `{other}`, is {_text(comparison.metric, margin, ' points')}"
     if margin.half is None:
         return f"{line} with one seed, which may be chance: repeat with seed=0,1,2."
     clear = margin.mean > margin.half
@@ -151,6 +163,8 @@ def draw(comparison: Comparison) -> bytes:
         line = tuple(f"{comparison.axes[i]}={key[i]}" for i in axes if i != across)
         if found[key] is not None:
             lines.setdefault(line, []).append((place, found[key]))
+    from matplotlib.ticker import PercentFormatter
+
     figure, plot = pyplot().subplots(figsize=(7, 3.5), layout="constrained")
     for line, points in lines.items():
         places, means = zip(*((place, point.mean) for place, point in points), strict=True)
@@ -160,6 +174,8 @@ def draw(comparison: Comparison) -> bytes:
         plot.set_xticks(range(len(values[across])), values[across], rotation=15 if len(values[across]) > 4 else 0)
         plot.set_xlabel(comparison.axes[across])
     plot.set_ylabel(comparison.metric)
+    if _is_share(comparison.metric):
+        plot.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:
         plot.legend()
     return svg(figure)

@@ -16,6 +16,10 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:.4g}" if self.half is None else f"{self.mean:.4g} ± {self.half:.2g}"
 
+    def percent(self) -> str:
+        """A share without its sign %."""
+        return f"{100 * self.mean:.1f}" if self.half is None else f"{100 * self.mean:.1f} ± {100 * self.half:.1f}"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean of at least one value, with its interval."""

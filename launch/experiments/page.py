@@ -1,7 +1,6 @@
 """Device and versions for captions, Markdown tables, SVG, regions of a page."""
 
 import io
-import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -64,7 +63,8 @@ def circumstances() -> str:
     if gpus := torch.cuda.device_count():
         device = f"{gpus} × {torch.cuda.get_device_name()}"
     else:
-        device = f"{os.cpu_count()} cores of {device_name(torch.device('cpu'))}"
+        threads = torch.get_num_threads()
+        device = f"{threads} thread{'s' * (threads > 1)} on {device_name(torch.device('cpu'))}"
     return ", ".join([device, *(f"{name} {number}" for name, number in versions().items())])
 
 

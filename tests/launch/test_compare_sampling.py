@@ -56,7 +56,7 @@ def test_a_grid_is_answered_and_its_front_named(run, capsys):
     assert [row["nfe"] for row in rows] == ["3", "6", "3", "6"]
     assert ["nfe" in row["front"] for row in rows] == [True, False, True, False]
     assert float(rows[0]["low"]) < 0.75 < float(rows[0]["high"])
-    assert "Front of accuracy and forwards an answer (nfe): entropy, 3 (75.0%, 3)" in capsys.readouterr().out
+    assert "Front of accuracy and forwards an answer (nfe): entropy, 3 (75.0%, 3.0)" in capsys.readouterr().out
     page = (run.directory / "comparison.md").read_text()
     assert "\n| entropy | 3 | 75.0% |" in page
     assert "; sampling.top_p: 0.95; sampling.batch_size: 3\n" in page

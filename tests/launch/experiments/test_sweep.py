@@ -57,7 +57,7 @@ def test_models_are_scored_if_asked(tmp_path, monkeypatch):
         write_scores(job, equations=int(job.name) / 10)
 
     monkeypatch.setattr(sweep, "score", score)
-    assert "`optim.lr=3e-3` with exact_match 0.2" in summarise(directory, "COMMAND", options("--evaluate"))
+    assert "`optim.lr=3e-3` with exact_match 20.0 %" in summarise(directory, "COMMAND", options("--evaluate"))
     assert scored == ["0", "2"]
 
 
