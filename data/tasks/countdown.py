@@ -2,6 +2,9 @@
 
 The published sets (arXiv 2410.14157) have rows such as {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, with
 the target last. Dream-7B is evaluated on such problems (arXiv 2508.15487).
+
+The thinking of a problem with three numbers has the results of every pair of them and the target. A result of two
+numbers that is also one of the third and the target solves the problem.
 """
 
 import ast
@@ -9,11 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Hashable
 from fractions import Fraction
+from itertools import combinations
 from operator import add, mul, sub, truediv
 from random import Random
 from typing import Any
 
-from data.chat import final_answer
+from data.chat import final_answer, with_thinking
 from data.readers import PlacedRow
 from data.tasks.generated import GeneratedTask
 
@@ -71,22 +75,36 @@ def _combine(numbers: list[int], random: Random) -> tuple[int, list[str]]:
     """Join two random numbers by a random sign until one is left. Return it, and the steps."""
     pool, steps = list(numbers), []
     while len(pool) > 1:
-        y, x = sorted(random.sample(pool, 2))
+        x, y = (pool[i] for i in sorted(random.sample(range(len(pool)), 2)))
         sign = random.choice("+-*/")
-        if sign == "/" and (y == 0 or x % y):
-            continue
-        z = {"+": x + y, "-": x - y, "*": x * y, "/": x // max(y, 1)}[sign]
-        if z <= LARGEST:
+        z = _results(x, y)[sign]
+        if z is not None:
             pool.remove(x)
             pool.remove(y)
             pool.append(z)
+            if sign in "-/":
+                x, y = max(x, y), min(x, y)
             steps.append(f"{x}{sign}{y}={z}")
     return pool[0], steps
 
 
-def _row(numbers: list[int], target: int, response: str) -> dict[str, Any]:
+def _results(x: int, y: int) -> dict[str, int | None]:
+    """Results by the four signs, of the larger and the smaller number; None if it is no whole number, or too large."""
+    x, y = max(x, y), min(x, y)
+    results = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if y and x % y == 0 else None}
+    return {sign: None if z is None or z > LARGEST else z for sign, z in results.items()}
+
+
+def _row(numbers: list[int], target: int, steps: str) -> dict[str, Any]:
     prompt = f"Make {target} from {','.join(map(str, numbers))}"
+    response = with_thinking(_thinking(numbers, target), steps) if steps and len(numbers) == 3 else steps
     return {"prompt": prompt, "response": response, "metadata": {"numbers": numbers, "target": target}}
+
+
+def _thinking(numbers: list[int], target: int) -> str:
+    """Results of every pair, such as 44,15:+59-29*660/0. They have the same number of tokens: 0 stands for none."""
+    pairs = [(x, y, _results(x, y)) for x, y in combinations([*numbers, target], 2)]
+    return "\n".join(f"{x},{y}:{''.join(f'{sign}{z or 0}' for sign, z in found.items())}" for x, y, found in pairs)
 
 
 def _makes(equations: list[tuple[str, int]], numbers: list[int], target: int) -> bool:

@@ -151,15 +151,17 @@ def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def draw(comparison: Comparison) -> bytes:
-    """The metric over the axis with the most values, one line for each value of the others, as SVG."""
+def draw(comparison: Comparison) -> bytes | None:
+    """SVG of the metric over the most varied axis, a line for each value of the others. None for one setting."""
     keys, axes = list(comparison.groups), range(len(comparison.axes))
+    if len(keys) == 1:
+        return None
     values = [list(dict.fromkeys(key[i] for key in keys)) for i in axes]
-    across = max(axes, key=lambda i: len(values[i]), default=None)
+    across = max(axes, key=lambda i: len(values[i]))
     found = comparison.estimates(comparison.metric)
     lines: dict[tuple[str, ...], list[tuple[int, Estimate]]] = {}
     for key in keys:
-        place = 0 if across is None else values[across].index(key[across])
+        place = values[across].index(key[across])
         line = tuple(f"{comparison.axes[i]}={key[i]}" for i in axes if i != across)
         if found[key] is not None:
             lines.setdefault(line, []).append((place, found[key]))
@@ -170,10 +172,11 @@ def draw(comparison: Comparison) -> bytes:
         places, means = zip(*((place, point.mean) for place, point in points), strict=True)
         bars = [point.half or 0 for _, point in points]
         plot.errorbar(places, means, bars, fmt="o-" if len(lines) > 1 else "o", capsize=4, label=" ".join(line) or None)
-    if across is not None:
-        plot.set_xticks(range(len(values[across])), values[across], rotation=15 if len(values[across]) > 4 else 0)
-        plot.set_xlabel(comparison.axes[across])
-    plot.set_ylabel(comparison.metric)
+    plot.set_xticks(range(len(values[across])), values[across])
+    if len(values[across]) > 4:
+        plot.tick_params("x", rotation=15)
+    plot.margins(x=0.1)
+    plot.set(xlabel=comparison.axes[across], ylabel=comparison.metric)
     if _is_share(comparison.metric):
         plot.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:

@@ -77,6 +77,8 @@ def verdict(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> str:
 
 def draw(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> bytes:
     """The mean curve of each setting, between the lowest and highest seed, as SVG. A dot marks its lowest value."""
+    from matplotlib.ticker import NullFormatter
+
     figure, plot = pyplot().subplots(figsize=(7, 3.5), layout="constrained")
     for key, each in found.items():
         values = np.stack([curve.values for curve in each])
@@ -86,5 +88,8 @@ def draw(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> bytes:
         plot.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
         plot.plot(epochs[mean.argmin()], mean.min(), "o", color=line.get_color())
     plot.set(xlabel="epoch", ylabel="nats a token", xscale="log", yscale="log")
+    for axis in (plot.xaxis, plot.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}" if axis is plot.yaxis else NullFormatter())
     plot.legend()
     return svg(figure)

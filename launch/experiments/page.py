@@ -43,10 +43,10 @@ def split_at(name: str, page: Path) -> tuple[str, str]:
         ValueError: the page has no such region.
     """
     content = page.read_text(encoding="utf-8")
+    names = [found for found in re.findall(r"<!-- (.+) -->", content) if found != "end"]
     before, start, rest = content.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
-    if not end:
-        names = [found for found in re.findall(r"<!-- (.+) -->", content) if found != "end"]
+    if not end or name not in names:
         raise ValueError(f"{page}: no region {name}; {nearest(name, names)}. Add <!-- {name} -->, <!-- end -->")
     return before + start, end + after
 

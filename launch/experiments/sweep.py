@@ -70,9 +70,10 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
     ]
     text, picture = "\n\n".join(parts), kind.draw(*content)
     with whole_file(directory / "summary.md") as file:
-        file.write(f"{text}\n\n![summary](summary.svg)\n")
-    with whole_file(directory / "summary.svg", "wb") as file:
-        file.write(picture)
+        file.write(f"{text}\n\n![summary](summary.svg)\n" if picture else f"{text}\n")
+    if picture:
+        with whole_file(directory / "summary.svg", "wb") as file:
+            file.write(picture)
     if options.readme:
         write_region(options.readme, text, picture, "svg", PAGE)
     return text

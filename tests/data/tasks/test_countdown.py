@@ -1,10 +1,13 @@
 """Countdown: generated problems, rows of files, and which responses solve a problem."""
 
 import json
+import re
+from itertools import islice
 
 import pytest
 
 from data import DataConfig, PlacedRow
+from data.chat import final_answer
 from data.config import TaskConfig
 from data.tasks.countdown import Countdown
 
@@ -34,7 +37,7 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     train, test = list(task.rows("train")), list(task.rows("test"))
     assert (len(train), len(test), task.overlap.count) == (20, 7, 5)
     assert not {task.key(row.row) for row in train} & {task.key(row.row) for row in test}
-    assert [row.row["response"] for row in test[5:]] == ["44-15=29\n79-29=50", ""]
+    assert [final_answer(row.row["response"]) for row in test[5:]] == ["44-15=29\n79-29=50", ""]
     for row in test:
         task.check(row)
     assert "test.jsonl:8" in task.bad.named[0]
@@ -81,3 +84,32 @@ def test_a_fraction_may_occur_on_the_way():
     row = PlacedRow({"metadata": {"numbers": [3, 2, 8], "target": 12}}, "row 1")
     assert Countdown().score(row, "3/2*8") == 1
     assert Countdown().score(row, "3/(2*8)") == 0
+
+
+def test_thinking_of_three_numbers_shows_what_solves_them():
+    pair = re.compile(r"(\d+),(\d+):\+(\d+)-(\d+)\*(\d+)/(\d+)")
+    lengths = set()
+    for placed in islice(Countdown(settings=TaskConfig(numbers=3)).rows("train"), 300):
+        thinking, response = placed.row["response"].removeprefix("<think>\n").split("\n</think>\n")
+        left, right, result = map(int, re.match(r"(\d+)[-+*/](\d+)=(\d+)", response).groups())
+        numbers = [*placed.row["metadata"]["numbers"], placed.row["metadata"]["target"]]
+        found = {}
+        for line in thinking.split("\n"):
+            x, y, *results = map(int, pair.fullmatch(line).groups())
+            big, small = max(x, y), min(x, y)
+            quotient = big // small if big % small == 0 else 0
+            assert results == [big + small, big - small, big * small if big * small < 1000 else 0, quotient]
+            found[tuple(sorted((x, y)))] = results
+        rest = list(numbers)
+        rest.remove(left)
+        rest.remove(right)
+        assert len(found) <= 6
+        assert result in found[tuple(sorted((left, right)))]
+        assert result in found[tuple(sorted(rest))]
+        lengths.add(len(re.findall(r"\d+|\D", placed.row["response"])))
+    assert len(lengths) == 1
+
+
+def test_more_numbers_have_no_thinking():
+    row = next(Countdown(settings=TaskConfig(numbers=4)).rows("train"))
+    assert "<think>" not in row.row["response"]

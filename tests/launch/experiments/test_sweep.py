@@ -126,6 +126,7 @@ def test_choices_of_ones_own_are_passed_on(started, capsys, tmp_path):
         (["sweep_lr", "quickstart", "optim.lrs=1"], "optim.lrs=1: .*optim.lr"),
         (["ar_vs_diffusion", "quickstart", "task=[gsm8k,math]"], "--metric gsm8k/exact_match"),
         (["sweep_lr", "quickstart", "--readme", "no"], "no region no"),
+        (["sweep_lr", "quickstart", "--readme", "end"], "no region end"),
     ],
 )
 def test_mistakes_are_found_before_the_sweep(arguments, message, monkeypatch):
