@@ -127,7 +127,7 @@ def ending_in_one_line(stopped: str = STOPPED) -> Iterator[None]:
     try:
         with running():
             yield
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr, flush=True)

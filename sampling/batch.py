@@ -58,6 +58,19 @@ def positions_at_once(model: Denoiser) -> int:
     return max(1, 2 ** (25 if model.device.type == "cpu" else 27) // model.vocab_size)
 
 
+def check_numbers(values: np.ndarray) -> None:
+    """Refuse what a model with broken weights, or one that overflows, has computed.
+
+    Raises:
+        FloatingPointError: one of the values is no number.
+    """
+    if np.isnan(values).any():
+        raise FloatingPointError(
+            "the model's logits are not finite: `python -m launch.verify model.path=MODEL` names broken weights; with "
+            "sound weights, compute in float32"
+        )
+
+
 class RowBatch:
     """Right-aligned rows that are forwarded together.
 
@@ -141,7 +154,11 @@ class RowBatch:
     def _rate(
         self, row: np.ndarray, column: np.ndarray, uniforms: Tensor | None, logits: Tensor | None
     ) -> list[np.ndarray]:
-        """Tokens, confidence, p and entropy at N positions."""
+        """Tokens, confidence, p and entropy at N positions.
+
+        Raises:
+            FloatingPointError: see `check_numbers`.
+        """
         views = self._views()
         where = self._to_device(np.stack([row, column]))
         hidden = self._forward(views, row, column) if logits is None else []
@@ -155,6 +172,7 @@ class RowBatch:
             parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
         columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
         tokens, *ratings = torch.stack(columns).cpu().numpy()  # one wait for the GPU; float64 holds all of them exactly
+        check_numbers(ratings[1])
         return [tokens.astype(np.int64), *(rating.astype(np.float32) for rating in ratings)]
 
     def logits(self) -> Tensor:

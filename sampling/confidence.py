@@ -77,7 +77,8 @@ def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | No
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw from softmax(logits [N, K]) with one uniform [N] a row, in float64: a large vocabulary has a long tail."""
     cdf = (logits - logits.amax(-1, keepdim=True)).exp().double().cumsum(-1)
-    return torch.searchsorted(cdf, (uniforms.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    place = torch.searchsorted(cdf, (uniforms.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    return place.clamp_(max=logits.shape[1] - 1)  # past the end if a logit is no number
 
 
 def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:

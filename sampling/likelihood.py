@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sampling.batch import Denoiser, positions_at_once
+from sampling.batch import Denoiser, check_numbers, positions_at_once
 from sampling.canvas import Tokens, count_positions, left_pad
 from sampling.visibility import Visibility
 
@@ -112,6 +112,7 @@ def score_positions(
     Raises:
         ValueError: samples, batch_size or seed out of range, or a row without positions, with positions that repeat or
             lie outside it, or with a mask at one of them.
+        FloatingPointError: the logits are not finite.
     """
     if samples < 2 or samples % 2:
         raise ValueError(f"samples={samples}: must be even and at least 2, the standard error is made of pairs")
@@ -191,4 +192,6 @@ def _log_p(model: Denoiser, rows: Sequence[np.ndarray], masked: Sequence[np.ndar
     at_once = positions_at_once(model)
     parts = zip(hidden.split(at_once), x_0[row, column].to(model.device).split(at_once), strict=True)
     nll = torch.cat([F.cross_entropy(model.head(h).float(), target, reduction="none") for h, target in parts])
-    return -np.bincount(row.numpy(), nll.double().cpu().numpy(), minlength=len(rows))
+    nll = nll.double().cpu().numpy()
+    check_numbers(nll)
+    return -np.bincount(row.numpy(), nll, minlength=len(rows))

@@ -12,14 +12,21 @@ def tasks_of(config: DataConfig, settings: TaskConfig, default: str = "equations
     """Return the tasks of the settings, or the default.
 
     Raises:
-        ValueError: a task is given twice; `task.files` names another one; or see `find_task`.
+        ValueError: a task is given twice; `task.files` names another one, or one without files; or see `find_task`.
     """
     names = settings.name or [default]
     if len({*names}) < len(names):
         raise ValueError(f"task.name={names}: {twice(names)}")
     for name in settings.files.keys() - {*names}:
         raise ValueError(f"task.files.{name}: not among the tasks of this run; {nearest(name, names)}")
-    return [find_task(name)(config, settings) for name in names]
+    tasks = [find_task(name)(config, settings) for name in names]
+    for task in tasks:
+        if task.name in settings.files and not task.reads_files:
+            raise ValueError(
+                f"task.files.{task.name}={settings.files[task.name]}: this task reads no file; to score rows of your "
+                "own choose task=rows and name them in data.val_files"
+            )
+    return tasks
 
 
 def find_task(name: str) -> type[Task]:

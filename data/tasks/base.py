@@ -25,6 +25,7 @@ class Task(ABC):
         kind: the model generates a response, chooses one of the row's `options` by likelihood, or fills in the row's
             `template`.
         hub_id: set of the hub with the rows, unless `task.files` names others; None if the task needs no such set.
+        reads_files: whether `task.files` may name its rows.
         judge: names what compares answers, with its version if it is a library.
         bad: rows that cannot be used; `rows` and the evaluation add to it.
         overlap: training rows that `rows` leaves out because they are test rows too.
@@ -33,6 +34,7 @@ class Task(ABC):
     name: ClassVar[str]
     kind: ClassVar[Literal["generate", "choose", "infill"]] = "generate"
     hub_id: ClassVar[str | None] = None
+    reads_files: ClassVar[bool] = True
     judge: ClassVar[str] = "strict normaliser"
     config: DataConfig
     settings: TaskConfig

@@ -20,6 +20,7 @@ _ORDER_SEED = 0
 
 class Equations(Task):
     name = "equations"
+    reads_files = False
 
     def rows(self, split: Literal["train", "test"]) -> list[PlacedRow]:
         """Return the held-out problems for `test`, all others for `train`."""

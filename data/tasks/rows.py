@@ -12,6 +12,7 @@ from data.tasks.judge import stated
 
 class Rows(Task):
     name = "rows"
+    reads_files = False
 
     @property
     def judge(self) -> str:

@@ -34,6 +34,8 @@ def test_several_tasks():
         (TaskConfig(["rows", "rows"]), "rows given twice"),
         (TaskConfig(["choice"], {"chioce": "a"}), r"task\.files\.chioce: .*did you mean choice\?"),
         (TaskConfig([], {"choice": "a"}), r"task\.files\.choice: not among the tasks .* known are equations"),
+        (TaskConfig(["rows"], {"rows": "a"}), r"task\.files\.rows=a: .*data\.val_files"),
+        (TaskConfig([], {"equations": "a"}), r"task\.files\.equations=a: .*no file"),
     ],
 )
 def test_wrong_lists_of_tasks(settings, words):
