@@ -23,7 +23,7 @@ from data.terminal import printable
 from diffllm.generate import Response, generate, special_tokens
 from diffllm.static_forward import prepare_sampling
 from launch.cli import user_errors
-from launch.lm_eval_arguments import SAMPLING, compose_settings, device_of, split_arguments, typed
+from launch.lm_eval_arguments import SAMPLING, HarnessConfig, compose_settings, device_of, split_arguments, typed
 from sampling import Canvas, Denoiser, SamplingConfig, Visibility, fill, score_positions
 from trainer.build import load_for_sampling
 from trainer.distributed import Distributed, init_distributed, ranks_from_environment
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
         if (ranks := ranks_from_environment()[1]) != self.distributed.size:
             raise ValueError(f"{ranks} ranks: start them by `torchrun --nproc_per_node={ranks} -m launch.lm_eval …`")
         own, settings = split_arguments(arguments)
-        self.harness, (config, line) = typed(own), compose_settings(settings)
+        self.harness, (config, line) = typed(HarnessConfig(), own), compose_settings(settings)
         if line and self.distributed.is_main:
             print(printable(line), file=sys.stderr, flush=True)
         self.sampling, self.given = config.sampling, {name.removeprefix("sampling.") for name in settings}
@@ -194,7 +194,7 @@ class HarnessModel(TemplateLM):
         for name in wanted.keys() & self.given:
             if wanted[name] != (ours := getattr(self.sampling, name)):
                 warning_once(logger, f"{name}={ours} of --model_args replaces the task's {name}={wanted[name]}")
-        return replace(self.sampling, **taken, stop=self.sampling.stop + until * (not self.harness.escape_until))
+        return typed(self.sampling, taken | {"stop": self.sampling.stop + until * (not self.harness.escape_until)})
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -231,7 +231,16 @@ class HarnessModel(TemplateLM):
         return bounds
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Context and continuation, cut at the start where they exceed `max_length`."""
+        """Context, cut at the start where it exceeds `max_length`, and continuation.
+
+        Raises:
+            ValueError: the continuation alone exceeds it.
+        """
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, more than max_length={self.max_length}: raise it, or "
+                "score whole texts by loglikelihood_rolling, in windows"
+            )
         kept = _last(context + continuation, self.max_length)
         start = max(len(kept) - len(continuation), 0)
         return kept[:start], kept[start:]

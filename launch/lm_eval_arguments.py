@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -63,6 +63,7 @@ class HarnessConfig:
 
 
 OWN = [item.name for item in fields(HarnessConfig)]
+T = TypeVar("T", HarnessConfig, SamplingConfig)
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,14 +93,14 @@ def _guidance(value: Any) -> float:
     return max(value - 1.0, 0.0)
 
 
-def typed(own: Mapping[str, Any]) -> HarnessConfig:
-    """The arguments with the types of their fields.
+def typed(config: T, values: Mapping[str, Any]) -> T:
+    """A dataclass with some values, as the types of its fields.
 
     Raises:
         ValueError: a value of the wrong type or outside its range.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HarnessConfig), dict(own)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), dict(values)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
 

@@ -276,6 +276,9 @@ def test_settings_of_arguments_requests_and_checkpoint(checkpoint, caplog):
     config = plain._config_of({"temperature": 0.7, "max_gen_toks": 9, "until": ["a"], "num_beams": 1})
     assert (config.temperature, config.max_new_tokens, config.stop) == (0.7, 9, ["a"])
     assert "without effect: num_beams" in caplog.text
+    for name, value in {"steps": "x", "temperature": -1.0, "alg": "entropi"}.items():
+        with pytest.raises(ValueError, match=name):
+            plain._config_of({"until": [], name: value})
     given = harness.HarnessModel(pretrained=str(checkpoint), temperature=0.1, stop=["b"])
     config = given._config_of({"do_sample": False, "until": ["a"]})
     assert (config.temperature, config.stop) == (0.1, ["b", "a"])
@@ -302,6 +305,11 @@ def test_long_prompts_lose_their_start(model, small_model, tokenizer, caplog):
     special = special_tokens(small_model, tokenizer, CONFIG)
     expected = score(small_model, ids("Q" * 5), ids(" twenty"), special, samples=4).mean
     assert bound == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_continuation_that_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="10 tokens, more than max_length=8"):
+        model(max_length=8).loglikelihood([weigh("Q", "Q" * 10)])
 
 
 def test_a_bos_token_before_prompts(model, small_model, tokenizer):

@@ -8,6 +8,7 @@ import data.tasks
 from data import DataConfig, PlacedRow
 from data.config import TaskConfig
 from data.tasks import find_task, tasks_of
+from data.tasks.choice import Choice
 from data.tasks.equations import Equations
 from data.tasks.normal import is_same
 from data.tasks.rows import Rows
@@ -22,9 +23,9 @@ def test_tasks_are_found_by_their_names():
 
 
 def test_several_tasks():
-    settings = TaskConfig(["rows", "equations"], {"rows": "a.jsonl"})
-    rows, equations = tasks_of(DataConfig(), settings)
-    assert (type(rows), type(equations), rows.file()) == (Rows, Equations, "a.jsonl")
+    settings = TaskConfig(["choice", "equations"], {"choice": "a.jsonl"})
+    choice, equations = tasks_of(DataConfig(), settings)
+    assert (type(choice), type(equations), choice.file()) == (Choice, Equations, "a.jsonl")
     assert [type(task) for task in tasks_of(DataConfig(), TaskConfig())] == [Equations]
 
 
