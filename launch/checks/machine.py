@@ -130,8 +130,12 @@ def needed_memory(run: Run) -> int:
 
 
 def disk_space(run: Run) -> Iterator[Result]:
-    """The disk has room for checkpoints and the exported model."""
+    """The output directory can be written, and its disk has room for checkpoints and the exported model."""
     directory = Path(run.config.trainer.output_dir)
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        yield fail(f"{directory}: {there} is no directory that you may write to", "trainer.output_dir=DIR elsewhere")
+        return
     written, (free, replaced) = disk(run.shape, run.config, run.steps, run.device), free_space(directory)
     text = f"{directory} takes up to {size_text(written.total)}, {size_text(free)} are free"
     if written.total <= free + replaced:

@@ -244,6 +244,13 @@ def test_a_full_disk(one, monkeypatch):
     assert "trainer.output_dir" in result.advice
 
 
+def test_a_directory_that_cannot_be_written(one, tmp_path):
+    (tmp_path / "file").touch()
+    result = one("disk", trainer__output_dir=str(tmp_path / "file" / "run"))
+    assert result.status == "FAIL"
+    assert f"{tmp_path / 'file'} is no directory" in result.text
+
+
 # tokenizer, rows
 
 
