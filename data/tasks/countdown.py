@@ -3,8 +3,8 @@
 The published sets (arXiv 2410.14157) have rows such as {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, with
 the target last. Dream-7B is evaluated on such problems (arXiv 2508.15487).
 
-The thinking of a problem with three numbers has the results of every pair of them and the target. A result of two
-numbers that is also one of the third and the target solves the problem.
+The thinking of a problem with three numbers has, for every pair, its results beside those of the third number and the
+target, such as 44,15:+59-29*660/_ 79,50:+129-29*_/_=29. A result that both have solves the problem.
 """
 
 import ast
@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Hashable
 from fractions import Fraction
-from itertools import combinations
 from operator import add, mul, sub, truediv
 from random import Random
 from typing import Any
@@ -95,16 +94,38 @@ def _results(x: int, y: int) -> dict[str, int | None]:
     return {sign: None if z is None or z > LARGEST else z for sign, z in results.items()}
 
 
-def _row(numbers: list[int], target: int, steps: str) -> dict[str, Any]:
+def _row(numbers: list[int], target: int, response: str) -> dict[str, Any]:
     prompt = f"Make {target} from {','.join(map(str, numbers))}"
-    response = with_thinking(_thinking(numbers, target), steps) if steps and len(numbers) == 3 else steps
+    if len(numbers) == 3:
+        response = _searched(*numbers, target) or response
     return {"prompt": prompt, "response": response, "metadata": {"numbers": numbers, "target": target}}
 
 
-def _thinking(numbers: list[int], target: int) -> str:
-    """Results of every pair, such as 44,15:+59-29*660/0. They have the same number of tokens: 0 stands for none."""
-    pairs = [(x, y, _results(x, y)) for x, y in combinations([*numbers, target], 2)]
-    return "\n".join(f"{x},{y}:{''.join(f'{sign}{z or 0}' for sign, z in found.items())}" for x, y, found in pairs)
+def _searched(a: int, b: int, c: int, target: int) -> str | None:
+    """Thinking and the steps that it finds, None if it finds none. _ stands for no result: all have as many tokens."""
+    lines, steps = [], None
+    for x, y, z in ((a, b, c), (a, c, b), (b, c, a)):
+        first, last = _results(x, y), _results(z, target)
+        common = [each for each in first.values() if each and each in last.values()]
+        lines.append(f"{x},{y}:{_text(first)} {z},{target}:{_text(last)}={common[0] if common else '_'}")
+        if common and steps is None:
+            m = common[0]
+            undone = {
+                "+": f"{m}-{z}",
+                "-": f"{m}+{z}" if target > z else f"{z}-{m}",
+                "*": f"{m}/{z}",
+                "/": f"{m}*{z}" if target >= z else f"{z}/{m}",
+            }
+            steps = f"{max(x, y)}{_sign(first, m)}{min(x, y)}={m}\n{undone[_sign(last, m)]}={target}"
+    return steps and with_thinking("\n".join(lines), steps)
+
+
+def _sign(results: dict[str, int | None], result: int) -> str:
+    return next(sign for sign, each in results.items() if each == result)
+
+
+def _text(results: dict[str, int | None]) -> str:
+    return "".join(f"{sign}{result or '_'}" for sign, result in results.items())
 
 
 def _makes(equations: list[tuple[str, int]], numbers: list[int], target: int) -> bool:

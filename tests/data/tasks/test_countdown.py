@@ -30,7 +30,7 @@ def test_generated_problems_are_solved_and_not_among_the_test_rows(numbers):
 def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     generated = [row.row["metadata"] for row in Countdown(settings=TaskConfig(train_rows=20)).rows("train")]
     rows = [{"input": ",".join(map(str, [*each["numbers"][::-1], each["target"]]))} for each in generated[:5]]
-    rows += [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, {"nums": [2, 3, 4], "target": 24, "output": None}]
+    rows += [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, {"nums": [2, 3, 4, 1], "target": 24, "output": None}]
     rows += [{"input": "15,44,x"}, {"numbers": [1, 2, 3]}, {"input": "50"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = Countdown(DataConfig(), TaskConfig(files={"countdown": str(tmp_path / "test.jsonl")}, train_rows=20))
@@ -87,27 +87,59 @@ def test_a_fraction_may_occur_on_the_way():
 
 
 def test_thinking_of_three_numbers_shows_what_solves_them():
-    pair = re.compile(r"(\d+),(\d+):\+(\d+)-(\d+)\*(\d+)/(\d+)")
+    half = r"(\d+),(\d+):\+(\d+|_)-(\d+|_)\*(\d+|_)/(\d+|_)"
     lengths = set()
     for placed in islice(Countdown(settings=TaskConfig(numbers=3)).rows("train"), 300):
+        numbers, target = placed.row["metadata"]["numbers"], placed.row["metadata"]["target"]
         thinking, response = placed.row["response"].removeprefix("<think>\n").split("\n</think>\n")
-        left, right, result = map(int, re.match(r"(\d+)[-+*/](\d+)=(\d+)", response).groups())
-        numbers = [*placed.row["metadata"]["numbers"], placed.row["metadata"]["target"]]
-        found = {}
+        found = []
         for line in thinking.split("\n"):
-            x, y, *results = map(int, pair.fullmatch(line).groups())
-            big, small = max(x, y), min(x, y)
-            quotient = big // small if big % small == 0 else 0
-            assert results == [big + small, big - small, big * small if big * small < 1000 else 0, quotient]
-            found[tuple(sorted((x, y)))] = results
-        rest = list(numbers)
-        rest.remove(left)
-        rest.remove(right)
-        assert len(found) <= 6
-        assert result in found[tuple(sorted((left, right)))]
-        assert result in found[tuple(sorted(rest))]
+            *halves, both = re.fullmatch(rf"{half} {half}=(\d+|_)", line).groups()
+            for x, y, *results in (map(int_or_none, halves[:6]), map(int_or_none, halves[6:])):
+                assert results == [x + y, abs(x - y) or None, x * y if x * y < 1000 else None, quotient(x, y)]
+            first, last = halves[2:6], halves[8:]
+            assert both in (first if set(first) & set(last) - {"_"} else "_")
+            assert both in (*last, "_")
+            assert sorted(map(int, (halves[0], halves[1], halves[6]))) == sorted(numbers)
+            assert int(halves[7]) == target
+            found.append(both)
+        solved = next(both for both in found if both != "_")
+        assert response.split("\n")[0].endswith(f"={solved}")
+        assert Countdown().score(placed, response) == 1
         lengths.add(len(re.findall(r"\d+|\D", placed.row["response"])))
+    assert len(found) == 3
     assert len(lengths) == 1
+
+
+def int_or_none(text):
+    return None if text == "_" else int(text)
+
+
+def quotient(x, y):
+    return max(x, y) // min(x, y) if max(x, y) % min(x, y) == 0 else None
+
+
+@pytest.mark.parametrize(
+    ("problem", "steps"),
+    [
+        ("15,44,79,50", "44-15=29\n79-29=50"),
+        ("2,3,50,45", "3+2=5\n50-5=45"),
+        ("2,3,4,4", "3-2=1\n1*4=4"),
+        ("6,4,48,2", "6*4=24\n48/24=2"),
+        ("5,4,9,81", "5+4=9\n9*9=81"),
+        ("20,4,95,19", "20/4=5\n95/5=19"),
+        ("6,3,2,9", "6*3=18\n18/2=9"),
+        ("5,95,10,10", "95+5=100\n100/10=10"),
+    ],
+)
+def test_steps_follow_from_the_thinking(problem, steps):
+    row = Countdown().convert(PlacedRow({"input": problem}, "row 1"))
+    assert final_answer(row["response"]) == steps
+
+
+def test_an_unsolved_problem_has_the_response_of_its_row():
+    row = {"input": "99,98,97,11", "output": "99*98=9702,9702-97=9605"}
+    assert Countdown().convert(PlacedRow(row, "row 1"))["response"] == "99*98=9702\n9702-97=9605"
 
 
 def test_more_numbers_have_no_thinking():
