@@ -6,10 +6,8 @@ questions among the ranks.
 
 from launch.cli import entry
 from launch.evaluation import evaluate
-from launch.results import SETTINGS
+from launch.results import READS
 from trainer.config import Config
-
-READS = (*SETTINGS, "trainer.output_dir", "trainer.experiment_name")
 
 
 @entry(READS)

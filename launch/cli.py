@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha1
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
-from data.errors import nearest
+from data.errors import nearest, twice
 from data.storage import find_full_disk, first_line
 from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
@@ -113,6 +114,7 @@ def entry(
                 if HydraConfig.get().mode != RunMode.MULTIRUN:
                     return run(settings_of(config))
                 refuse_ranks()  # an experiment may be a sweep without -m
+                refuse_directory(HydraConfig.get().overrides.task)
                 return run_job(debug) if run_job else job_here(run, config, debug)
 
         def main() -> None:
@@ -122,6 +124,7 @@ def entry(
                 with Deadline.on_error(), user_errors(debug), reported():
                     directory, others = split_config_dir([*map(quote_text, sys.argv[1:])])
                     # Hydra reads no options between settings.
+                    others.sort(key=lambda argument: argument not in ("-m", "--multirun"))
                     sys.argv[1:] = [*([f"--config-dir={directory}"] if directory else []), *others]
                     check_arguments(sys.argv[1:])
                     warn_of_unread(sys.argv[1:], reads)
@@ -229,14 +232,14 @@ def check_arguments(arguments: list[str]) -> None:
     """Refuse unknown groups, choices and settings, and name the nearest known one.
 
     Raises:
-        ValueError: an unknown name, an argument that cannot be read, a sweep started by torchrun, or see
-            `group_choices`.
+        ValueError: an unknown name, an argument that cannot be read, a value or a setting with several values given
+            twice, a sweep started by torchrun, or see `group_choices`.
     """
     if {"-m", "--multirun"} & set(arguments):
         refuse_ranks()
     directory, arguments = split_config_dir(arguments)
     choices = group_choices(directory)
-    names = sorted({*choices, *field_names()})
+    names, given = sorted({*choices, *field_names()}), Counter(each.partition("=")[0] for each in arguments)
     for argument in arguments:
         if groups := sorted(group for group in choices if argument in choices[group]):
             meant = " or ".join(f"{group}={argument}" for group in groups)
@@ -251,6 +254,11 @@ def check_arguments(arguments: list[str]) -> None:
                 "spaces in double quotes, and once more for the shell: 'NAME=\"VALUE\"'"
             ) from error
         key = override.key_or_group
+        if override.is_discrete_sweep():
+            if given[key] > 1:
+                raise ValueError(f"{argument}: {key} is given twice; give all its values at once")
+            if len({*(each := [*override.sweep_string_iterator()])}) < len(each):
+                raise ValueError(f"{argument}: {twice(each)}")
         if key in ("hydra/launcher", "hydra/sweeper"):
             check_plugin(key, override.get_value_string())
         if re.split(r"[./]", key)[0] == "hydra":
@@ -296,6 +304,17 @@ def refuse_ranks() -> None:
     """
     if ranks_from_environment()[1] > 1:
         raise ValueError("start a sweep by `python train.py …`: under torchrun its ranks would choose different jobs")
+
+
+def refuse_directory(overrides: Sequence[str]) -> None:
+    """Refuse an output directory of a sweep, each of whose jobs has its own.
+
+    Raises:
+        ValueError: it is given.
+    """
+    for override in overrides:
+        if override.startswith("trainer.output_dir="):
+            raise ValueError(f"{override}: a sweep's jobs would share it; name the sweep's by hydra.sweep.dir=DIR")
 
 
 def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:

@@ -27,26 +27,28 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from data.errors import differences
-from data.storage import read_object, write_object
+from data.errors import differences, twice
+from data.storage import lock_file, read_object, write_object
 from data.tasks.base import Task
 from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import generate
 from diffllm.static_forward import prepare_sampling
-from launch.cli import EXPECTED, check_arguments, describe, quote_text, user_errors
+from launch.cli import EXPECTED, check_arguments, describe, quote_text, user_errors, warn_of_unread
 from launch.experiments.page import PAGE, split_at
+from launch.results import READS
 from launch.sampling_page import Combination, report
 from launch.settings import read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
-from trainer.distributed import check_alone, device_name
+from trainer.distributed import LOCK, check_alone, device_name
 from trainer.evaluation import Question, evaluated_tasks, origin_of, questions_of
 from trainer.manifest import versions
 
 OWN = ("seeds=", "readme=")
 ONCE = "sampling.compile"  # prepares the model, which all combinations share
+RUN = {"sampling", "questions", "right", "tokens", "seconds", "nfe", "tokens_per_forward"}  # of `measure`
 FAILURES = (ValueError, MemoryError, FloatingPointError)  # of a combination; the others go on
 
 
@@ -140,14 +142,17 @@ def known_runs(file: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs of an earlier command.
 
     Raises:
-        ValueError: they are of another model, task or machine.
+        ValueError: they are of another model, task or machine, or damaged.
     """
     if not file.exists():
         return []
     record = read_object(file)
     if found := differences(record.get("origin", {}), origin):
         raise ValueError(f"{file} has other results: {'; '.join(found)}. Delete it, or give another trainer.output_dir")
-    return record["runs"]
+    runs = record.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and run.keys() == RUN for run in runs):
+        raise ValueError(f"{file} has no runs of this command: delete it, or give another trainer.output_dir")
+    return runs
 
 
 def run_all(
@@ -200,6 +205,7 @@ def compare_strategies(arguments: Sequence[str]) -> bool:
     if region:
         split_at(region, PAGE)
     check_arguments([quote_text(each) for each in settings])
+    warn_of_unread(settings, READS)
     fixed, names, grid = split_grid(settings)
     shared = [each for each in fixed if each.startswith(ONCE) or not each.startswith("sampling")]
     config: Config = read_settings(shared)[1]
@@ -222,8 +228,10 @@ def compare_strategies(arguments: Sequence[str]) -> bool:
     origin = origin_of_all(config.model.path, model, tokenizer, task, questions, config.sampling)
     directory = Path(config.trainer.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    run_all(combinations, model, tokenizer, task, questions, directory / "results.json", origin)
-    report(combinations, names, origin, directory, [each for each in arguments if each != f"readme={region}"], region)
+    command = [each for each in arguments if each != f"readme={region}"]
+    with lock_file(directory / LOCK):
+        run_all(combinations, model, tokenizer, task, questions, directory / "results.json", origin)
+        report(combinations, names, origin, directory, command, region)
     return not any(each.error for each in combinations)
 
 
@@ -237,7 +245,10 @@ def _prepare(model: DiffLLM, config: Config, combinations: Sequence[Combination]
 def _seeds(text: str) -> list[int]:
     if not all(each.isdecimal() for each in text.split(",")):
         raise ValueError(f"seeds={text}: give whole numbers separated by commas, such as seeds=0,1,2")
-    return [int(each) for each in text.split(",")]
+    seeds = [int(each) for each in text.split(",")]
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds={text}: {twice(map(str, seeds))}")
+    return seeds
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from data.storage import read_object
+from data.storage import first_line, read_object
 from data.terminal import table
 
 FILE = "evaluation.json"
 FIELDS = ("scores", "origin", "judges", "versions", "device", "dtype", "ranks", "config", "answers")
 ROWS = ("data.val_files", "data.columns", "data.on_bad_row", "data.subset")
 SETTINGS = ("model", "sampling", "task", "seed", *ROWS)  # that an evaluation reads
+READS = (*SETTINGS, "trainer.output_dir", "trainer.experiment_name")
 # Columns of the table of scores, by field.
 COLUMNS = {
     "not_ended": "not ended",
@@ -28,7 +29,7 @@ def read_result(place: str) -> dict[str, Any]:
     """Read an evaluation.json, or that of a directory.
 
     Raises:
-        ValueError: there is none, or it is another file.
+        ValueError: there is none, or it is another or a damaged file.
     """
     path = Path(place) / FILE if Path(place).is_dir() else Path(place)
     if not path.exists():
@@ -36,6 +37,15 @@ def read_result(place: str) -> dict[str, Any]:
     record = read_object(path)
     if missing := [name for name in FIELDS if name not in record]:
         raise ValueError(f"{path}: it has no {', '.join(missing)}: not a result of evaluate.py, or of an older version")
+    try:
+        identity(record), settings(record), score_table(((task,), each) for task, each in record["scores"].items())
+        for task, scores in record["scores"].items():
+            rights = [answer["right"] for answer in record["answers"][task]]
+            if (len(rights), sum(rights)) != (scores["questions"], scores["right"]):
+                raise ValueError(f"{task} has {sum(rights)} right of {len(rights)} answers")
+            record["origin"][f"rows of {task}"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its parts do not belong together ({first_line(error)}): evaluate again") from error
     return record
 
 

@@ -37,9 +37,10 @@ class Sweep(Callback):
     """Hydra calls it before the first job, in the process of the user's command."""
 
     directory: ClassVar[Path | None] = None  # of the sweep that this process runs
+    started: ClassVar[float] = 0.0  # seconds since the epoch
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Sweep.directory = Path(config.hydra.sweep.dir)
+        Sweep.directory, Sweep.started = Path(config.hydra.sweep.dir), time.time()
 
 
 @contextmanager
@@ -162,9 +163,20 @@ def last_metrics(run: Path) -> dict[str, float | None]:
     return metrics
 
 
-def results(sweep: Path) -> list[dict[str, Any]]:
-    """One row per job: number, varied overrides, status, last metrics."""
-    jobs = [read_object(file) | {"metrics": last_metrics(file.parent)} for file in sweep.rglob("job.json")]
+def results(sweep: Path, since: float = 0.0) -> list[dict[str, Any]]:
+    """One row per job: number, varied overrides, status, last metrics.
+
+    Args:
+        since: leave out older jobs, in seconds since the epoch.
+
+    Raises:
+        ValueError: a job.json is damaged.
+    """
+    files = [file for file in sweep.rglob("job.json") if file.stat().st_mtime >= since]
+    jobs = [read_object(file) | {"metrics": last_metrics(file.parent)} for file in files]
+    for file, job in zip(files, jobs, strict=True):
+        if missing := [name for name in ("job", "overrides", "seconds", "error") if name not in job]:
+            raise ValueError(f"{file}: it has no {', '.join(missing)}: not the record of a job; delete it")
     return [
         {"job": job["job"]}
         | dict(each.partition("=")[::2] for each in job["overrides"] if not all(each in j["overrides"] for j in jobs))
@@ -181,7 +193,7 @@ def reported() -> Iterator[None]:
     try:
         yield
     finally:
-        if Sweep.directory and (rows := results(Sweep.directory)):
+        if Sweep.directory and (rows := results(Sweep.directory, Sweep.started)):
             report(rows, Sweep.directory / "results.csv")
     if any(row["error"] for row in rows):
         sys.exit(1)

@@ -368,8 +368,11 @@ def _answers(name: str, responses: dict[int, Response], count: int, done: set[in
         seconds: of this run.
 
     Raises:
+        ValueError: a response answers no question.
         OSError: responses of another rank cannot be read yet, as on a slow network disk.
     """
+    if unknown := sorted(responses.keys() - set(range(count))):
+        raise ValueError(f"the finished rows of {name} hold row {unknown[0]} of {count}: delete the .partial directory")
     if missing := count - len(responses):
         raise OSError(f"{missing} finished rows of {name} cannot be read yet: run the same command again")
     tokens = sum(response.tokens for response in responses.values() if response.row_id not in done)

@@ -220,10 +220,20 @@ class TrainingLoop(ABC):
         return patience is not None and self.progress.not_better >= patience
 
     def _finish(self, state: TrainingState) -> None:
-        """Export the model and sum the run up. Collective."""
+        """Export the model and sum the run up. Collective.
+
+        Raises:
+            FloatingPointError: the last validation is not finite, and no better checkpoint was kept.
+        """
         settings, best = self.config.trainer, None
         if settings.save_model:
             best = self.checkpoints.best_of(self.progress.best_step)
+        if self.progress.metric and self.progress.value is None and best is None:
+            raise FloatingPointError(
+                f"{self.progress.metric} is not finite at the end: the run has diverged, no model is written. Lower "
+                "optim.lr, and train anew"
+            )
+        if settings.save_model:
             if best is not None and self.progress.not_better:  # else the last step is the best
                 load(best, state)
             with announced("writing the model"):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from data.errors import nearest
 from launch.experiments.estimates import Estimate, estimate
 from launch.experiments.page import markdown, pyplot, svg
 
@@ -81,9 +82,9 @@ def compare(rows: Sequence[Row], metric: str | None = None) -> Comparison:
     order = list(dict.fromkeys(key for key, _ in keyed))
     grouped = groupby(sorted(keyed, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
     metric = metric or _metric(done)
-    if not any(metric in row for row in done):
-        known = ", ".join(name for name, value in done[0].items() if isinstance(value, float))
-        raise ValueError(f"--metric {metric}: no job has it; they have {known}")
+    known = dict.fromkeys(name for row in done for name in [*row][[*row].index("error") + 1 :])
+    if metric not in known:
+        raise ValueError(f"--metric {metric}: no job has it; {nearest(metric, [*known])}")
     return Comparison(axes, metric, {key: [row for _, row in pairs] for key, pairs in grouped})
 
 

@@ -4,6 +4,7 @@ Compares the varied settings; `seed` repeats them. Writes a table and the best s
 directory, and a picture into summary.svg. Names failed jobs, and leaves them out.
 """
 
+import math
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -51,8 +52,10 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
         ValueError: no job has finished, or see `check_options`, `score` and `compare`.
     """
     check_options(options)
-    jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
+    if not any(directory.rglob("job.json")):
+        raise ValueError(f"{directory}: no sweep is there, which has a job.json for each job")
     rows = results(directory)
+    jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
     if options.evaluate:
         for row in rows:
             if not row["error"]:
@@ -83,7 +86,8 @@ def _sizes(job: Path) -> Row:
     """Tokens that a job has trained on, without padding, and parameters of the model that it has exported."""
     sizes = {}
     if records := read_records(job / "metrics.jsonl").objects:
-        sizes["tokens"] = sum(each["perf/tokens_per_second"] * each["perf/step_seconds"] for each in records)
+        speed = "perf/tokens_per_second", "perf/step_seconds"
+        sizes["tokens"] = sum(math.prod(each[name] for name in speed) for each in records if {*speed} <= each.keys())
     if (job / "hf").exists():
         model = decoder_on_meta(CheckpointSource.open(job / "hf"))
         sizes["parameters"] = sum(parameter.numel() for parameter in model.parameters())

@@ -404,6 +404,14 @@ def test_mistakes_with_own_choices(script, own_choices, tmp_path, arguments, wor
     assert_one_error(script("train.py", *arguments), *words)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["optim.lr=1,2", "optim.lr=3"], ["optim.lr=1", "optim.lr=2,3"], ["optim.lr=1,2,1"]], ids=str
+)
+def test_a_sweep_names_each_value_once(arguments):
+    with pytest.raises(ValueError, match=r"optim\.lr.* given twice"):
+        cli.check_arguments(arguments)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), cli.OTHER_NAMES.items())
 def test_names_of_other_frameworks(theirs, ours):
     assert ours in field_names()

@@ -86,6 +86,31 @@ def test_a_wrong_number_of_results(count):
         compare_results(["a.json"] * count)
 
 
+DAMAGE = {
+    "no answers": lambda record: record["answers"].clear(),
+    "one answer fewer": lambda record: record["answers"]["t"].pop(),
+    "another answer": lambda record: record["answers"]["t"][0].update(right=False),
+    "answers of no form": lambda record: record["answers"].update(t=[1, 2]),
+    "no interval": lambda record: record["scores"]["t"].pop("interval"),
+    "no score": lambda record: record["scores"]["t"].update(exact_match=None),
+    "no scores": lambda record: record["scores"].update(t=None),
+    "no versions": lambda record: record.update(versions=None),
+    "no config": lambda record: record.update(config=[]),
+    "no origin": lambda record: record.update(origin={}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_result_is_named_before_anything_is_printed(tmp_path, capsys, damage):
+    a, b = (write(tmp_path / f"{name}.json", {"t": [True, False]}) for name in "ab")
+    record = json.loads((tmp_path / "b.json").read_text())
+    damage(record)
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"b\.json: its parts do not belong together"):
+        compare_results([a, b])
+    assert capsys.readouterr().out == ""
+
+
 def test_no_common_task(tmp_path):
     files = [write(tmp_path / f"{task}.json", {task: [True]}) for task in ("t", "u")]
     with pytest.raises(ValueError, match=r"no task is in two .*t\.json has t; .*u\.json has u"):

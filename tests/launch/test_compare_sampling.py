@@ -11,6 +11,7 @@ from launch import compare_sampling, sampling_page
 from launch.compare_sampling import compare_strategies
 from tests.conftest import GOLDEN
 from tests.data.rows import write
+from tests.locks import held_elsewhere
 
 
 @pytest.fixture
@@ -123,12 +124,35 @@ def test_without_matplotlib_a_line_says_what_is_missing(run, monkeypatch, capsys
         ("sampling.alg=entropi", r"sampling\.alg=entropi: choose one of"),
         ("sampling=fast,dreem", "sampling=dreem: no such choice"),
         ("seeds=0,x", "seeds=0,x: give whole numbers"),
+        ("seeds=0,1,0", "seeds=0,1,0: 0 given twice"),
+        ("sampling.steps=2,2,3", "sampling.steps=2,2,3: 2 given twice"),
+        ("sampling.batch_size=3,4", "sampling.batch_size is given twice"),
     ],
 )
 def test_wrong_arguments(run, argument, message):
     with pytest.raises(ValueError, match=message):
         run(argument)
     assert not run.directory.exists()
+
+
+def test_two_commands_do_not_write_to_one_directory(run):
+    run.directory.mkdir()
+    with held_elsewhere(run.directory / ".lock"), pytest.raises(ValueError, match=r"another run writes to .*out"):
+        run("sampling.steps=3,6")
+
+
+@pytest.mark.parametrize("runs", [None, 3, [3], [{}], [{"sampling": {}}]])
+def test_a_damaged_file_of_results_is_named(run, runs):
+    run("sampling.steps=3,6")
+    file = run.directory / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"runs": runs}))
+    with pytest.raises(ValueError, match=r"results\.json has no runs"):
+        run("sampling.steps=3,6")
+
+
+def test_settings_that_are_not_read_are_named(run, capsys):
+    run("sampling.steps=3,6", "optim.lr=5", "prompt=hi")
+    assert "does not read optim.lr, prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,21 @@ def test_results_of_jobs(tmp_path):
     }  # fmt: skip
 
 
+def test_jobs_of_an_earlier_sweep_are_left_out(tmp_path):
+    for job in (0, 1):
+        write_job(tmp_path / str(job), job, [f"seed={job}"])
+    os.utime(tmp_path / "1" / "job.json", (1, 1))
+    assert [row["job"] for row in sweep.results(tmp_path, since=2)] == [0]
+
+
+def test_a_sweep_has_no_output_directory(script, local, tmp_path):  # noqa: F811
+    local("raise SystemExit('started')")
+    code, _, err = script("train.py", "-m", "seed=1,2", "trainer.output_dir=here")
+    assert code == 1
+    assert "trainer.output_dir=here: " in err
+    assert "hydra.sweep.dir" in err
+
+
 def test_the_table_and_its_file(tmp_path, capsys):
     rows = [
         {"job": 0, "optim.lr": "1e-3", "status": "failed", "seconds": None, "error": "out of luck"},
@@ -89,7 +104,7 @@ def test_a_job_gets_its_overrides_as_they_were_typed(script, local, tmp_path):  
     local("(directory / 'given').write_text(json.dumps([sys.argv[1:], os.environ.get('HYDRA_FULL_ERROR')]))")
     typed = ["trainer.experiment_name='a, b=[c] \"d\"'", "data.train_files=[a.jsonl,'b, c.jsonl']", "optim.lr=1e-06"]
     where = ["hydra.sweep.dir='here, it\\'s'", "hydra.sweep.subdir=${hydra.job.override_dirname}"]
-    code, out, err = script("train.py", "-m", *typed, "seed=1,2", *where)
+    code, out, err = script("train.py", *typed, "-m", "seed=1,2", *where)
     assert (code, err) == (0, "")
     given = [json.loads(file.read_text()) for file in sorted((tmp_path / "here, it's").glob("*/given"))]
     for seed, (arguments, debug) in zip((1, 2), given, strict=True):

@@ -50,6 +50,16 @@ def test_the_best_checkpoint_is_kept_and_exported(small_run, validated, tmp_path
     assert any(not torch.equal(best[name], tensor) for name, tensor in weights(last).items())
 
 
+def test_a_run_that_ends_without_a_number_has_diverged(small_run, validated):
+    validated([1.0, float("nan")])
+    with pytest.raises(FloatingPointError, match=r"val/elbo is not finite at the end.*optim\.lr"):
+        train(small_run("diverged", trainer__val_check_interval=6))
+    validated([1.0, float("nan")])
+    run = train(small_run("kept", trainer__val_check_interval=6, trainer__keep_best=True))
+    assert (run / "hf").exists()
+    assert not (run.parent / "diverged" / "hf").exists()
+
+
 def test_a_resumed_run_knows_the_best(small_run, validated):
     settings = {"trainer__val_check_interval": 3, "trainer__keep_checkpoints": 1, "trainer__keep_best": True}
     validated([1.0, 2.0])
@@ -221,7 +231,8 @@ def test_other_rows_are_remembered_although_none_was_best(small_run, validated, 
     """A run whose validations measured nothing has no best; later ones belong to the new rows."""
     settings = {"trainer__val_check_interval": 3, "trainer__keep_best": True, "data__val_files": equations.train_files}
     validated([float("nan")])
-    train(small_run(trainer__max_steps=3, **settings | {"data__val_files": equations.val_files}))
+    with pytest.raises(FloatingPointError):
+        train(small_run(trainer__max_steps=3, **settings | {"data__val_files": equations.val_files}))
     validated([1.0])
     train(small_run(trainer__max_steps=6, **settings))
     validated([2.0, 3.0])

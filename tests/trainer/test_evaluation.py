@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -25,6 +23,7 @@ from diffllm.generate import Response, generate, special_tokens
 from diffllm.tokenizer import builtin_tokenizer
 from sampling import SamplingConfig, Template, choose, infill_templates
 from tests.conftest import small_shape
+from tests.locks import held_elsewhere
 from tests.trainer.runs import free_port, start_ranks
 from trainer import evaluation
 from trainer.distributed import Distributed, init_distributed
@@ -359,6 +358,9 @@ def test_broken_files_of_an_interrupted_run_are_named(job):
         file.write_text(line + "\n" + lines)
         with pytest.raises(ValueError, match=r"test\.rank0-of-1\.jsonl.*delete that line"):
             job.run()
+    file.write_text(lines + lines.splitlines(keepends=True)[-1].replace('"row_id": ', '"row_id": 4000'))
+    with pytest.raises(ValueError, match=r"rows of test hold row 4000\d+ of \d+: delete"):
+        job.run()
     file.write_text(lines)
     for content in ("", "null", "[1, 2]", "{"):
         record.write_text(content)
@@ -366,17 +368,11 @@ def test_broken_files_of_an_interrupted_run_are_named(job):
             job.run()
 
 
-HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-
-
 def test_two_runs_do_not_write_to_one_output(job):
     job.directory.mkdir()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, job.directory / ".lock"], **pipes) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match=f"another run writes to {job.directory}"):
-            job.run()
-        other.communicate(b"\n")
+    message = f"another run writes to {job.directory}"
+    with held_elsewhere(job.directory / ".lock"), pytest.raises(ValueError, match=message):
+        job.run()
 
 
 def test_a_question_that_does_not_fit_is_named_before_anything_is_sampled(job, sampled):

@@ -30,7 +30,10 @@ def test_generated_problems_are_solved_and_not_among_the_test_rows(numbers):
 def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     generated = [row.row["metadata"] for row in Countdown(settings=TaskConfig(train_rows=20)).rows("train")]
     rows = [{"input": ",".join(map(str, [*each["numbers"][::-1], each["target"]]))} for each in generated[:5]]
-    rows += [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, {"nums": [2, 3, 4, 1], "target": 24, "output": None}]
+    rows += [
+        {"input": "15,44,79,50", "output": "44-15=29,79-29=50"},
+        {"nums": [2, 3, 4, 1], "target": 24, "output": None},
+    ]
     rows += [{"input": "15,44,x"}, {"numbers": [1, 2, 3]}, {"input": "50"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = Countdown(DataConfig(), TaskConfig(files={"countdown": str(tmp_path / "test.jsonl")}, train_rows=20))

@@ -93,9 +93,10 @@ def test_no_finished_job_is_an_error(tmp_path):
         compare([])
 
 
-def test_a_metric_that_no_job_has_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--metric val/elbow: .*val/elbo"):
-        compared(tmp_path, 1.0, 2.0, seeds=1, metric="val/elbow")
+@pytest.mark.parametrize("metric", ["val/elbow", "job", "optim.lr", "status", "error"])
+def test_what_is_no_metric_of_a_job_is_an_error(tmp_path, metric):
+    with pytest.raises(ValueError, match=rf"--metric {metric}: .*val/elbo"):
+        compared(tmp_path, 1.0, 2.0, seeds=1, metric=metric)
 
 
 def test_a_run_that_is_only_repeated_has_no_best(tmp_path):

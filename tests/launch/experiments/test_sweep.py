@@ -77,8 +77,17 @@ def test_an_unknown_region_is_refused_first(page, tmp_path):
 
 
 def test_a_directory_without_jobs_ends_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"error: none of 0 jobs"):
-        main([str(tmp_path)])
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match=f"error: {directory}: no sweep"):
+            main([str(directory)])
+
+
+def test_a_damaged_job_is_named(tmp_path):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    file = next(directory.rglob("job.json"))
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=f"{file}: it has no job"):
+        summarise(directory, "COMMAND", options())
 
 
 @pytest.fixture
