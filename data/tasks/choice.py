@@ -9,6 +9,7 @@ from data.readers import PlacedRow
 from data.tasks.base import Task
 
 FIELDS = ("options", "choices")
+ANSWERS = ("answer", "answerKey")
 
 
 class Choice(Task):
@@ -41,22 +42,30 @@ class Choice(Task):
         return _options(row)[0]
 
     def reference(self, row: PlacedRow) -> str:
-        """Return the option that `answer` gives as an index from 0, a label or letter, or the text.
+        """Return the option that `answer`, or `answerKey`, gives as an index from 0, a label or letter, or the text.
 
         Raises:
             ValueError: it is none of them, or two options could be meant; or see `options`.
         """
         options, labels = _options(row)
-        answer = row.row.get("answer")
-        what = f"{row.place}: field 'answer'"
+        given = {name: row.row[name] for name in ANSWERS if row.row.get(name) is not None}
+        name, answer = next(iter(given.items()), (ANSWERS[0], None))
+        what = f"{row.place}: field '{name}'"
+        if any(other != answer for other in given.values()):
+            raise ValueError(f"{what} is {answer!r}, but {ANSWERS[1]!r} is {given[ANSWERS[1]]!r}: leave one out")
+        names = [*map(str, labels or ())]
         if isinstance(answer, int) and not isinstance(answer, bool):
+            if str(answer) in names and names.index(str(answer)) != answer:
+                raise ValueError(
+                    f"{what} is {answer}, which is an index and another option's label: write a label as text"
+                )
             if not 0 <= answer < len(options):
                 raise ValueError(f"{what} is {answer}, but the indices of the options are 0 … {len(options) - 1}")
             return options[answer]
         if not isinstance(answer, str):
             raise ValueError(f"{what} must be an index, a letter or the text of an option, not {kind_of(answer)}")
-        if labels and answer in labels:  # labels 1 … 4 may stand beside texts that are numbers
-            return options[labels.index(answer)]
+        if answer in names:  # labels 1 … 4 may stand beside texts that are numbers
+            return options[names.index(answer)]
         letters = ascii_uppercase[: len(options)]
         meant = {option for option in options if option.strip() == answer.strip()}
         if not labels and answer.strip() in [*letters]:

@@ -16,15 +16,18 @@ from operator import add, mul, sub, truediv
 from random import Random
 from typing import Any
 
-from data.chat import final_answer, with_thinking
+from data.chat import final_answer, kind_of, with_thinking
 from data.readers import PlacedRow
 from data.tasks.generated import GeneratedTask
 
 LARGEST = 999  # of a generated number: one token of the built-in tokenizer
 OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
-SIGNS = str.maketrans("×·÷−–", "**/--")
+SIGNS = str.maketrans("×·÷−–[]", "**/--()")
+TIMES = re.compile(r"\\(?:times|cdot)\b|(?<=[\d)]) ?[xX] ?(?=[\d(])")
+LIST_NUMBER = re.compile(r"^ *\d+[.)] +", re.MULTILINE)
+INPUT = re.compile(r" *\d{1,9} *(?:, *\d{1,9} *)+")
 EXPRESSION = re.compile(r"[\d(][\d()+*/ -]{0,200}[\d)]")
-EQUATION = re.compile(rf"({EXPRESSION.pattern}) ?= ?(\d+)")
+EQUATION = re.compile(rf"({EXPRESSION.pattern}) ?= ?(\d{{1,18}})(?!\d)")
 
 
 class Countdown(GeneratedTask):
@@ -41,33 +44,49 @@ class Countdown(GeneratedTask):
     def convert(self, placed: PlacedRow) -> dict[str, Any]:
         """Return a row with `input`, numbers and target, or with `numbers` (or `nums`) and `target`."""
         row, place = placed
-        try:
-            if "input" in row:
-                *numbers, target = map(int, row["input"].split(","))
-            else:
-                numbers, target = [int(number) for number in row.get("numbers", row.get("nums"))], int(row["target"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        named, output = row.get("numbers", row.get("nums")), row.get("output")
+        given = [[*map(int, row["input"].split(","))]] if INPUT.fullmatch(str(row.get("input"))) else []
+        given += [[*named, row.get("target")]] if isinstance(named, list) else []
+        fields = [name for name in ("input", "numbers", "nums") if row.get(name) is not None]
+        if not given or len(given) < len(fields) or not all(type(each) is int for each in given[-1]):
             raise ValueError(
-                f"{place}: a row of countdown needs input='15,44,79,50', the target last, or numbers and target"
-            ) from error
+                f"{place}: countdown needs input='15,44,79,50', the target last, or numbers and target; all whole"
+            )
+        if given[0] != given[-1]:
+            raise ValueError(f"{place}: field 'input' has {given[0]}, numbers and target {given[-1]}")
+        if not isinstance(output, str | None):
+            raise ValueError(f"{place}: field 'output' must be text such as 44-15=29,79-29=50, not {kind_of(output)}")
+        *numbers, target = given[0]
         if len(numbers) < 2:
             raise ValueError(f"{place}: a problem of countdown needs two numbers or more, and its target")
-        return _row(numbers, target, (row.get("output") or "").replace(",", "\n"))
+        return _row(numbers, target, (output or "").replace(",", "\n"))
 
     def key(self, row: dict[str, Any]) -> Hashable:
         return (*sorted(row["metadata"]["numbers"]), row["metadata"]["target"])
 
     def answer(self, response: str) -> str | None:
         """Return the last expression of a response, or None."""
-        expressions = EXPRESSION.findall(final_answer(response).translate(SIGNS))
-        return next((each for each in reversed(expressions) if re.search("[-+*/]", each)), None)
+        *_, last = [None, *_expressions(_plain(response))]
+        return last
 
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return 1 if the steps, or the last expression, make the target and use each number once."""
+        """Return 1 if the steps, or the last expression of all numbers, make the target and use each number once."""
         numbers, target = row.row["metadata"]["numbers"], row.row["metadata"]["target"]
-        steps = [(left, int(right)) for left, right in EQUATION.findall(final_answer(response).translate(SIGNS))]
-        last = [(expression, target)] if (expression := self.answer(response)) else []
+        text = _plain(response)
+        steps = [(left, int(right)) for left, right in EQUATION.findall(text)]
+        whole = [each for each in _expressions(text) if len(re.findall(r"\d+", each)) == len(numbers)]
+        last = [(whole[-1], target)] if whole else []
         return float(any(_makes(equations, numbers, target) for equations in (steps, last)))
+
+
+def _plain(response: str) -> str:
+    """A response after its thinking, in signs of Python and without numbers of a list."""
+    text = TIMES.sub("*", final_answer(response).translate(SIGNS))
+    return LIST_NUMBER.sub("", text)
+
+
+def _expressions(text: str) -> list[str]:
+    return [each for each in EXPRESSION.findall(text) if re.search("[-+*/]", each)]
 
 
 def _combine(numbers: list[int], random: Random) -> tuple[int, list[str]]:

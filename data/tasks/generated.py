@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator
 from random import Random
 from typing import Any, Literal
 
+from data.chat import Message
 from data.readers import PlacedRow
 from data.report import Noted
 from data.tasks.base import Task
@@ -49,6 +50,9 @@ class GeneratedTask(Task):
                 yield PlacedRow(self.convert(placed), placed.place)
             except ValueError as error:
                 self.bad.add(error)
+
+    def messages(self, row: PlacedRow) -> list[Message]:
+        return [{"role": "user", "content": row.row["prompt"]}]
 
     def reference(self, row: PlacedRow) -> str:
         return row.row["response"]

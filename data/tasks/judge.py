@@ -12,11 +12,11 @@ from data.tasks.normal import CHANGES, LONGEST, clean, is_same, kind_of_answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=\d))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-MARK = re.compile(r"\banswer[*_ ]*(?:is\b(?!\s+not\b)|:)[*_:\s]*", re.IGNORECASE)
+MARK = re.compile(r"(?:\banswer[*_ ]*(?:is\b(?!\s+not\b)|:)|答案[是为：:]+)[*_:\s]*", re.IGNORECASE)
 HASHES = re.compile(r"####[ \t]*([^\n]+)")
 FENCE = re.compile(r"\\[\[\]()]|\$\$|```\w*")  # around formulas and code
 CLAUSE_END = re.compile(
-    r"(?<!\\)[.!?;](?=\s|$)|,\s+(?:as|not|so|when|where)\s|,?\s+(?:because|but|since|which)\s", re.IGNORECASE
+    r"(?<!\\)[.!?;](?=\s|$)|。|,\s+(?:as|not|so|when|where)\s|,?\s+(?:because|but|since|which)\s", re.IGNORECASE
 )
 CHOICE = re.compile(r"\([A-Z]\)|(?<![^\s*$])[A-Z](?=[.)\s*$]*$)")  # anywhere, or at the end
 CHOICE_LINE = re.compile(r"(?:\([A-Z]\)|[A-Z][).])\s+\S")
@@ -25,7 +25,9 @@ ELEMENT = re.compile(r"[-+(\[{]*[\d.,/]+|.*\d.*,", re.ASCII)  # before another o
 AFFIX = re.compile(rf".*[-+*/=^<>]|{CHANGES.pattern}", re.IGNORECASE)  # changes the number after it
 JOINED = re.compile(r".*\d.* (?:and|or)", re.ASCII)
 DIGIT = re.compile("[0-9]")
-MORE = re.compile(r"[-+*/=^<>\\]|[B-HJ-Zb-z]$|hundred|thousand|million|billion|trillion")  # continues a formula
+MORE = re.compile(
+    r"[-+*/=^<>\\]|[B-HJ-Zb-z]$|crore|hundred|lakh|thousand|million|billion|trillion|mln"
+)  # continues a formula
 
 
 def is_right(response: str, expected: str, same: Callable[[str, str], bool] = is_same) -> bool:

@@ -4,6 +4,7 @@ MATH (arXiv 2103.03874) has `problem`, and `solution` with the answer in `\boxed
 """
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any, Literal
 
 from data.chat import THINK, is_given
@@ -37,8 +38,11 @@ class Math(Task):
         Raises:
             ValueError: see `file_of` and `read`.
         """
-        for row, place in self.read([self.file_of(split)]):
-            yield PlacedRow(_converted(row), place)
+        for placed in self.read([self.file_of(split)]):
+            try:
+                yield PlacedRow(_converted(placed), placed.place)
+            except ValueError as error:
+                self.bad.add(error)
 
     def expected(self, row: PlacedRow) -> str:
         """Return the row's `answer`, or what its solution states.
@@ -66,12 +70,14 @@ class Math(Task):
         return float(is_right(response, self.expected(row), self._is_same))
 
     def check(self, row: PlacedRow) -> None:
-        """Refuse a row without an answer that can be judged.
+        """Refuse a row without an answer that can be judged, or with two.
 
         Raises:
-            ValueError: see `expected`.
+            ValueError: the solution states another answer than field `answer`; or see `expected`.
         """
-        self.expected(row)
+        expected, own = self.expected(row), stated(self.reference(row))
+        if own and not self._is_same(own, expected):
+            raise ValueError(f"{row.place}: field 'answer' is {expected!r}, but the solution states {own!r}")
 
     def _is_same(self, answer: str, expected: str) -> bool:
         if is_same(answer, expected):
@@ -80,10 +86,16 @@ class Math(Task):
         return pair is not None and self._compare_formulas(*pair)
 
 
-def _converted(row: dict[str, Any]) -> dict[str, Any]:
+def _converted(placed: PlacedRow) -> dict[str, Any]:
     """Row with `prompt` and `response`, or S1K's and others as they are. A short answer stays beside its solution."""
-    question = next((row[name] for name in ("problem", "question") if is_given(row.get(name))), None)
+    row, place = placed
+    questions = [row[name] for name in ("problem", "question") if is_given(row.get(name))]
+    if len(questions) > 1 and questions[0] != questions[1]:
+        raise ValueError(f"{place}: fields 'problem' and 'question' differ; leave one out")
+    question = questions[0] if questions else None
     solution, answer = row.get("solution"), row.get("answer")
+    if isinstance(answer, bool) or (isinstance(answer, float) and not isfinite(answer)):
+        raise ValueError(f"{place}: field 'answer' is {answer}: must be a number or text")
     if question is None or THINK in str(answer):
         return row
     answer = str(answer) if isinstance(answer, int | float) else answer

@@ -33,6 +33,7 @@ REWRITES = [
         # Emphasis, unlike a product, has no digit or bracket beside it.
         (r"(?<![^\s(])(?<![\d)] )(\*\*?)(?=[^\s*])([^*]*[^\s*])\1(?! ?[\d(])(?![\w*])", r"\2"),
         (r"(?<=[^\s*])\*\*(?=[\s.,:;!?]|$)(?! ?[\d(])", ""),
+        (r"(?<=[A-Za-z]) \^(?=\d)", "^"),  # \text{ cm}^2
         (r"(?<=\d) and a half\b", " 1/2"),
         (r"(?<![\\A-Za-z])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
@@ -51,13 +52,14 @@ NUMBER = re.compile(
 )
 BEGIN = re.compile(r"(?:^- |-|minus |negative )?[€£¥₹]?(?:\\frac|\.?\d)", re.ASCII)  # of a number
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+POWERS = {"square": 2, "cubic": 3}
 UNIT_WORDS = 2  # of an expected number, as in "18 square feet"; a longer text is no number
 ATTACHED = re.compile("mm|cm|km|mg|kg|ml|mL|ft|lbs?|oz|hrs|min|am|pm|mph|st|nd|rd|th|USD")
 SHORT = re.compile(rf"{ATTACHED.pattern}|[mgshLlI]|in|yd|mi|hr|an?|as|at|by|he|is|it|of|on|to|we")
 # Words that make another number, or none, of the one beside them.
 CHANGES = re.compile(
-    "above|below|between|cos|cubed|except|exp|factorial|half|log|minus|negative|not|over|plus|root|sin|sqrt|squared|"
-    rf"tan|than|twice|under|without|\w+n't|{'|'.join(SCALES)}",
+    "above|below|between|cannot|cos|crore|cubed|except|exp|factorial|half|lakh|log|minus|mln|negative|never|not|over|"
+    rf"plus|root|sin|sqrt|squared|tan|than|twice|under|without|\w+n't|\w+(?:dths?|nths?)|{'|'.join(SCALES)}",
     re.IGNORECASE,
 )
 
@@ -67,8 +69,9 @@ CHOICE = re.compile(
 )
 OTHER_CHOICE = re.compile(r"\([A-Za-z]\)|\b(?:and|or) [A-Z]\b")
 
+ASIDE = re.compile(r"(?<=[\w%]) \((?!or |either )[^()]*\)$")  # 18 (9 eggs at 2 each)
 NAME = re.compile(r" *[A-Za-z](?:_\w)?(?:\([^()]*\))? *")
-VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\\(?:alpha|beta|gamma|lambda|mu|omega|phi|theta)(?![a-z])")
 NO_EQUATION = re.compile(r"\b(?:and|or)\b|,(?!\d{3})|[<>!]")  # several, or an inequality
 MEMBER = re.compile(r"^[A-Za-z] ?(?:\\in(?![a-z])|∈) ?")  # x ∈ of an interval
 JOINED = re.compile(r",? (?:and|or) ")
@@ -80,9 +83,16 @@ WORD = re.compile(
 UNIT = re.compile(r"(?<=[\w})])(?: [A-Za-z]{3,}| (?:mm|cm|km|ft|in|mi|yd))+(?:\^\d)?$")
 
 
+SHORT_UNITS = (
+    "feet=foot ft=foot in=inch hr=hour h=hour min=minute sec=second s=second cm=centimeter m=meter km=kilometer"
+)
+UNIT_NAMES = dict(each.split("=") for each in f"{SHORT_UNITS} g=gram kg=kilogram lb=pound sq=square".split())
+
+
 class Number(NamedTuple):
     value: Fraction
-    unit: str  # its first word, without a plural's s; may be empty
+    unit: str  # without a plural's s, such as foot^2; may be empty
+    by: str = ""  # the unit after / or "per"
 
 
 class Items(NamedTuple):
@@ -171,6 +181,8 @@ def _value(text: str) -> str:
         NAME.fullmatch(side) or not VARIABLE.search(side) for side in left
     ):
         return text
+    if len(left) == 1 and NAME.fullmatch(right) and not VARIABLE.search(left[0]):  # 5 = x
+        return left[0].strip()
     return right.strip()
 
 
@@ -188,11 +200,12 @@ def _number(text: str, unit_words: int | None = None) -> Number | None:
     unit = _unit(after, unit_words)
     if unit is None:
         return None
+    by = re.search(r"(?:/| per )([A-Za-z]+)", after)
     if found["whole"]:
         value = int(found["whole"]) + Fraction(int(found["top"]), int(found["bottom"]))
     else:
         value = Fraction(re.sub("[, ]", "", found["number"])) / int(found["by"] or 1)
-    return Number((-value if found["minus"] else value) * scale, unit)
+    return Number((-value if found["minus"] else value) * scale, unit, _singular(by[1]) if by else "")
 
 
 def _unit(after: str, most: int | None) -> str | None:
@@ -206,7 +219,17 @@ def _unit(after: str, most: int | None) -> str | None:
     is_apart = rest[0] in " ,-" or ATTACHED.fullmatch(words[0]) or re.match("/[a-z]{3}", rest)
     if not is_apart or not _are_words(rest):
         return None
-    return "%" if after != rest else re.split(r"[/^]", words[0])[0].strip("(),").removesuffix("s").lower()
+    if after != rest:
+        return "%"
+    unit, *following = (_singular(word) for word in words)
+    return f"{following[0]}^{POWERS[unit]}" if unit in POWERS and following else unit
+
+
+def _singular(word: str) -> str:
+    """A unit without what follows / in it, and without a plural's s."""
+    word, power, exponent = word.partition("/")[0].strip("(),").lower().partition("^")
+    word = re.sub("(?<=ss|sh|ch|.x)es$|(?<=[a-rt-z])s$", "", word)
+    return UNIT_NAMES.get(word, word) + power + exponent
 
 
 def _are_words(text: str) -> bool:
@@ -219,7 +242,7 @@ def _are_words(text: str) -> bool:
 def _stated_number(answer: str) -> Number | None:
     """Return the only number in an answer, which may begin with a choice, a name or words."""
     choice = CHOICE.fullmatch(answer)
-    answer = _value(choice[3] if choice and choice[3] else answer)
+    answer = _value(ASIDE.sub("", choice[3] if choice and choice[3] else answer))
     begin = BEGIN.search(answer)
     before = answer[: begin.start()] if begin else ""
     if not re.search(r"[-/] *$", before) and _are_words(re.sub(r"\b[A-Za-z] (?=is |equals )", "", before)):
@@ -234,7 +257,7 @@ def _are_equal(number: Number | None, expected: Number) -> bool:
     units = {number.unit, expected.unit} - {""}
     if number.value != expected.value and units == {"%"}:
         return number.value / 100 ** (number.unit == "%") == expected.value / 100 ** (expected.unit == "%")
-    return number.value == expected.value and len(units) < 2
+    return number.value == expected.value and len(units) < 2 and len({number.by, expected.by} - {""}) < 2
 
 
 def _expected_choice(text: str) -> str | None:

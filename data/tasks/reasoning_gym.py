@@ -49,9 +49,11 @@ def verify(placed: PlacedRow, answer: str) -> float:
         raise ValueError(f"{place}: field 'metadata' is missing; the verifier of {row['source']!r} needs it")
     if task == "countdown" and (not FORMULA.fullmatch(answer) or "**" in answer):
         return 0.0
-    entry = {"question": row["question"], "answer": final_answer(row["answer"]), "metadata": row["metadata"]}
     try:
+        entry = {"question": row["question"], "answer": final_answer(row["answer"]), "metadata": row["metadata"]}
         return _gym().get_score_answer_fn(task)(answer, entry)
+    except KeyError as error:
+        raise ValueError(f"{place}: the verifier of {row['source']!r} needs {error}, which the row lacks") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 

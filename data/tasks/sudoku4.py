@@ -18,6 +18,8 @@ from data.tasks.generated import GeneratedTask
 
 SIZE = 4
 FEWEST_GIVENS, MOST_GIVENS = 4, 12
+BESIDE = re.compile(r"^\W*row *\d\W*|[^\w\n]", re.IGNORECASE)  # the cells of a line
+LINES = re.compile(r"^[1-4]{4}(?:\n[1-4]{4}){3}$", re.MULTILINE)
 GRID = re.compile(r"[0-4]{4}(\n[0-4]{4}){3}")
 
 
@@ -47,12 +49,15 @@ class Sudoku4(GeneratedTask):
         return row["metadata"]["problem"]
 
     def answer(self, response: str) -> str | None:
-        """Return the last 16 digits of a response, or None if it has fewer."""
-        digits = re.findall(r"\d", final_answer(response))[-(SIZE**2) :]
+        """Return the last grid of a response, else its last 16 digits, or None if it has fewer."""
+        text = final_answer(response)
+        if grids := LINES.findall("\n".join(filter(None, (BESIDE.sub("", line) for line in text.splitlines())))):
+            return grids[-1].replace("\n", "")
+        digits = re.findall(r"\d", text)[-(SIZE**2) :]
         return "".join(digits) if len(digits) == SIZE**2 else None
 
     def score(self, row: PlacedRow, response: str) -> float:
-        """Return 1 if the last 16 digits of the answer are a solution that keeps the givens."""
+        """Return 1 if the answer is a solution that keeps the givens."""
         if (answer := self.answer(response)) is None:
             return 0.0
         digits = np.array([*map(int, answer)])

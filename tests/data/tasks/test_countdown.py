@@ -34,7 +34,7 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
         {"input": "15,44,79,50", "output": "44-15=29,79-29=50"},
         {"nums": [2, 3, 4, 1], "target": 24, "output": None},
     ]
-    rows += [{"input": "15,44,x"}, {"numbers": [1, 2, 3]}, {"input": "50"}]
+    rows += [{"input": "15,44,x"}, {"numbers": [1, 2, 3]}, {"input": "50,50"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = Countdown(DataConfig(), TaskConfig(files={"countdown": str(tmp_path / "test.jsonl")}, train_rows=20))
     train, test = list(task.rows("train")), list(task.rows("test"))
@@ -58,6 +58,11 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
         ("79 - (44 - 15) = 50", 1),
         ("We try 79-44=35, which fails. The answer is (79 - 44) + 15", 1),
         ("<think>\n79+15=94\n</think>\n44-15=29\n79-29=50", 1),
+        (r"$79 - (44 - 15)$", 1),
+        (r"\boxed{79 - [44 - 15]}", 1),
+        ("1) 44-15=29\n2) 79-29=50", 1),
+        ("79-(44-15)=50\n\nCheck: 79-29=50", 1),
+        ("44-15=" + "2" * 5000, 0),
         ("44-15=29\n79-29=51", 0),
         ("44-15=28\n79-29=50", 0),
         ("79-29=50", 0),
@@ -73,6 +78,32 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
 )
 def test_a_response_solves_the_problem_or_not(response, score):
     assert Countdown().score(ROW, response) == score
+
+
+def test_products_as_models_write_them():
+    row = PlacedRow({"metadata": {"numbers": [3, 4, 5], "target": 35}}, "row 1")
+    for response in (r"(3 + 4) \times 5 = 35", r"$(3+4) \cdot 5$", "(3+4) x 5 = 35", "(3+4)×5"):
+        assert Countdown().score(row, response) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"numbers": [3, 4.9, 5], "target": 35},
+        {"numbers": [3, 4, 5], "target": 35.7},
+        {"numbers": "345", "target": 35},
+        {"numbers": [True, 2], "target": 3},
+        {"numbers": [3, 4, float("inf")], "target": 35},
+        {"numbers": [3, 4, 5]},
+        {"input": "3,4,5,35", "numbers": [3, 4, 6], "target": 35},
+        {"input": 35, "numbers": [3, 4, 5], "target": 35},
+        {"input": "3,4,5,35", "output": ["3+4=7"]},
+    ],
+    ids=str,
+)
+def test_rows_of_doubtful_problems_are_refused(row):
+    with pytest.raises(ValueError, match=r"^row 1: "):
+        Countdown().convert(PlacedRow(row, "row 1"))
 
 
 @pytest.mark.parametrize(

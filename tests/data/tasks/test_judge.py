@@ -8,6 +8,20 @@ from data.tasks.judge import extract, is_right, stated
 from data.tasks.normal import is_same
 
 RIGHT = [
+    ("The answer is 18 (9 eggs × $2).", "18"),
+    ("The answer is 160 minutes (2 hours and 40 minutes).", "160"),
+    ("答案是8。", "8"),
+    (r"\boxed{12\text{ cm}^2}", "12"),
+    (r"\boxed{12\,\text{cm}^2}", "12 cm^2"),
+    (r"\boxed{12\text{ in}^2}", "12"),
+    (r"\boxed{5 = x}", "5"),
+    ("5 inch", "5 inches"),
+    ("6 ft", "6 feet"),
+    ("2 hrs", "2 hours"),
+    ("5 box", "5 boxes"),
+    ("3 glasses", "3 glass"),
+    ("12 square feet", "12 ft^2"),
+    ("60 km per hour", "60 km/h"),
     # where the answer is
     (r"\boxed{18}", "18"),
     (r"so $\boxed{\frac{1}{2}}$.", "1/2"),
@@ -117,6 +131,18 @@ RIGHT = [
     ("a\nb", "a\nb"),
 ]
 WRONG = [
+    ("The answer is 18 square feet", "18 square inches"),
+    ("The answer is 5 cubic meters", "5 cubic feet"),
+    ("12 cm^2", "12 cm^3"),
+    ("The answer is 60 km/h", "60 km/s"),
+    (r"\boxed{60 \text{ km/s}}", "60 km/h"),
+    ("The answer is 5 tenths.", "5"),
+    ("The answer is 5 hundredths.", "5"),
+    ("5 lakh", "5"),
+    ("5 mln", "5"),
+    ("never 5", "5"),
+    (r"\boxed{\alpha^2 = 5}", "5"),
+    ("The answer is 5 (or 6).", "5"),
     # where no answer is
     ("", "72"),
     ("I do not know", "18"),
