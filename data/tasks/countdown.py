@@ -59,7 +59,11 @@ class Countdown(GeneratedTask):
         *numbers, target = given[0]
         if len(numbers) < 2:
             raise ValueError(f"{place}: a problem of countdown needs two numbers or more, and its target")
-        return _row(numbers, target, (output or "").replace(",", "\n"))
+        steps = (output or "").replace(",", "\n")
+        converted = _row(numbers, target, steps)
+        if steps and not self.score(PlacedRow(converted, place), steps):
+            raise ValueError(f"{place}: field 'output' is {output!r}, which does not make {target} from {numbers}")
+        return converted
 
     def key(self, row: dict[str, Any]) -> Hashable:
         return (*sorted(row["metadata"]["numbers"]), row["metadata"]["target"])

@@ -12,7 +12,7 @@ from data.config import DataConfig, TaskConfig
 from data.readers import PlacedRow
 from data.tasks.base import Task, installed
 from data.tasks.judge import extract, is_right, plain, stated
-from data.tasks.normal import formulas, is_same
+from data.tasks.normal import formulas, is_same, kind_of_answer
 from data.tasks.symbolic import Symbolic
 
 WORDS = 5  # of an answer that is text
@@ -73,10 +73,10 @@ class Math(Task):
         """Refuse a row without an answer that can be judged, or with two.
 
         Raises:
-            ValueError: the solution states another answer than field `answer`; or see `expected`.
+            ValueError: the solution states another number than field `answer`; or see `expected`.
         """
         expected, own = self.expected(row), stated(self.reference(row))
-        if own and not self._is_same(own, expected):
+        if own and {kind_of_answer(own), kind_of_answer(expected)} == {"number"} and not is_same(own, expected):
             raise ValueError(f"{row.place}: field 'answer' is {expected!r}, but the solution states {own!r}")
 
     def _is_same(self, answer: str, expected: str) -> bool:

@@ -27,6 +27,10 @@ def row(**fields) -> PlacedRow:
         ({"options": ["A", "B"], "answer": "A"}, "A"),  # both readings mean the same
         ({"options": ["1", "2"], "answer": "1"}, "1"),  # a text is no index
         ({"options": COLOURS, "choices": None, "answer": 2}, "blue"),
+        ({"choices": {"text": COLOURS, "label": ["A", "B", "C"]}, "answer": None, "answerKey": "B"}, "green"),
+        ({"choices": {"text": COLOURS, "label": ["A", "B", "C"]}, "answer": 1}, "green"),
+        ({"choices": {"text": COLOURS, "label": [1, 2, 3]}, "answerKey": "3"}, "blue"),
+        ({"choices": {"text": COLOURS, "label": [0, 1, 2]}, "answer": 2}, "blue"),
     ],
 )
 def test_the_right_option(fields, right):
@@ -39,6 +43,9 @@ def test_the_right_option(fields, right):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"choices": {"text": COLOURS, "label": ["1", "2", "3"]}, "answer": 1}, "another option's label"),
+        ({"choices": {"text": COLOURS, "label": [1, 2, 3]}, "answer": 1}, "another option's label"),
+        ({"options": COLOURS, "answer": 1, "answerKey": 2}, "'answerKey' is 2"),
         ({"answer": 0}, "options or choices; it has neither"),
         ({"options": COLOURS, "choices": COLOURS, "answer": 0}, "it has options and choices"),
         ({"options": "red", "answer": 0}, "field 'options' must be a list of texts"),

@@ -43,6 +43,7 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     assert [final_answer(row.row["response"]) for row in test[5:]] == ["44-15=29\n79-29=50", ""]
     for row in test:
         task.check(row)
+        assert task.messages(row) == [{"role": "user", "content": row.row["prompt"]}]
     assert "test.jsonl:8" in task.bad.named[0]
     assert "input='15,44,79,50'" in task.bad.named[1]
     assert "two numbers" in task.bad.named[2]
@@ -98,6 +99,7 @@ def test_products_as_models_write_them():
         {"input": "3,4,5,35", "numbers": [3, 4, 6], "target": 35},
         {"input": 35, "numbers": [3, 4, 5], "target": 35},
         {"input": "3,4,5,35", "output": ["3+4=7"]},
+        {"input": "3,4,5,35", "output": "3+4=7,7*4=28"},
     ],
     ids=str,
 )
@@ -172,7 +174,7 @@ def test_steps_follow_from_the_thinking(problem, steps):
 
 
 def test_an_unsolved_problem_has_the_response_of_its_row():
-    row = {"input": "99,98,97,11", "output": "99*98=9702,9702-97=9605"}
+    row = {"input": "99,98,97,9605", "output": "99*98=9702,9702-97=9605"}
     assert Countdown().convert(PlacedRow(row, "row 1"))["response"] == "99*98=9702\n9702-97=9605"
 
 

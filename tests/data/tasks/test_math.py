@@ -109,3 +109,29 @@ def test_the_default_is_the_hub(monkeypatch):
     monkeypatch.setattr(Math, "read", lambda _, files: read.extend(files) or [])
     assert list(Math().rows("test")) == []
     assert read == ["HuggingFaceH4/MATH-500:test"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"problem": "1+1?", "solution": r"\boxed{2}", "answer": "3"}, "'3', but the solution states '2'"),
+        ({"problem": "1+1?", "answer": True}, "'answer' is True"),
+        ({"problem": "1+1?", "answer": float("nan")}, "'answer' is nan"),
+        ({"problem": "1+1?", "question": "1+2?", "answer": "2"}, "'problem' and 'question' differ"),
+    ],
+    ids=str,
+)
+def test_rows_that_contradict_themselves_are_refused(tmp_path, judge, row, words):
+    task, rows = rows_of(tmp_path, row)
+    with pytest.raises(ValueError, match=words):
+        task.check(rows[0]) if rows else task.bad.refuse()
+
+
+def test_a_solution_may_write_its_answer_in_another_way(tmp_path, judge):
+    task, [row] = rows_of(tmp_path, MATH | {"answer": r"\sqrt{8}"})
+    task.check(row)
+
+
+def test_a_rounded_formula_is_wrong(tmp_path, judge):
+    task, [row] = rows_of(tmp_path, MATH | {"solution": None, "answer": r"2\pi"})
+    assert task.score(row, r"\boxed{6.283185}") == 0

@@ -39,6 +39,7 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     assert [row.row["response"] for row in test] == [first["response"], ""]
     for row in test:
         task.check(row)
+        assert task.messages(row) == [{"role": "user", "content": row.row["prompt"]}]
     assert ["'input'" in problem for problem in task.bad.named] == [True] * len(task.bad.named)
 
 
@@ -46,6 +47,10 @@ def test_rows_of_a_file_are_held_out_of_training(tmp_path):
     ("response", "score"),
     [
         ("1423\n2341\n3214\n4132", 1),
+        ("1423\n2341\n3214\n4132\n\nEach row has 1-4 exactly once.", 1),
+        ("Row 1: 1 4 2 3\nRow 2: 2 3 4 1\nRow 3: 3 2 1 4\nRow 4: 4 1 3 2", 1),
+        ("1 4 | 2 3\n2 3 | 4 1\n----+----\n3 2 | 1 4\n4 1 | 3 2", 1),
+        ("1423\n2341\n3214\n4132\n\nNo:\n1423\n2341\n3214\n4123", 0),
         ("1 4 2 3\n2 3 4 1\n3 2 1 4\n4 1 3 2", 1),
         ("The 4x4 grid is\n| 1 4 2 3 |\n| 2 3 4 1 |\n| 3 2 1 4 |\n| 4 1 3 2 |", 1),
         ("1423\n2341\n3214\n4123", 0),
