@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from data.chat import THINK, final_answer
-from data.tasks.normal import CHANGES, LONGEST, clean, is_same, kind_of_answer
+from data.tasks.normal import CHANGES, LONGEST, SCALES, clean, is_same, kind_of_answer
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=\d))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -25,9 +25,7 @@ ELEMENT = re.compile(r"[-+(\[{]*[\d.,/]+|.*\d.*,", re.ASCII)  # before another o
 AFFIX = re.compile(rf".*[-+*/=^<>]|{CHANGES.pattern}", re.IGNORECASE)  # changes the number after it
 JOINED = re.compile(r".*\d.* (?:and|or)", re.ASCII)
 DIGIT = re.compile("[0-9]")
-MORE = re.compile(
-    r"[-+*/=^<>\\]|[B-HJ-Zb-z]$|crore|hundred|lakh|thousand|million|billion|trillion|mln"
-)  # continues a formula
+MORE = re.compile(r"[-+*/=^<>\\]|[B-HJ-Zb-z]$|" + "|".join(SCALES))  # continues a formula
 
 
 def is_right(response: str, expected: str, same: Callable[[str, str], bool] = is_same) -> bool:

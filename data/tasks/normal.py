@@ -52,14 +52,16 @@ NUMBER = re.compile(
 )
 BEGIN = re.compile(r"(?:^- |-|minus |negative )?[€£¥₹]?(?:\\frac|\.?\d)", re.ASCII)  # of a number
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES |= {"lakh": 10**5, "crore": 10**7, "mln": 10**6, "bln": 10**9}
 POWERS = {"square": 2, "cubic": 3}
 UNIT_WORDS = 2  # of an expected number, as in "18 square feet"; a longer text is no number
 ATTACHED = re.compile("mm|cm|km|mg|kg|ml|mL|ft|lbs?|oz|hrs|min|am|pm|mph|st|nd|rd|th|USD")
 SHORT = re.compile(rf"{ATTACHED.pattern}|[mgshLlI]|in|yd|mi|hr|an?|as|at|by|he|is|it|of|on|to|we")
 # Words that make another number, or none, of the one beside them.
 CHANGES = re.compile(
-    "above|below|between|cannot|cos|crore|cubed|except|exp|factorial|half|lakh|log|minus|mln|negative|never|not|over|"
-    rf"plus|root|sin|sqrt|squared|tan|than|twice|under|without|\w+n't|\w+(?:dths?|nths?)|{'|'.join(SCALES)}",
+    "above|below|between|cannot|cos|cubed|except|exp|factorial|half|halves|log|minus|negative|never|not|over|plus|root|"
+    r"sin|sqrt|squared|tan|than|thirds|twice|under|without|\w+n't|(?:four|fif|six|seven|eigh|nin|ten)ths|"
+    rf"(?:{'|'.join(SCALES)})(?:ths)?",
     re.IGNORECASE,
 )
 

@@ -16,6 +16,8 @@ RIGHT = [
     (r"\boxed{12\text{ in}^2}", "12"),
     (r"\boxed{5 = x}", "5"),
     ("5 inch", "5 inches"),
+    ("The answer is 5 months.", "5"),
+    ("5 lakh", "500,000"),
     ("6 ft", "6 feet"),
     ("2 hrs", "2 hours"),
     ("5 box", "5 boxes"),
