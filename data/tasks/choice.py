@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from string import ascii_uppercase
 from typing import Any, Literal
 
-from data.chat import Message, kind_of, to_prompt
+from data.chat import Message, is_given, kind_of, to_prompt
 from data.readers import PlacedRow
 from data.tasks.base import Task
 
 FIELDS = ("options", "choices")
-ANSWERS = ("answer", "answerKey")
+ANSWERS = ("answer", "answerKey", "response")
 
 
 class Choice(Task):
@@ -29,8 +29,10 @@ class Choice(Task):
         """Return the prompt of a row as chat messages; the options are not listed in it.
 
         Raises:
-            ValueError: see `data.chat.to_prompt`.
+            ValueError: `question` and `prompt` differ, or see `data.chat.to_prompt`.
         """
+        if len({str(row.row[name]) for name in ("question", "prompt") if is_given(row.row.get(name))}) > 1:
+            raise ValueError(f"{row.place}: fields 'question' and 'prompt' differ: leave one out")
         return to_prompt(row)
 
     def options(self, row: PlacedRow) -> list[str]:
@@ -42,38 +44,16 @@ class Choice(Task):
         return _options(row)[0]
 
     def reference(self, row: PlacedRow) -> str:
-        """Return the option that `answer`, or `answerKey`, gives as an index from 0, a label or letter, or the text.
+        """Return the option that a field of ANSWERS gives as an index from 0, a label or letter, or the text.
 
         Raises:
-            ValueError: it is none of them, or two options could be meant; or see `options`.
+            ValueError: it is none of them, two options could be meant, or two fields mean others; or see `options`.
         """
-        options, labels = _options(row)
-        given = {name: row.row[name] for name in ANSWERS if row.row.get(name) is not None}
-        name, answer = next(iter(given.items()), (ANSWERS[0], None))
-        what = f"{row.place}: field '{name}'"
-        if any(other != answer for other in given.values()):
-            raise ValueError(f"{what} is {answer!r}, but {ANSWERS[1]!r} is {given[ANSWERS[1]]!r}: leave one out")
-        names = [*map(str, labels or ())]
-        if isinstance(answer, int) and not isinstance(answer, bool):
-            if str(answer) in names and names.index(str(answer)) != answer:
-                raise ValueError(
-                    f"{what} is {answer}, which is an index and another option's label: write a label as text"
-                )
-            if not 0 <= answer < len(options):
-                raise ValueError(f"{what} is {answer}, but the indices of the options are 0 … {len(options) - 1}")
-            return options[answer]
-        if not isinstance(answer, str):
-            raise ValueError(f"{what} must be an index, a letter or the text of an option, not {kind_of(answer)}")
-        if answer in names:  # labels 1 … 4 may stand beside texts that are numbers
-            return options[names.index(answer)]
-        letters = ascii_uppercase[: len(options)]
-        meant = {option for option in options if option.strip() == answer.strip()}
-        if not labels and answer.strip() in [*letters]:
-            meant.add(options[letters.index(answer.strip())])
-        if len(meant) != 1:
-            problem = "two options, as a letter and as a text" if meant else f"none of the options {options}"
-            raise ValueError(f"{what} is {answer!r}, which is {problem}: give the index of an option, from 0")
-        return meant.pop()
+        given = {name: row.row[name] for name in ANSWERS if row.row.get(name) is not None} or {ANSWERS[0]: None}
+        meant = [_meant(row, name, answer) for name, answer in given.items()]
+        if len({*meant}) > 1:
+            raise ValueError(f"{row.place}: fields that mean two options: {given}; leave one out")
+        return meant[0]
 
     def score(self, row: PlacedRow, response: str) -> float:
         """Return 1 for the right option, else 0.
@@ -82,6 +62,31 @@ class Choice(Task):
             ValueError: see `reference`.
         """
         return float(response == self.reference(row))
+
+
+def _meant(row: PlacedRow, name: str, answer: Any) -> str:
+    """Return the option that a field means."""
+    options, labels = _options(row)
+    what = f"{row.place}: field '{name}'"
+    names = [*map(str, labels or ())]
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if str(answer) in names and names.index(str(answer)) != answer:
+            raise ValueError(f"{what} is {answer}, which is an index and another option's label: write a label as text")
+        if not 0 <= answer < len(options):
+            raise ValueError(f"{what} is {answer}, but the indices of the options are 0 … {len(options) - 1}")
+        return options[answer]
+    if not isinstance(answer, str):
+        raise ValueError(f"{what} must be an index, a letter or the text of an option, not {kind_of(answer)}")
+    if answer in names:  # labels 1 … 4 may stand beside texts that are numbers
+        return options[names.index(answer)]
+    letters = ascii_uppercase[: len(options)]
+    meant = {option for option in options if option.strip() == answer.strip()}
+    if not labels and answer.strip() in [*letters]:
+        meant.add(options[letters.index(answer.strip())])
+    if len(meant) != 1:
+        problem = "two options, as a letter and as a text" if meant else f"none of the options {options}"
+        raise ValueError(f"{what} is {answer!r}, which is {problem}: give the index of an option, from 0")
+    return meant.pop()
 
 
 def _options(placed: PlacedRow) -> tuple[list[str], list[str] | None]:

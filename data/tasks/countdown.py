@@ -26,8 +26,9 @@ SIGNS = str.maketrans("×·÷−–[]", "**/--()")
 TIMES = re.compile(r"\\(?:times|cdot)\b|(?<=[\d)]) ?[xX] ?(?=[\d(])")
 LIST_NUMBER = re.compile(r"^ *\d+[.)] +", re.MULTILINE)
 INPUT = re.compile(r" *\d{1,9} *(?:, *\d{1,9} *)+")
-EXPRESSION = re.compile(r"[\d(][\d()+*/ -]{0,200}[\d)]")
-EQUATION = re.compile(rf"({EXPRESSION.pattern}) ?= ?(\d{{1,18}})(?!\d)")
+# A minus sign without a space behind it begins a negative result.
+EXPRESSION = re.compile(r"(?:(?<![\d)])(?<![\d)] )-)?[\d(][\d()+*/ -]{0,200}[\d)]")
+EQUATION = re.compile(rf"({EXPRESSION.pattern}) ?= ?(-?\d{{1,18}})(?!\d)")
 
 
 class Countdown(GeneratedTask):
@@ -90,7 +91,7 @@ def _plain(response: str) -> str:
 
 
 def _expressions(text: str) -> list[str]:
-    return [each for each in EXPRESSION.findall(text) if re.search("[-+*/]", each)]
+    return [each for each in EXPRESSION.findall(text) if re.search(r"[\d)] *[-+*/]", each)]
 
 
 def _combine(numbers: list[int], random: Random) -> tuple[int, list[str]]:
@@ -157,8 +158,8 @@ def _makes(equations: list[tuple[str, int]], numbers: list[int], target: int) ->
     for expression, result in equations:
         try:
             tree = ast.parse(expression.strip(), mode="eval").body
-            used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-            if _value(tree) != result or not used <= left:
+            value, terms = _evaluate(tree)
+            if value != result or not (used := Counter(terms)) <= left:
                 return False
         except (SyntaxError, ValueError, ZeroDivisionError):
             return False
@@ -166,15 +167,19 @@ def _makes(equations: list[tuple[str, int]], numbers: list[int], target: int) ->
     return left == Counter([target]) and bool(equations)
 
 
-def _value(node: ast.expr) -> Fraction:
-    """Value of an expression of whole numbers.
+def _evaluate(node: ast.expr) -> tuple[Fraction, list[int]]:
+    """Return the value of an expression of whole numbers, and these numbers.
 
     Raises:
         ValueError: it has another part, such as a power.
         ZeroDivisionError: it divides by 0.
     """
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    match node:
+        case ast.Constant(int(number)):
+            return Fraction(number), [number]
+        case ast.UnaryOp(ast.USub(), ast.Constant(int(number))):
+            return Fraction(-number), [-number]
+        case ast.BinOp(left, operation, right) if type(operation) in OPERATIONS:
+            (x, numbers), (y, more) = _evaluate(left), _evaluate(right)
+            return OPERATIONS[type(operation)](x, y), numbers + more
     raise ValueError(ast.unparse(node))

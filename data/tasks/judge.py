@@ -21,8 +21,9 @@ CLAUSE_END = re.compile(
 CHOICE = re.compile(r"\([A-Z]\)|(?<![^\s*$])[A-Z](?=[.)\s*$]*$)")  # anywhere, or at the end
 CHOICE_LINE = re.compile(r"(?:\([A-Z]\)|[A-Z][).])\s+\S")
 OPERATOR = re.compile(r"[-+*/=^<>]+")
-ELEMENT = re.compile(r"[-+(\[{]*[\d.,/]+|.*\d.*,", re.ASCII)  # before another one of a list
+ELEMENT = re.compile(r"[-+(\[{]*[.,/]*\d[\d.,/]*|.*\d.*,", re.ASCII)  # before another one of a list
 AFFIX = re.compile(rf".*[-+*/=^<>]|{CHANGES.pattern}", re.IGNORECASE)  # changes the number after it
+NEGATED = re.compile(r"(?:cannot|not|never|\w+n't) (?:be|equal)", re.IGNORECASE)
 JOINED = re.compile(r".*\d.* (?:and|or)", re.ASCII)
 DIGIT = re.compile("[0-9]")
 MORE = re.compile(r"[-+*/=^<>\\]|[B-HJ-Zb-z]$|" + "|".join(SCALES))  # continues a formula
@@ -129,7 +130,7 @@ def _around_number(tokens: list[str]) -> str:
     while first:
         token, before, pair = tokens[first], tokens[first - 1], " ".join(tokens[max(first - 2, 0) : first])
         is_list = "=" not in tokens[first : last + 1]
-        if OPERATOR.fullmatch(before) or (is_list and JOINED.fullmatch(pair)):
+        if OPERATOR.fullmatch(before) or NEGATED.fullmatch(pair) or (is_list and JOINED.fullmatch(pair)):
             first = max(first - 2, 0)
         elif (is_list and ELEMENT.fullmatch(before)) or AFFIX.fullmatch(before) or OPERATOR.match(token.lstrip("-")):
             first -= 1

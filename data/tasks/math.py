@@ -3,6 +3,7 @@ r"""Mathematical problems whose answers are numbers or formulas: rows like those
 MATH (arXiv 2103.03874) has `problem`, and `solution` with the answer in `\boxed{}` or a short `answer`, or both.
 """
 
+import re
 from collections.abc import Iterator
 from math import isfinite
 from typing import Any, Literal
@@ -12,10 +13,15 @@ from data.config import DataConfig, TaskConfig
 from data.readers import PlacedRow
 from data.tasks.base import Task, installed
 from data.tasks.judge import extract, is_right, plain, stated
-from data.tasks.normal import formulas, is_same, kind_of_answer
+from data.tasks.normal import clean, formulas, is_same, kind_of_answer
 from data.tasks.symbolic import Symbolic
 
 WORDS = 5  # of an answer that is text
+REFUSAL = re.compile(
+    r"(?:I|we) (?:do not|don't|can not|cannot|can't|could not|am not)\b|I'm (?:not|sorry|unable)|sorry|not sure|"
+    "no idea|unable",
+    re.IGNORECASE,
+)
 
 
 class Math(Task):
@@ -61,9 +67,9 @@ class Math(Task):
         return expected
 
     def answer(self, response: str) -> str | None:
-        """Return the final answer of a response, or all of a response of a few words, or None."""
-        text = plain(response)
-        return extract(response) or (text if text and len(text.split()) <= WORDS else None)
+        """Return the final answer of a response, or all of a response of a few words that is no refusal, or None."""
+        text = (plain(response) or "").replace("’", "'")
+        return extract(response) or (text if len(text.split()) <= WORDS and not REFUSAL.match(text) else None) or None
 
     def score(self, row: PlacedRow, response: str) -> float:
         """Return 1 if the final answer of a response is the expected one, as a number, formula or text."""
@@ -82,8 +88,16 @@ class Math(Task):
     def _is_same(self, answer: str, expected: str) -> bool:
         if is_same(answer, expected):
             return True
+        if kind_of_answer(expected) == "text" and is_same(_lower_first(answer), _lower_first(expected)):
+            return True
         pair = formulas(answer, expected) if self._version else None
         return pair is not None and self._compare_formulas(*pair)
+
+
+def _lower_first(text: str) -> str:
+    """Write a text such as Yes like yes; the case of other letters may matter, as in the names of lines."""
+    text = clean(text)
+    return text[:1].lower() + text[1:]
 
 
 def _converted(placed: PlacedRow) -> dict[str, Any]:

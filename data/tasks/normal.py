@@ -33,7 +33,7 @@ REWRITES = [
         # Emphasis, unlike a product, has no digit or bracket beside it.
         (r"(?<![^\s(])(?<![\d)] )(\*\*?)(?=[^\s*])([^*]*[^\s*])\1(?! ?[\d(])(?![\w*])", r"\2"),
         (r"(?<=[^\s*])\*\*(?=[\s.,:;!?]|$)(?! ?[\d(])", ""),
-        (r"(?<=[A-Za-z]) \^(?=\d)", "^"),  # \text{ cm}^2
+        (r"(?<=[A-Za-z]) \^(?=\d|\{\d\})", "^"),  # \text{ cm}^2
         (r"(?<=\d) and a half\b", " 1/2"),
         (r"(?<![\\A-Za-z])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
@@ -71,7 +71,10 @@ CHOICE = re.compile(
 )
 OTHER_CHOICE = re.compile(r"\([A-Za-z]\)|\b(?:and|or) [A-Z]\b")
 
-ASIDE = re.compile(r"(?<=[\w%]) \((?!or |either )[^()]*\)$")  # 18 (9 eggs at 2 each)
+# A remark after a number: 18 (9 eggs at 2 each), 64 for 16 glasses. One without a word may be a factor.
+ASIDE = re.compile(r"(?<=[\w%]) (?:\([^()]*[A-Za-z]{3}[^()]*\)|for (?:the )?\d+ [A-Za-z ]+)$")
+NO_ASIDE = re.compile(rf"\b(?:or|either|{CHANGES.pattern})\b", re.IGNORECASE)
+REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar) ?\{ ?(\d+) ?\}", re.ASCII)
 NAME = re.compile(r" *[A-Za-z](?:_\w)?(?:\([^()]*\))? *")
 VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\\(?:alpha|beta|gamma|lambda|mu|omega|phi|theta)(?![a-z])")
 NO_EQUATION = re.compile(r"\b(?:and|or)\b|,(?!\d{3})|[<>!]")  # several, or an inequality
@@ -149,7 +152,7 @@ def formulas(answer: str, expected: str) -> tuple[str, str] | None:
     """Return an answer and the expected one as LaTeX for computer algebra, or None if `is_same` knows better.
 
     It does for words, choices and two numbers; and for differences that algebra would overlook: units, indices as in
-    52_8, the brackets of lists, and repeated elements.
+    52_8, the brackets of lists, and repeated elements. An inequality has no brackets and may be an interval.
     """
     kinds = kind_of_answer(answer), kind_of_answer(expected)
     if not {*kinds} <= {"number", "expression"} or kinds == ("number", "number"):
@@ -159,9 +162,10 @@ def formulas(answer: str, expected: str) -> tuple[str, str] | None:
         answer, expected = _value(answer), _value(expected)
     units = {unit[0] for text in (answer, expected) if (unit := UNIT.search(text))}
     lists = [_items(text) or Items("", []) for text in (answer, expected)]
+    has_relation = re.search(r"\\[lg]e(?![A-Za-z])|[<>]", answer + expected)
     if len(units) > 1 or re.search(r"\d_", answer + expected) or ("=" in answer and "=" not in expected):
         return None
-    if lists[0].brackets != lists[1].brackets or any(map(_repeats, lists)):
+    if (lists[0].brackets != lists[1].brackets and not has_relation) or any(map(_repeats, lists)):
         return None
     return UNIT.sub("", answer), UNIT.sub("", expected)
 
@@ -191,7 +195,7 @@ def _value(text: str) -> str:
 def _number(text: str, unit_words: int | None = None) -> Number | None:
     """Return the number that a text is, with at most so many words of a unit; None stands for any number of words."""
     text = text[1:-1] if re.fullmatch(r"\([^()]*\)", text) else text
-    text = re.sub(r"(?<=\d)(?=\\frac)", " ", text)
+    text = REPEATING.sub(_fraction, re.sub(r"(?<=\d)(?=\\frac)", " ", text))
     text = re.sub(r"\\frac ?\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}", r"\1/\2", text)
     found = NUMBER.fullmatch(re.sub(r"(?<=\d) ?/ ?(?=\d)", "/", text))
     if not found or not (found["bottom"] or found["by"] or "1").strip("0"):
@@ -208,6 +212,12 @@ def _number(text: str, unit_words: int | None = None) -> Number | None:
     else:
         value = Fraction(re.sub("[, ]", "", found["number"])) / int(found["by"] or 1)
     return Number((-value if found["minus"] else value) * scale, unit, _singular(by[1]) if by else "")
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    r"""Write 0.1\overline{6} as 15/90."""
+    whole, digits, period = repeating.groups()
+    return f"{int(whole + digits + period) - int(whole + digits or 0)}/{'9' * len(period)}{'0' * len(digits)}"
 
 
 def _unit(after: str, most: int | None) -> str | None:
@@ -244,7 +254,10 @@ def _are_words(text: str) -> bool:
 def _stated_number(answer: str) -> Number | None:
     """Return the only number in an answer, which may begin with a choice, a name or words."""
     choice = CHOICE.fullmatch(answer)
-    answer = _value(ASIDE.sub("", choice[3] if choice and choice[3] else answer))
+    answer = choice[3] if choice and choice[3] else answer
+    if (aside := ASIDE.search(answer)) and not NO_ASIDE.search(aside[0]):
+        answer = answer[: aside.start()]
+    answer = _value(answer)
     begin = BEGIN.search(answer)
     before = answer[: begin.start()] if begin else ""
     if not re.search(r"[-/] *$", before) and _are_words(re.sub(r"\b[A-Za-z] (?=is |equals )", "", before)):
@@ -259,7 +272,9 @@ def _are_equal(number: Number | None, expected: Number) -> bool:
     units = {number.unit, expected.unit} - {""}
     if number.value != expected.value and units == {"%"}:
         return number.value / 100 ** (number.unit == "%") == expected.value / 100 ** (expected.unit == "%")
-    return number.value == expected.value and len(units) < 2 and len({number.by, expected.by} - {""}) < 2
+    return number.value == expected.value and (
+        "" in (number.unit, expected.unit) or (number.unit, number.by) == (expected.unit, expected.by)
+    )
 
 
 def _expected_choice(text: str) -> str | None:

@@ -27,6 +27,7 @@ def row(**fields) -> PlacedRow:
         ({"options": ["A", "B"], "answer": "A"}, "A"),  # both readings mean the same
         ({"options": ["1", "2"], "answer": "1"}, "1"),  # a text is no index
         ({"options": COLOURS, "choices": None, "answer": 2}, "blue"),
+        ({"options": COLOURS, "answer": 1, "answerKey": "B", "response": "green"}, "green"),
         ({"choices": {"text": COLOURS, "label": ["A", "B", "C"]}, "answer": None, "answerKey": "B"}, "green"),
         ({"choices": {"text": COLOURS, "label": ["A", "B", "C"]}, "answer": 1}, "green"),
         ({"choices": {"text": COLOURS, "label": [1, 2, 3]}, "answerKey": "3"}, "blue"),
@@ -45,7 +46,7 @@ def test_the_right_option(fields, right):
     [
         ({"choices": {"text": COLOURS, "label": ["1", "2", "3"]}, "answer": 1}, "another option's label"),
         ({"choices": {"text": COLOURS, "label": [1, 2, 3]}, "answer": 1}, "another option's label"),
-        ({"options": COLOURS, "answer": 1, "answerKey": 2}, "'answerKey' is 2"),
+        ({"options": COLOURS, "answer": 1, "answerKey": 2}, "'answer': 1, 'answerKey': 2"),
         ({"answer": 0}, "options or choices; it has neither"),
         ({"options": COLOURS, "choices": COLOURS, "answer": 0}, "it has options and choices"),
         ({"options": "red", "answer": 0}, "field 'options' must be a list of texts"),
@@ -55,6 +56,7 @@ def test_the_right_option(fields, right):
         ({"options": ["red"], "answer": 0}, "has 1 options"),
         ({"options": ["red", "red"], "answer": 0}, "no two alike"),
         ({"choices": {"text": COLOURS, "label": ["A"]}, "answer": 0}, "one for each of the 3 texts"),
+        ({"options": COLOURS, "answer": 0, "response": "blue"}, "'answer': 0, 'response': 'blue'"),
         ({"options": COLOURS}, "field 'answer' must be .*, not null"),
         ({"options": COLOURS, "answer": True}, "field 'answer' must be .*, not bool"),
         ({"options": COLOURS, "answer": 3}, r"field 'answer' is 3, .* 0 … 2"),
@@ -66,6 +68,13 @@ def test_the_right_option(fields, right):
 def test_rows_that_cannot_be_used(fields, words):
     with pytest.raises(ValueError, match=f"^rows:1: .*{words}"):
         Choice().check(row(**fields))
+
+
+def test_question_and_prompt_agree():
+    placed = row(prompt="Which?", options=COLOURS, answer=0)
+    assert Choice().messages(placed) == [{"role": "user", "content": "Which?"}]
+    with pytest.raises(ValueError, match=r"^rows:1: .*'question' and 'prompt' differ"):
+        Choice().messages(row(prompt="Who?", options=COLOURS, answer=0))
 
 
 def test_rows_come_from_a_file(tmp_path):

@@ -116,6 +116,21 @@ def test_the_answer_is_the_last_expression(response, answer):
     assert Countdown().answer(response) == answer
 
 
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        ("3-5=-2\n-2+10=8", 1),
+        ("3-5=-2\n10+-2=8", 1),
+        ("3-5=-2\n2+10=8", 0),
+        ("- 3+10=13\n- 13-5=8", 1),
+        ("-(3+5)+10", 0),
+    ],
+)
+def test_a_result_may_be_negative(response, score):
+    row = PlacedRow({"metadata": {"numbers": [3, 5, 10], "target": 8}}, "row 1")
+    assert Countdown().score(row, response) == score
+
+
 def test_a_fraction_may_occur_on_the_way():
     row = PlacedRow({"metadata": {"numbers": [3, 2, 8], "target": 12}}, "row 1")
     assert Countdown().score(row, "3/2*8") == 1

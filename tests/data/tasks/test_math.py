@@ -76,7 +76,15 @@ def test_math_verify_changes_no_verdict_on_a_list_of_numbers(tmp_path, judge, re
 
 @pytest.mark.parametrize(
     ("response", "answer"),
-    [("so x = 3", "x = 3"), ("Eve wins.", "Eve wins."), ("Sorry, but I can not tell you.", None), (r"\boxed{3", None)],
+    [
+        ("so x = 3", "x = 3"),
+        ("Eve wins.", "Eve wins."),
+        ("No solution", "No solution"),
+        ("Sorry, but I can not tell you.", None),
+        ("I do not know", None),
+        ("I’m not sure.", None),
+        (r"\boxed{3", None),
+    ],
 )
 def test_a_long_text_is_no_answer(response, answer):
     assert Math().answer(f"<think>hm</think>{response}") == answer
@@ -132,6 +140,12 @@ def test_a_solution_may_write_its_answer_in_another_way(tmp_path, judge):
     task.check(row)
 
 
+@pytest.mark.parametrize(("expected", "answer", "right"), [("Yes", "yes", 1), ("AB", "ab", 0), ("Eve", "Even", 0)])
+def test_a_text_may_begin_with_a_capital(tmp_path, judge, expected, answer, right):
+    task, [row] = rows_of(tmp_path, {"problem": "?", "answer": rf"\text{{{expected}}}"})
+    assert task.score(row, rf"\boxed{{\text{{{answer}}}}}") == right
+
+
 def test_a_rounded_formula_is_wrong(tmp_path, judge):
     task, [row] = rows_of(tmp_path, MATH | {"solution": None, "answer": r"2\pi"})
-    assert task.score(row, r"\boxed{6.283185}") == 0
+    assert [task.score(row, rf"\boxed{{{number}}}") for number in ("6.283185", "6.28318530718")] == [0, 0]

@@ -30,6 +30,8 @@ SAME = [
     (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("y = x + x", "y = 2x"),
+    (r"-2 \le x \le 7", "[-2,7]"),
+    (r"(2,\infty)", "x > 2"),
 ]
 DIFFERENT = [
     ("5x", "5"),
@@ -38,6 +40,8 @@ DIFFERENT = [
     ("5,6", "5"),
     ("(5,3)", "(3,5)"),
     ("z = 2x", "y = 2x"),
+    (r"-2 \le x \le 7", "(-2,7)"),
+    ("x < 2", r"(2,\infty)"),
     (r"2\sqrt{3}\text{ cm}", r"2\sqrt{3}\text{ m}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
     ("x^", "x"),
