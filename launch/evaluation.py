@@ -19,7 +19,7 @@ from data.storage import read_object, whole_file
 from data.tasks.base import Task
 from data.terminal import printable
 from diffllm.generate import Response
-from launch.results import FILE, identity, interval, score_table
+from launch.results import FILE, identity, interval, read_result, score_table
 from trainer.build import load_for_sampling
 from trainer.config import Config, to_dict
 from trainer.distributed import Distributed, device_name, init_distributed
@@ -190,9 +190,10 @@ def _is_done(path: Path, depends: dict[str, Any]) -> bool:
 
 
 def _differences(path: Path, depends: dict[str, Any]) -> list[str]:
-    saved = read_object(path)
-    if not depends.keys() <= saved.keys():
-        return ["an older version wrote it"]
+    try:
+        saved = read_result(str(path))
+    except ValueError as error:
+        return [str(error)]
     return differences(identity(saved), identity(depends))
 
 

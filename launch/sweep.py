@@ -30,6 +30,7 @@ from launch import ROOT
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SCORES = ("exact_match", "nfe", "tokens_per_forward")  # of a task in evaluation.json
+JOB = {"job": int, "overrides": list, "seconds": int | float | None, "error": str | None}  # fields of job.json
 ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # further lines are indented
 
 
@@ -163,8 +164,8 @@ def last_metrics(run: Path) -> dict[str, float | None]:
     return metrics
 
 
-def results(sweep: Path, since: float = 0.0) -> list[dict[str, Any]]:
-    """One row per job: number, varied overrides, status, last metrics.
+def read_jobs(sweep: Path, since: float = 0.0) -> dict[Path, dict[str, Any]]:
+    """The job.json of each job by its directory, ordered by number, which jobs of several sweeps share.
 
     Args:
         since: leave out older jobs, in seconds since the epoch.
@@ -173,16 +174,24 @@ def results(sweep: Path, since: float = 0.0) -> list[dict[str, Any]]:
         ValueError: a job.json is damaged.
     """
     files = [file for file in sweep.rglob("job.json") if file.stat().st_mtime >= since]
-    jobs = [read_object(file) | {"metrics": last_metrics(file.parent)} for file in files]
-    for file, job in zip(files, jobs, strict=True):
-        if missing := [name for name in ("job", "overrides", "seconds", "error") if name not in job]:
-            raise ValueError(f"{file}: it has no {', '.join(missing)}: not the record of a job; delete it")
+    jobs = {file.parent: read_object(file) for file in sorted(files)}
+    for directory, job in jobs.items():
+        if wrong := [name for name, kind in JOB.items() if name not in job or not isinstance(job[name], kind)]:
+            file = directory / "job.json"
+            raise ValueError(f"{file}: {', '.join(wrong)} missing or of the wrong type: no record of a job; delete it")
+    return dict(sorted(jobs.items(), key=lambda each: each[1]["job"]))
+
+
+def results(sweep: Path, since: float = 0.0) -> list[dict[str, Any]]:
+    """One row per job of `read_jobs`: number, varied overrides, status, last metrics."""
+    jobs = read_jobs(sweep, since)
+    every = [job["overrides"] for job in jobs.values()]
     return [
         {"job": job["job"]}
-        | dict(each.partition("=")[::2] for each in job["overrides"] if not all(each in j["overrides"] for j in jobs))
+        | dict(each.partition("=")[::2] for each in job["overrides"] if not all(each in other for other in every))
         | {"status": "failed" if job["error"] else "done", "seconds": job["seconds"], "error": job["error"]}
-        | job["metrics"]
-        for job in sorted(jobs, key=lambda job: job["job"])
+        | last_metrics(directory)
+        for directory, job in jobs.items()
     ]
 
 

@@ -27,7 +27,7 @@ from data import PlacedRow, prompt_ids
 from data.chat import Chat, Message, tools_of
 from data.curation import subset
 from data.encode import encode
-from data.errors import differences
+from data.errors import differences, listed
 from data.storage import AppendedRecords, digest_bytes, read_object, read_records, refuse_links, whole_file
 from data.tasks import tasks_of
 from data.tasks.base import Task
@@ -221,6 +221,7 @@ def answer_all(
             def begin() -> dict[str, set[int]]:
                 found = finished(directory)
                 _check_origin(directory, sum(map(len, found.values())), origin)
+                _check_rows(directory, found, tasks)
                 for name, responses in found.items():
                     for response in responses.values():
                         so_far(name, response)
@@ -280,6 +281,15 @@ def _check_origin(directory: Path, done: int, origin: dict[str, Any]) -> None:
             f"{directory} holds {done} rows of an interrupted run with other settings: {'; '.join(found)}. "
             "Give the same ones to resume it, delete the directory to start again, or name another output"
         )
+
+
+def _check_rows(
+    directory: Path, found: Mapping[str, Mapping[int, Response]], tasks: Mapping[str, Sequence[Question]]
+) -> None:
+    """Refuse responses to rows that the tasks do not have, before a judge looks their questions up."""
+    counts = {name: len(tasks.get(name, ())) for name in found}
+    if strays := [f"{name} {row}" for name, rows in found.items() for row in rows if row not in range(counts[name])]:
+        raise ValueError(f"{directory} has responses to rows that do not exist: {listed(strays)}; delete their lines")
 
 
 def _sample(
@@ -368,11 +378,8 @@ def _answers(name: str, responses: dict[int, Response], count: int, done: set[in
         seconds: of this run.
 
     Raises:
-        ValueError: a response answers no question.
         OSError: responses of another rank cannot be read yet, as on a slow network disk.
     """
-    if unknown := sorted(responses.keys() - set(range(count))):
-        raise ValueError(f"the finished rows of {name} hold row {unknown[0]} of {count}: delete the .partial directory")
     if missing := count - len(responses):
         raise OSError(f"{missing} finished rows of {name} cannot be read yet: run the same command again")
     tokens = sum(response.tokens for response in responses.values() if response.row_id not in done)

@@ -182,6 +182,8 @@ class TrainingLoop(ABC):
             last = step == self.steps or self._out_of_patience()
             signals = [name for name in NAMES if counts[name] and not last]
             due = last or bool(signals) or self._is_due(step, settings.save_checkpoint_steps)
+            if last and self.progress.diverged:
+                self.checkpoints.keep += 1  # it replaces no earlier checkpoint
             if settings.save_checkpoints and (due or (improved and settings.keep_best)):
                 self.checkpoints.save(step, self._manifest(step))
             if signals:
@@ -228,7 +230,7 @@ class TrainingLoop(ABC):
         settings, best = self.config.trainer, None
         if settings.save_model:
             best = self.checkpoints.best_of(self.progress.best_step)
-        if self.progress.metric and self.progress.value is None and best is None:
+        if self.progress.diverged and best is None:
             raise FloatingPointError(
                 f"{self.progress.metric} is not finite at the end: the run has diverged, no model is written. Lower "
                 "optim.lr, and train anew"

@@ -28,6 +28,11 @@ class Progress:
         """Counts in a checkpoint.json; an older one may lack some."""
         return cls(**{item.name: manifest[item.name] for item in fields(cls) if item.name in manifest})
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the last validation is not finite."""
+        return self.metric is not None and self.value is None
+
     def judge(self, step: int, metrics: dict[str, float]) -> bool:
         """Compare the first metric of a validation with its lowest value. Return whether it is lower."""
         if not metrics:

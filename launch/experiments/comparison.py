@@ -76,15 +76,15 @@ def compare(rows: Sequence[Row], metric: str | None = None) -> Comparison:
     if not done:
         reason = f"job {rows[0]['job']}: {rows[0]['error']}" if rows else "no job.json is there"
         raise ValueError(f"none of {len(rows)} jobs has finished: {reason}")
-    names = list(done[0])
-    axes = [name for name in names[1 : names.index("status")] if name != SEED]
-    keyed = [(tuple(row[axis] for axis in axes), row) for row in done]
+    names = dict.fromkeys(name for row in done for name in [*row][1 : [*row].index("status")])
+    axes = [name for name in names if name != SEED]
+    keyed = [(tuple(row.get(axis, "default") for axis in axes), row) for row in done]
     order = list(dict.fromkeys(key for key, _ in keyed))
     grouped = groupby(sorted(keyed, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
     metric = metric or _metric(done)
-    known = dict.fromkeys(name for row in done for name in [*row][[*row].index("error") + 1 :])
-    if metric not in known:
-        raise ValueError(f"--metric {metric}: no job has it; {nearest(metric, [*known])}")
+    measured = [name for row in done for name in [*row][[*row].index("error") + 1 :] if row[name] is not None]
+    if metric not in measured:
+        raise ValueError(f"--metric {metric}: no job has it; {nearest(metric, [*dict.fromkeys(measured)])}")
     return Comparison(axes, metric, {key: [row for _, row in pairs] for key, pairs in grouped})
 
 

@@ -26,14 +26,14 @@ class Curve(NamedTuple):
         return int(self.values.argmin())
 
 
-def curves(comparison: Comparison, jobs: Mapping[int, Path]) -> dict[Key, list[Curve]]:
+def curves(comparison: Comparison, jobs: Mapping[int | str, Path]) -> dict[Key, list[Curve]]:
     """The curves of all jobs by the values of the axes.
 
     Args:
-        jobs: directories by number.
+        jobs: directories by `job` of their rows.
 
     Raises:
-        ValueError: a job was not validated.
+        ValueError: a job was not validated, or no validation of it is finite.
     """
     return {key: [_curve(row, jobs[row["job"]]) for row in rows] for key, rows in comparison.groups.items()}
 
@@ -41,8 +41,11 @@ def curves(comparison: Comparison, jobs: Mapping[int, Path]) -> dict[Key, list[C
 def _curve(row: Row, job: Path) -> Curve:
     if (metric := validated(row)) is None:
         raise ValueError(f"{job}: has no validation; give validation rows and trainer.val_check_interval")
-    records = [record for record in read_records(job / "metrics.jsonl").objects if metric in record]
-    return Curve(*np.array([(record["train/epoch"], record[metric]) for record in records]).T)
+    records = read_records(job / "metrics.jsonl").objects
+    points = [(each.get("train/epoch"), each.get(metric)) for each in records]
+    if not (finite := [point for point in points if None not in point]):
+        raise ValueError(f"{job / 'metrics.jsonl'}: no step has a finite {metric} and its train/epoch")
+    return Curve(*np.array(finite).T)
 
 
 def table(comparison: Comparison, found: Mapping[Key, list[Curve]]) -> str:

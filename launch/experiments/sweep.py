@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from data.quantities import duration_text
-from data.storage import read_object, read_records, whole_file
+from data.storage import read_records, whole_file
 from data.terminal import Parser, ending_in_one_line, printable
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.loading import decoder_on_meta
@@ -19,7 +19,7 @@ from launch.experiments import comparison, curves
 from launch.experiments.comparison import Row
 from launch.experiments.page import PAGE, check_plot, circumstances, split_at, write_region
 from launch.experiments.scoring import score
-from launch.sweep import results
+from launch.sweep import read_jobs, results
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -52,15 +52,14 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
         ValueError: no job has finished, or see `check_options`, `score` and `compare`.
     """
     check_options(options)
-    if not any(directory.rglob("job.json")):
+    if not (records := read_jobs(directory)):
         raise ValueError(f"{directory}: no sweep is there, which has a job.json for each job")
-    rows = results(directory)
-    jobs = {read_object(file)["job"]: file.parent for file in directory.rglob("job.json")}
     if options.evaluate:
-        for row in rows:
-            if not row["error"]:
-                score(jobs[row["job"]])
-        rows = results(directory)
+        for job, record in records.items():
+            if not record["error"]:
+                score(job)
+    jobs = {str(job.relative_to(directory)): job for job in records}  # jobs of a Slurm array share numbers
+    rows = [row | {"job": name} for name, row in zip(jobs, results(directory), strict=True)]
     rows = [row if row["error"] else row | _sizes(jobs[row["job"]]) for row in rows]
     compared = comparison.compare(rows, options.metric)
     kind, content = (curves, [compared, curves.curves(compared, jobs)]) if options.curves else (comparison, [compared])

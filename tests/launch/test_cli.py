@@ -77,6 +77,7 @@ def assert_one_error(result, *words):
         (["optm=adamw"], ["optm", "did you mean optim"]),
         (["optim=adamww"], ["optim=adamww", "did you mean adamw"]),
         (["-m", "data=s1k,s2k"], ["data=s2k", "did you mean s1k"]),
+        (["-m", "optim.lr=1", "++optim.lr=3,4"], ["optim.lr is given twice"]),
         (["optim.lr=[1,2"], ["optim.lr=[1,2", "NAME=VALUE"]),
         (["data.filter=difficulty>3"], ["data.filter=difficulty>3", "once more for the shell: 'NAME=\"VALUE\"'"]),
         (["diffusion=null"], ["diffusion=null", "masked"]),

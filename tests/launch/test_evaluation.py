@@ -241,6 +241,15 @@ def test_another_judge_or_version_is_another_evaluation(several, monkeypatch):
     assert files[2]["versions"]["torch"] == "9"
 
 
+def test_a_damaged_evaluation_is_kept_and_repeated(several, capsys):
+    evaluation.evaluate(several)
+    first, file = result(several), Path(several.trainer.output_dir) / "evaluation.json"
+    file.write_text(json.dumps(first | {"versions": None}))
+    evaluation.evaluate(several)
+    assert result(several, "evaluation.1.json")["versions"] is None
+    assert result(several)["scores"].keys() == first["scores"].keys()
+
+
 def test_an_interruption_names_the_score_so_far(several, monkeypatch):
     def interrupted(*_):
         yield Response(0, Equations().rows("test")[0].row["answer"], 1, 1, 1.0, True)

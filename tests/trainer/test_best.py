@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +239,13 @@ def test_other_rows_are_remembered_although_none_was_best(small_run, validated, 
     validated([2.0, 3.0])
     run = train(small_run(**settings))
     assert "step_00000006" in checkpoints(run)
+
+
+def test_a_diverged_end_replaces_no_checkpoint(small_run, validated):
+    settings = {"trainer__keep_checkpoints": 1, "trainer__save_checkpoint_steps": 3, "trainer__max_steps": 6}
+    validated([float("nan")])
+    config = small_run(**settings)
+    for _ in range(2):  # also when no step is left
+        with pytest.raises(FloatingPointError):
+            train(config)
+    assert checkpoints(Path(config.trainer.output_dir)) == ["step_00000003", "step_00000006"]

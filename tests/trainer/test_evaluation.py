@@ -359,8 +359,14 @@ def test_broken_files_of_an_interrupted_run_are_named(job):
         with pytest.raises(ValueError, match=r"test\.rank0-of-1\.jsonl.*delete that line"):
             job.run()
     file.write_text(lines + lines.splitlines(keepends=True)[-1].replace('"row_id": ', '"row_id": 4000'))
-    with pytest.raises(ValueError, match=r"rows of test hold row 4000\d+ of \d+: delete"):
+    with pytest.raises(ValueError, match=r"rows that do not exist: test 4000\d+; delete"):
         job.run()
+    assert job.seen == []  # no judge is asked
+    (job.directory / "other.rank0-of-1.jsonl").write_text(lines)
+    file.write_text(lines)
+    with pytest.raises(ValueError, match=r"rows that do not exist: other \d+"):
+        job.run()
+    (job.directory / "other.rank0-of-1.jsonl").unlink()
     file.write_text(lines)
     for content in ("", "null", "[1, 2]", "{"):
         record.write_text(content)

@@ -4,7 +4,7 @@ import pytest
 
 from launch.experiments.comparison import Comparison, compare, draw, table, verdict
 from launch.sweep import results
-from tests.launch.experiments.sweeps import write_jobs, write_scores
+from tests.launch.experiments.sweeps import write_jobs, write_metrics, write_scores
 
 LR, EPOCHS = ("optim.lr=1e-3", "optim.lr=2e-3"), ("trainer.total_epochs=2", "trainer.total_epochs=5")
 
@@ -97,6 +97,19 @@ def test_no_finished_job_is_an_error(tmp_path):
 def test_what_is_no_metric_of_a_job_is_an_error(tmp_path, metric):
     with pytest.raises(ValueError, match=rf"--metric {metric}: .*val/elbo"):
         compared(tmp_path, 1.0, 2.0, seeds=1, metric=metric)
+
+
+def test_a_metric_without_a_value_is_none(tmp_path):
+    sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, seeds=1))
+    for job in "01":
+        write_metrics(sweep / job, [None])
+    with pytest.raises(ValueError, match=r"--metric val/elbo: no job has it; .*train/loss"):
+        compare(results(sweep))
+
+
+def test_jobs_that_vary_other_settings_are_compared(tmp_path):
+    comparison = compare(results(write_jobs(tmp_path / "sweep", [([LR[0]], 1.0), ([EPOCHS[0]], 2.0)])))
+    assert list(comparison.groups) == [("1e-3", "default"), ("default", "2")]
 
 
 def test_a_run_that_is_only_repeated_has_no_best(tmp_path):

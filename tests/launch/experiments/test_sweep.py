@@ -1,5 +1,6 @@
 """The summary of a sweep, its page, and the commands that the page names."""
 
+import json
 import re
 import shlex
 from argparse import ArgumentParser
@@ -49,6 +50,34 @@ def test_all_validations(tmp_path):
     assert "`optim.lr=3e-3` overfits after 2 epochs." in summarise(directory, "COMMAND", options("--curves"))
 
 
+def test_jobs_of_an_array_share_a_number(tmp_path):
+    directory = write_jobs(tmp_path / "sweep", [(["optim.lr=1"], 1.0), (["optim.lr=2"], 2.0)])
+    for job in "01":
+        file = directory / job / "job.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"job": 0}))
+    write_metrics(directory / "1", [4.0, 3.0])
+    text = summarise(directory, "COMMAND", options("--curves"))
+    assert "| 1 | 1 | val/elbo | 1 | 1 | 1 | 1 |" in text
+    assert "| 2 | 1 | val/elbo | 3 | 2 | 3 | 2 |" in text
+
+
+def test_validations_that_are_not_finite_are_left_out(tmp_path):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    write_metrics(directory / "2", [3.0, None, 2.0])
+    assert "`optim.lr=3e-3` does not overfit within 3 epochs." in summarise(directory, "COMMAND", options("--curves"))
+    write_metrics(directory / "2", [None, None])
+    with pytest.raises(ValueError, match=r"2/metrics\.jsonl: no step has a finite val/elbo"):
+        summarise(directory, "COMMAND", options("--curves"))
+
+
+@pytest.mark.parametrize("content", [{}, {"job": None, "overrides": None, "seconds": "9", "error": None}])
+def test_a_damaged_record_of_a_job_is_named(tmp_path, content):
+    directory = write_jobs(tmp_path / "sweep", SWEEP)
+    (directory / "0" / "job.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"0/job\.json: job, overrides, seconds"):
+        summarise(directory, "COMMAND", options())
+
+
 def test_models_are_scored_if_asked(tmp_path, monkeypatch):
     directory, scored = write_jobs(tmp_path / "sweep", SWEEP), []
 
@@ -80,14 +109,6 @@ def test_a_directory_without_jobs_ends_in_one_line(tmp_path):
     for directory in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SystemExit, match=f"error: {directory}: no sweep"):
             main([str(directory)])
-
-
-def test_a_damaged_job_is_named(tmp_path):
-    directory = write_jobs(tmp_path / "sweep", SWEEP)
-    file = next(directory.rglob("job.json"))
-    file.write_text("{}")
-    with pytest.raises(ValueError, match=f"{file}: it has no job"):
-        summarise(directory, "COMMAND", options())
 
 
 @pytest.fixture
