@@ -69,7 +69,7 @@ class Causal(Objective):
         return sums
 
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Means over the response tokens.
+        """Means over the response tokens; none without any.
 
         Returns:
             nll: nats a token, exact; `elbo` of masked diffusion bounds the same quantity.
@@ -77,9 +77,7 @@ class Causal(Objective):
             accuracy: share of tokens that are the most likely one.
         """
         nll, correct, tokens = sums
-        mean = nll / tokens if tokens else math.nan  # nothing was measured
-        return {
-            "nll": mean,
-            "perplexity": math.exp(min(mean, 700)),
-            "accuracy": correct / tokens if tokens else 0.0,
-        }
+        if not tokens:
+            return {}
+        mean = nll / tokens
+        return {"nll": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": correct / tokens}

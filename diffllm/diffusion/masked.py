@@ -176,7 +176,7 @@ class MaskedDiffusion(Objective):
         return sums
 
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Means under t ~ U(eps, 1).
+        """Means under t ~ U(eps, 1); none if nothing was masked.
 
         Returns:
             elbo: nats a token, Σ nll/t over masked tokens / number of response tokens: an upper bound on the negative
@@ -188,11 +188,13 @@ class MaskedDiffusion(Objective):
         weighted, tokens, correct, *by_bucket = sums
         nlls, counts = by_bucket[:T_BUCKETS], by_bucket[T_BUCKETS:]
         masked = sum(counts)
-        elbo = weighted / tokens if masked else math.nan  # nothing was measured
+        if not masked:
+            return {}
+        elbo = weighted / tokens
         return {
             "elbo": elbo,
             "perplexity_bound": math.exp(min(elbo, 700)),
-            "masked_accuracy": correct / masked if masked else 0.0,
+            "masked_accuracy": correct / masked,
             **{
                 f"nll_t_{i / T_BUCKETS:g}_{(i + 1) / T_BUCKETS:g}": nlls[i] / counts[i]
                 for i in range(T_BUCKETS)

@@ -86,7 +86,10 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Metrics by name from the sums of `measure`. The first one judges a model: lower is better."""
+        """Metrics by name from the sums of `measure`, none if nothing was measured.
+
+        The first one judges a model: lower is better.
+        """
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
