@@ -6,8 +6,7 @@ the probability of a split at least as uneven among the questions that only one 
 
 import sys
 from collections.abc import Sequence
-from itertools import combinations
-from math import comb
+from itertools import accumulate, combinations
 from string import ascii_uppercase
 from typing import Any
 
@@ -24,7 +23,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
         only_a, only_b: numbers of questions that only one of two results solved.
     """
     n = only_a + only_b
-    return min(1.0, 2 * sum(comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n)
+    binomials = accumulate(range(min(only_a, only_b)), lambda before, k: before * (n - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(binomials) / 2**n)
 
 
 def compare_results(places: Sequence[str]) -> None:

@@ -157,6 +157,7 @@ def test_copies_that_do_not_divide_the_ranks():
         parallel.build_mesh(Distributed(0, 3, torch.device("cpu")), 2)
 
 
+@pytest.mark.slow
 def test_compiled_layers_change_nothing(small_run, monkeypatch):
     """Sampling, whose shapes change all the time, compiles nothing."""
     graphs, sample = [], ValSamples.__call__
