@@ -11,7 +11,7 @@ install: $(VENV)/installed
 quickstart: $(VENV)/installed
 	PYTHON=$(BIN)/python launch/local.sh train.py experiment=quickstart
 	$(BIN)/python evaluate.py model.path=outputs/quickstart/hf trainer.output_dir=outputs/quickstart sampling.batch_size=256
-	@echo 'An answer forms: sample.py prompt="Solve 3x+5=20"'
+	@echo 'An answer forms: sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"'
 	@$(BIN)/python sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"
 	@echo 'Next, in the environment ($(BIN)/activate):'
 	@echo '  python sample.py model.path=outputs/quickstart/hf mode=chat'

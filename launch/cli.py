@@ -239,7 +239,8 @@ def check_arguments(arguments: list[str]) -> None:
         refuse_ranks()
     directory, arguments = split_config_dir(arguments)
     choices = group_choices(directory)
-    names, given = sorted({*choices, *field_names()}), Counter(each.partition("=")[0].lstrip("+") for each in arguments)
+    names = sorted({*choices, *field_names()})
+    given = Counter(argument.partition("=")[0].lstrip("+") for argument in arguments)
     for argument in arguments:
         if groups := sorted(group for group in choices if argument in choices[group]):
             meant = " or ".join(f"{group}={argument}" for group in groups)

@@ -38,15 +38,22 @@ def read_result(place: str) -> dict[str, Any]:
     if missing := [name for name in FIELDS if name not in record]:
         raise ValueError(f"{path}: it has no {', '.join(missing)}: not a result of evaluate.py, or of an older version")
     try:
-        identity(record), settings(record), score_table(((task,), each) for task, each in record["scores"].items())
-        for task, scores in record["scores"].items():
-            rights = [answer["right"] for answer in record["answers"][task]]
-            if (len(rights), sum(rights)) != (scores["questions"], scores["right"]):
-                raise ValueError(f"{task} has {sum(rights)} right of {len(rights)} answers")
-            record["origin"][f"rows of {task}"]
+        _check(record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its parts do not belong together ({first_line(error)}): evaluate again") from error
     return record
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    """Read a result as `launch.compare` does; a damaged one raises an error of any of several types."""
+    depends = identity(record) | settings(record)
+    for task, scores in record["scores"].items():
+        score_table([((task,), scores)])
+        rights = [answer["right"] for answer in record["answers"][task]]
+        if (len(rights), sum(rights)) != (scores["questions"], scores["right"]):
+            raise ValueError(f"{task} has {sum(rights)} right of {len(rights)} answers")
+        if (rows := f"rows of {task}") not in depends:
+            raise KeyError(rows)
 
 
 def identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,9 +227,8 @@ class TrainingLoop(ABC):
         Raises:
             FloatingPointError: the last validation is not finite, and no better checkpoint was kept.
         """
-        settings, best = self.config.trainer, None
-        if settings.save_model:
-            best = self.checkpoints.best_of(self.progress.best_step)
+        settings = self.config.trainer
+        best = self.checkpoints.best_of(self.progress.best_step) if settings.save_model else None
         if self.progress.diverged and best is None:
             raise FloatingPointError(
                 f"{self.progress.metric} is not finite at the end: the run has diverged, no model is written. Lower "

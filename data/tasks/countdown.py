@@ -126,7 +126,7 @@ def _row(numbers: list[int], target: int, response: str) -> dict[str, Any]:
 
 
 def _searched(a: int, b: int, c: int, target: int) -> str | None:
-    """Thinking and the steps that it finds, None if it finds none. _ stands for no result: all have as many tokens."""
+    """Return thinking with the steps that it finds, or None. `_` stands for no result, so that all are equally long."""
     lines, steps = [], None
     for x, y, z in ((a, b, c), (a, c, b), (b, c, a)):
         first, last = _results(x, y), _results(z, target)

@@ -13,7 +13,7 @@ Row = dict[str, Any]  # of launch.sweep.results
 
 SHARES = ("exact_match", "accuracy", "masked_accuracy")  # shown in percent; also of a task or validation
 HIGHER = (*SHARES, "tokens_per_forward")  # is better
-SEED = "seed"
+SEEDS = ("seed", "sampling.seed")
 WHOLE = ("tokens", "parameters", "seconds")  # shown as whole numbers
 SHOWN = ("exact_match", "nfe", *WHOLE)  # beside the metric and the validation's
 
@@ -55,7 +55,7 @@ class Comparison:
     def margin(self, better: tuple[str, ...], worse: tuple[str, ...]) -> Estimate | None:
         """Mean difference of two settings over the seeds that both have, None without any."""
         by_seed = [
-            {row.get(SEED): row[self.metric] for row in self.groups[key] if row.get(self.metric) is not None}
+            {_seed(row): row[self.metric] for row in self.groups[key] if row.get(self.metric) is not None}
             for key in (better, worse)
         ]
         pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
@@ -77,7 +77,7 @@ def compare(rows: Sequence[Row], metric: str | None = None) -> Comparison:
         reason = f"job {rows[0]['job']}: {rows[0]['error']}" if rows else "no job.json is there"
         raise ValueError(f"none of {len(rows)} jobs has finished: {reason}")
     names = dict.fromkeys(name for row in done for name in [*row][1 : [*row].index("status")])
-    axes = [name for name in names if name != SEED]
+    axes = [name for name in names if name not in SEEDS]
     keyed = [(tuple(row.get(axis, "default") for axis in axes), row) for row in done]
     order = list(dict.fromkeys(key for key, _ in keyed))
     grouped = groupby(sorted(keyed, key=lambda pair: order.index(pair[0])), key=lambda pair: pair[0])
@@ -142,10 +142,16 @@ def verdict(comparison: Comparison) -> str:
     if margin is None:
         return f"{line} The next, `{other}`, shares no seed with it."
     line = f"{line} Its margin over the next, `{other}`, is {_text(comparison.metric, margin, ' points')}"
-    if margin.half is None:
-        return f"{line} with one seed, which may be chance: repeat with seed=0,1,2."
+    if not (margin.half or value.half):
+        alike = "with one seed" if margin.half is None else f"with each of {_seeds(margin.count)}, which change nothing"
+        setting = "seed" if any("train/loss" in row for row in comparison.groups[best]) else "sampling.seed"
+        return f"{line} {alike}, so it may be chance: repeat with {setting}=0,1,2."
     clear = margin.mean > margin.half
     return f"{line}, {'more than' if clear else 'within'} the spread over {_seeds(margin.count)}."
+
+
+def _seed(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in SEEDS)
 
 
 def _seeds(count: int) -> str:

@@ -50,6 +50,22 @@ def test_one_seed_is_named_as_chance(tmp_path):
     assert "may be chance" in verdict(compared(tmp_path, 1.0, 2.0, seeds=1))
 
 
+def test_seeds_that_change_nothing_show_no_spread(tmp_path):
+    text = verdict(compared(tmp_path, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5))
+    assert "each of 3 seeds, which change nothing" in text
+    assert "more than" not in text
+
+
+@pytest.mark.parametrize("seed", ["seed", "sampling.seed"])
+def test_both_kinds_of_seeds_repeat_settings(tmp_path, seed):
+    sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, 3.0, 0.9, 1.8, 2.9))
+    for file in sweep.rglob("job.json"):
+        file.write_text(file.read_text().replace('"seed=', f'"{seed}='))
+    comparison = compare(results(sweep))
+    assert comparison.axes == ["optim.lr"]
+    assert comparison.margin(("2e-3",), ("1e-3",)).count == 3
+
+
 def test_accuracy_is_better_when_it_is_higher(tmp_path):
     sweep = write_jobs(tmp_path / "sweep", jobs(1.0, 2.0, 3.0, 4.0, seeds=2))
     for job, right in enumerate((0.9, 0.8, 0.5, 0.6)):
