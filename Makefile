@@ -14,7 +14,7 @@ quickstart: $(VENV)/installed
 	@echo 'An answer forms: sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"'
 	@$(BIN)/python sample.py model.path=outputs/quickstart/hf prompt="Solve 3x+5=20"
 	@echo 'Next, in the environment ($(BIN)/activate):'
-	@echo '  python sample.py model.path=outputs/quickstart/hf mode=chat'
+	@echo '  python sample.py model.path=outputs/quickstart/hf mode=chat  # one question a chat: /reset before the next'
 	@echo '  python -m launch.compare_sampling model.path=outputs/quickstart/hf sampling.alg=entropy,origin sampling.steps=3,6,18'
 	@echo '  python -m launch.verify experiment=lora model=dream_7b_instruct data.train_files=mine.jsonl  # your rows'
 

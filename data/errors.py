@@ -55,10 +55,14 @@ def twice(names: Iterable[str]) -> str:
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """A hint for a misspelt name: names that end in it after a dot or slash, else the closest, else the first NAMED."""
+    """A hint for a misspelt name: names that end in it after a dot or slash, else the closest, else those known."""
     ending = [each for each in allowed if re.split("[./]", each)[-1] == name]
     close = ending or difflib.get_close_matches(name, allowed, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {listed(allowed)}"
+    return (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"known are {', '.join(allowed) if len(allowed) <= 2 * NAMED else listed(allowed)}"
+    )
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

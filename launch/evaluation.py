@@ -26,7 +26,8 @@ from trainer.distributed import Distributed, device_name, init_distributed
 from trainer.evaluation import Answers, Question, answer_all, evaluated_tasks, origin_of, questions_of
 from trainer.manifest import commit, versions
 
-SHOWN = 6
+SHOWN = 6  # answers
+MANY_CUT = 0.5  # share of responses that the canvas's end cuts, above which a warning names it
 
 
 def evaluate(config: Config) -> None:
@@ -161,6 +162,8 @@ def manifest(
     """Return the settings, digests, judges, versions and device of an evaluation."""
     bounds = {"task.mc_num": config.task.mc_num} if any(task.kind != "generate" for task in tasks) else {}
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    settings = to_dict(config)
+    settings["task"]["name"] = [task.name for task in tasks]  # that of a task by default too
     return {
         "origin": bounds | origin_of(questions, config.sampling, model, tokenizer),
         "judges": {task.name: task.judge for task in tasks},
@@ -168,7 +171,7 @@ def manifest(
         "device": device_name(distributed.device),
         "dtype": str(dtype).removeprefix("torch."),
         "ranks": distributed.size,
-        "config": to_dict(config),
+        "config": settings,
     }
 
 
@@ -222,9 +225,11 @@ def _show(task: Task, questions: Sequence[Question], records: Sequence[dict[str,
 
 
 def _print(scores: Mapping[str, Mapping[str, Any]], config: Config) -> None:
-    """Print a line of scores for each task, and name a task without any answer."""
+    """Print a line of scores for each task, and name a task without any answer, or whose responses are mostly cut."""
     print(score_table(([name], each) for name, each in scores.items()), flush=True)
     for name, each in scores.items():
+        cut = f"{each['not_ended']:.0%} were cut at sampling.max_new_tokens={config.sampling.max_new_tokens}"
         if each["no_answer"] == 1:
-            advice = f"; {each['not_ended']:.0%} were cut at sampling.max_new_tokens={config.sampling.max_new_tokens}"
-            print(printable(f"warning: {name}: no response has an answer{advice}"), file=sys.stderr)
+            print(printable(f"warning: {name}: no response has an answer; {cut}"), file=sys.stderr)
+        elif each["not_ended"] > MANY_CUT:
+            print(printable(f"warning: {name}: of the responses {cut}; a higher one may help"), file=sys.stderr)

@@ -208,13 +208,18 @@ def reported() -> Iterator[None]:
         sys.exit(1)
 
 
-def report(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write results as CSV and print them as a table, then one line for each failed job."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def write_results(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write the rows of `results` as CSV."""
     with whole_file(file) as lines:
-        writer = csv.DictWriter(lines, names, lineterminator="\n")
+        writer = csv.DictWriter(lines, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def report(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write results as CSV and print them as a table, then one line for each failed job."""
+    write_results(rows, file)
+    names = dict.fromkeys(name for row in rows for name in row)
     shown = [name for name in names if name != "error" and not name.startswith("val/nll_t")]
     print(table([shown, *([row.get(name) for name in shown] for row in rows)]))
     print(f"also in {file}; `python -m launch.experiments.sweep {file.parent}` compares and draws them", flush=True)

@@ -1,7 +1,7 @@
 """Summarise a sweep over seeds: `python -m launch.experiments.sweep multirun/TIME`.
 
 Compares the varied settings; `seed` repeats them. Writes a table and the best settings into summary.md of the
-directory, and a picture into summary.svg. Names failed jobs, and leaves them out.
+directory, a picture into summary.svg, and new scores into results.csv. Names failed jobs, and leaves them out.
 """
 
 import math
@@ -19,7 +19,7 @@ from launch.experiments import comparison, curves
 from launch.experiments.comparison import Row
 from launch.experiments.page import PAGE, check_plot, circumstances, split_at, write_region
 from launch.experiments.scoring import score
-from launch.sweep import read_jobs, results
+from launch.sweep import read_jobs, results, write_results
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -58,6 +58,7 @@ def summarise(directory: Path, command: str, options: Namespace) -> str:
         for job, record in records.items():
             if not record["error"]:
                 score(job)
+        write_results(results(directory), directory / "results.csv")
     jobs = {str(job.relative_to(directory)): job for job in records}  # jobs of a Slurm array share numbers
     rows = [row | {"job": name} for name, row in zip(jobs, results(directory), strict=True)]
     rows = [row if row["error"] else row | _sizes(jobs[row["job"]]) for row in rows]

@@ -307,6 +307,21 @@ def test_responses_without_an_answer_are_named(several, monkeypatch, capsys):
     assert "100% were cut at sampling.max_new_tokens=4" in line
 
 
+@pytest.mark.parametrize(("ended", "warned"), [((False, False), True), ((True, False), False)])
+def test_responses_that_are_mostly_cut_are_named(several, monkeypatch, capsys, ended, warned):
+    monkeypatch.setattr(engine, "generate", lambda *_: (Response(i, "7", 4, 1, 4.0, ended[i]) for i in range(2)))
+    evaluation.evaluate(several)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: equations")]
+    assert ["100% were cut" in line for line in lines] == [True] * warned
+
+
+def test_a_task_by_default_is_named_in_the_result(several, monkeypatch):
+    monkeypatch.setattr(engine, "generate", lambda *_: (Response(i, "7", 4, 1, 4.0, True) for i in range(2)))
+    several.task = TaskConfig()
+    evaluation.evaluate(several)
+    assert result(several)["config"]["task"]["name"] == ["equations"]
+
+
 def test_files_that_no_task_reads_are_refused():
     config = Config(data=DataConfig(val_files=["test.jsonl"]), task=TaskConfig(["equations"]))
     with pytest.raises(ValueError, match=r"data\.val_files=\['test\.jsonl'\] with .* task\.files\.equations=FILE"):

@@ -1,5 +1,6 @@
 """The summary of a sweep, its page, and the commands that the page names."""
 
+import csv
 import json
 import re
 import shlex
@@ -88,6 +89,8 @@ def test_models_are_scored_if_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "score", score)
     assert "`optim.lr=3e-3` with exact_match 20.0 %" in summarise(directory, "COMMAND", options("--evaluate"))
     assert scored == ["0", "2"]
+    rows = csv.DictReader((directory / "results.csv").open())
+    assert [(row["status"], row["exact_match"]) for row in rows] == [("done", "0.0"), ("failed", ""), ("done", "0.2")]
 
 
 def test_a_region_of_the_page_is_replaced(tmp_path, page):
