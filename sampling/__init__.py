@@ -8,7 +8,7 @@ from sampling.events import StepEvent
 from sampling.infill import Infilled, Template, infill, infill_templates
 from sampling.likelihood import Choice, Score, choose, score, score_positions
 from sampling.row_state import RowState
-from sampling.sampler import LogitsHook, SampledRow, SampleOutput, TokensHook, fill, sample
+from sampling.sampler import LogitsHook, SampledRow, SampleOutput, Sampler, TokensHook, fill, sample
 from sampling.transfer import to_device
 from sampling.visibility import Visibility
 
@@ -24,6 +24,7 @@ __all__ = [
     "RowState",
     "SampleOutput",
     "SampledRow",
+    "Sampler",
     "SamplingConfig",
     "Score",
     "StepEvent",

@@ -8,6 +8,7 @@ batch when it is done, and the next row takes its place.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sampling.policies import SCHEDULED
 from sampling.row_state import Criterion, RowState
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
+OnStep = Callable[[StepEvent], None]
 TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
 
@@ -50,48 +52,97 @@ class SampledRow:
         return cls(row.canvas, tokens, response, int((~row.given[:end]).sum()), row.nfe, row.history)
 
 
-@torch.no_grad()
+class Sampler:
+    """Fills canvases together, step by step. Canvases may be added and dropped between two steps.
+
+    Args:
+        logits_processor: `scores = processor(tokens, scores)` on the canvases [N, L] and logits [N, V] of N candidates,
+            such as a `LogitsProcessorList` of Transformers.
+        criterion: returns whether a response ends with the last of the given tokens, all of them clean. Called for each
+            token that becomes clean, from left to right.
+        history: keep the canvas after every step.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        config: SamplingConfig,
+        special: Tokens,
+        *,
+        logits_processor: LogitsProcessor | None = None,
+        criterion: Criterion | None = None,
+        history: bool = False,
+    ):
+        self.config = config
+        self._batch = RowBatch(model, config, special, logits_processor)
+        self._new_row = partial(RowState, config=config, special=special, criterion=criterion, history=history)
+        self._rows: list[tuple[RowState, OnStep | None]] = []
+
+    def __len__(self) -> int:
+        """Number of canvases that are not filled yet."""
+        return len(self._rows)
+
+    @property
+    def free(self) -> int:
+        """How many canvases may be added, for `config.batch_size` at once."""
+        return self.config.batch_size - len(self)
+
+    def add(self, canvas: Canvas, on_step: OnStep | None = None) -> None:
+        """Add a canvas.
+
+        Args:
+            on_step: called after each step of the canvas.
+        """
+        self._rows.append((self._new_row(canvas), on_step))
+
+    def drop(self, canvas: Canvas) -> None:
+        """Leave a canvas unfilled. One that is filled already, or was never added, changes nothing."""
+        self._rows = [each for each in self._rows if each[0].canvas is not canvas]
+
+    @torch.no_grad()
+    def step(self) -> list[SampledRow]:
+        """Take the next step of each canvas, in one forward. Return those that are filled, which makes room for others.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite.
+            MemoryError: the batch does not fit; the message says what to lower.
+        """
+        if active := [each for each in self._rows if each[0].step is not None]:
+            self._batch.set_rows([row for row, _ in active])
+            for (row, on_step), proposal in zip(active, self._batch.propose(), strict=True):
+                step = row.step
+                row.commit(*proposal)
+                row.advance()
+                if on_step is not None:
+                    on_step(row.event(step))
+        filled = [SampledRow.of(row) for row, _ in self._rows if row.step is None]
+        self._rows = [each for each in self._rows if each[0].step is not None]
+        return filled
+
+
 def fill(
     model: Denoiser,
     canvases: Iterable[Canvas],
     config: SamplingConfig,
     special: Tokens,
     *,
-    logits_processor: LogitsProcessor | None = None,
-    criterion: Criterion | None = None,
-    on_step: Callable[[StepEvent], None] | None = None,
-    history: bool = False,
+    on_step: OnStep | None = None,
+    **settings: Any,
 ) -> Iterator[SampledRow]:
     """Fill canvases, `config.batch_size` at once. Yield each row as soon as it is done.
 
     Args:
         canvases: read as rows become free.
-        logits_processor: `scores = processor(tokens, scores)` on the canvases [N, L] and logits [N, V] of N candidates,
-            such as a `LogitsProcessorList` of Transformers.
-        criterion: returns whether a response ends with the last of the given tokens, all of them clean. Called for each
-            token that becomes clean, from left to right.
         on_step: called after each step of each row.
-        history: keep the canvas after every step.
+        settings: logits_processor, criterion and history, see `Sampler`.
     """
-    waiting, batch = iter(canvases), RowBatch(model, config, special, logits_processor)
-    rows: list[RowState] = []
+    waiting, sampler = iter(canvases), Sampler(model, config, special, **settings)
     while True:
-        for canvas in itertools.islice(waiting, config.batch_size - len(rows)):
-            rows.append(RowState(canvas, config, special, criterion, history))
-        if not rows:
+        for canvas in itertools.islice(waiting, sampler.free):
+            sampler.add(canvas, on_step)
+        if not len(sampler):
             return
-        if active := [row for row in rows if row.step is not None]:
-            batch.set_rows(active)
-            for row, proposal in zip(active, batch.propose(), strict=True):
-                step = row.step
-                row.commit(*proposal)
-                row.advance()
-                if on_step is not None:
-                    on_step(row.event(step))
-        for row in rows:
-            if row.step is None:
-                yield SampledRow.of(row)
-        rows = [row for row in rows if row.step is not None]
+        yield from sampler.step()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampling import Canvas, RowState, SamplingConfig, fill, left_pad, sample
+from sampling import Canvas, RowState, Sampler, SamplingConfig, fill, left_pad, sample
 from sampling.batch import RowBatch
 from sampling.policies import ADAPTIVE, ALGS, SCHEDULED
 from tests.sampling.models import EOS, MASK, PAD, SPECIAL, MockDenoiser, V, unpadded
@@ -113,6 +113,29 @@ def test_rows_leave_and_enter_the_batch():
     canvases = [Canvas.after([1], new, MASK, name) for name, new in enumerate([8, 1, 1, 1])]
     assert [row.canvas.row_id for row in fill(model, canvases, config, SPECIAL)] == [1, 2, 3, 0]
     assert model.calls == 8
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_canvases_are_added_and_dropped_between_steps(cache):
+    config = SamplingConfig(steps=4, batch_size=3, stop_at_eos=False, temperature=0.7, cache=cache)
+    canvases = [Canvas.after([1, number], 6 + number, MASK, number) for number in range(4)]
+    alone = {each.row_id: next(fill(MockDenoiser(), [each], config, SPECIAL)) for each in canvases}
+    sampler, filled, steps = Sampler(MockDenoiser(), config, SPECIAL), [], []
+    sampler.add(canvases[0])
+    sampler.add(canvases[1], lambda event: steps.append(event.step))
+    sampler.step()
+    sampler.add(replace(canvases[1]))  # another canvas with the same number
+    assert (len(sampler), sampler.free) == (3, 0)
+    sampler.drop(canvases[0])
+    sampler.add(canvases[2])
+    sampler.drop(canvases[3])  # was never added
+    while len(sampler):
+        filled += sampler.step()
+    assert sorted((row.canvas.row_id, row.tokens, row.nfe) for row in filled) == sorted(
+        (name, alone[name].tokens, alone[name].nfe) for name in (1, 1, 2)
+    )
+    assert steps == [0, 1, 2, 3]
+    assert sampler.step() == []
 
 
 def test_a_row_ends_when_nothing_is_masked_before_its_eos():
