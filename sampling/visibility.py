@@ -1,7 +1,7 @@
 """Visibility: the positions that a position attends to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ class Visibility:
         document: [B, L]; a position sees its own document only. Packed rows have several.
         block: [B, L]; a position sees its own block and earlier ones (block diffusion, arXiv 2503.09573).
         pairs: [B, L, L] bool; whether the first position sees the second. Annealed attention draws them.
+        copy_length: the canvas is x_0 and noised copies of it, side by side, of so many tokens each. A position of x_0
+            sees x_0 alone. A noised position sees its own block of its own copy, and the earlier blocks of x_0.
     """
 
     attended: Tensor | None = None
     document: Tensor | None = None
     block: Tensor | None = None
     pairs: Tensor | None = None
+    copy_length: int | None = None
 
     @property
     def needs_pairs(self) -> bool:
@@ -39,8 +42,16 @@ class Visibility:
         return self._each(lambda value: to_device(value, device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Visibility":
-        given = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
-        return Visibility(**{name: change(value) for name, value in given.items()})
+        given = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(value) for name, value in given.items()})
+
+    def side_by_side(self, copies: int) -> "Visibility":
+        """Visibility of x_0 and noised copies of it, from that of one of them, which has blocks.
+
+        Args:
+            copies: with x_0.
+        """
+        return replace(self._each(lambda value: value.repeat(1, copies)), copy_length=self.block.shape[1])
 
     def dense(self, columns: Tensor | None = None) -> Tensor | None:
         """[B, Q, L] bool: whether a position sees another; None where every position sees all.
@@ -54,7 +65,7 @@ class Visibility:
         if self.document is not None:
             conditions.append(_of_queries(self.document, columns) == self.document[:, None])
         if self.block is not None:
-            conditions.append(_of_queries(self.block, columns) >= self.block[:, None])
+            conditions.append(self._blocks(columns))
         if self.pairs is not None:
             conditions.append(self.pairs if columns is None else self.pairs.take_along_dim(columns[..., None], dim=1))
         if not conditions:
@@ -64,9 +75,24 @@ class Visibility:
             visible = visible & condition
         return visible
 
+    def _blocks(self, columns: Tensor | None) -> Tensor:
+        """[B, Q, L] bool: whether the block of a position lets it see another."""
+        queries, keys = _of_queries(self.block, columns), self.block[:, None]
+        if self.copy_length is None:
+            return queries >= keys
+        copy = torch.arange(self.block.shape[1], device=keys.device) // self.copy_length  # 0 is x_0
+        own = (copy[:, None] == copy) & (queries == keys)
+        return own | ((copy == 0) & (queries > keys))
+
     def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
-        """[N] columns to the left of N positions, or their own columns where no visible position is left of them."""
+        """[N] columns to the left of N positions, or their own columns where no visible position is left of them.
+
+        The neighbour of the first position of a noised block is in x_0, as in sampling, where earlier blocks are clean.
+        """
         left = (column - 1).clamp(min=0)
+        if self.copy_length is not None:
+            left = torch.where(self.block[row, left] == self.block[row, column], left, left % self.copy_length)
+            left = torch.where(column % self.copy_length == 0, column, left)
         if self.attended is not None:
             left = torch.where(self.attended[row, left].bool(), left, column)
         if self.document is not None:

@@ -78,14 +78,12 @@ class MaskedDiffusion(Objective):
         importance, or without it for t_sampler=cosine, 0 where not masked.
         """
         maskable = batch["maskable"]
-        t = torch.empty(len(maskable), 1, dtype=torch.float64)
-        uniforms = torch.ones(maskable.shape, dtype=torch.float64)
+        t, uniforms = torch.ones(2, *maskable.shape, dtype=torch.float64)
         repeats = batch["repeat"].tolist() if "repeat" in batch else [0] * len(t)
         for row, (sample, repeat) in enumerate(zip(batch["sample_index"].tolist(), repeats, strict=True)):
             rng = np.random.default_rng((Stream.NOISE, self.seed, epoch, sample, *([repeat] if repeat else [])))
-            t[row] = self.time(rng.random(), int(batch["slot"][row]), int(batch["batch_size"][row]))
+            t[row] = self.times({name: tensor[row] for name, tensor in batch.items()}, rng)
             uniforms[row, maskable[row]] = torch.from_numpy(rng.random(int(maskable[row].sum())))
-        t = t.expand(maskable.shape)
 
         masked = maskable & (uniforms < t)
         importance = self.importance(t)
@@ -100,6 +98,14 @@ class MaskedDiffusion(Objective):
             "importance": importance.float().contiguous(),
             "weights": weights * self._in_loss(importance).float(),
         }
+
+    def times(self, row: Batch, rng: np.random.Generator) -> Tensor | float:
+        """Draw t of a row, for each position [L] or for all of them.
+
+        Args:
+            row: the fields of `corrupt`, without their first dimension.
+        """
+        return self.time(rng.random(), int(row["slot"]), int(row["batch_size"]))
 
     def time(self, uniform: float, slot: int, batch_size: int) -> float:
         """t in [eps, 1) from a uniform draw, stratified by the slot unless t_sampler=uniform.
@@ -143,18 +149,26 @@ class MaskedDiffusion(Objective):
             case "masked":
                 return (batch["masked"] * self._in_loss(batch["importance"]).double()).sum()
             case "maskable":
-                return batch["maskable"].sum().double()
+                return self.tokens(batch).double()
             case "sequence":
                 return torch.tensor(len(batch["sample_index"]), dtype=torch.float64)
             case norm:
                 raise NotImplementedError(f"diffusion.loss_norm={norm}")
+
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows and columns [N] of the tokens in the loss, in its order."""
+        return batch["masked"].nonzero(as_tuple=True)
+
+    def tokens(self, batch: Batch) -> Tensor:
+        """Number of tokens whose likelihood the loss bounds, a scalar."""
+        return batch["maskable"].sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens."""
         device = model.device
         names = ("x_t", "input_ids", "masked", "weights", "position_ids")
         x_t, x_0, masked, weights, position_ids = (to_device(batch[name], device) for name in names)
-        where = tuple(to_device(index, device) for index in batch["masked"].nonzero(as_tuple=True))
+        where = tuple(to_device(index, device) for index in self.positions(batch))
         seen = {"position_ids": position_ids, "visibility": visibility_of(batch), "where": where}
         return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)
 
@@ -163,12 +177,13 @@ class MaskedDiffusion(Objective):
 
         Every masked token is weighted by its importance.
         """
-        masked, device = batch["masked"], output.nll.device
-        t, importance = (to_device(batch[name][masked], device).double() for name in ("t", "importance"))
+        row, column = self.positions(batch)
+        device = output.nll.device
+        t, importance = (to_device(batch[name][row, column], device).double() for name in ("t", "importance"))
         nll = output.nll * importance
         sums = torch.zeros(3 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
         sums[0] = (nll / t).sum()
-        sums[1] = int(batch["maskable"].sum())  # on the host: a tensor would be copied after the backward pass
+        sums[1] = int(self.tokens(batch))  # on the host: a tensor would be copied after the backward pass
         sums[2] = (output.correct * importance).sum()
         bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
         sums[3 : 3 + T_BUCKETS].index_add_(0, bucket, nll)

@@ -113,7 +113,7 @@ def test_a_choice_with_the_name_of_an_objective_would_include_itself(monkeypatch
         check_arguments([])
 
 
-@pytest.mark.parametrize("name", ["blocks", None, ["masked"]])
+@pytest.mark.parametrize("name", ["unknown", None, ["masked"]])
 def test_an_unknown_objective_is_named_with_those_that_exist(name):
     with pytest.raises(ValueError, match=r"diffusion\.objective=.*masked"):
         resolve(OmegaConf.create({"diffusion": {"objective": name}}))

@@ -1,0 +1,135 @@
+"""Block diffusion: masked diffusion within a block of positions, given the clean blocks before it.
+
+BD3-LM (arXiv 2503.09573). The canvas is x_0 and noised copies of it, side by side, with the same position ids; a noised
+block sees itself and the earlier blocks of x_0. Blocks are counted from the first token of a row. One block as long as
+the row is masked diffusion; blocks of one token, all masked, are next-token prediction if the logits are shifted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from data.settings import setting
+from diffllm.attention import visibility_of
+from diffllm.diffusion.loss import LossOutput
+from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
+from diffllm.diffusion.weights import time_weights
+from sampling import to_device
+
+
+@dataclass
+class BlockConfig(DiffusionConfig):
+    """Masked diffusion by blocks.
+
+    Raises:
+        ValueError: a value outside its range, or settings that exclude each other; the message names them.
+    """
+
+    objective: str = "block"
+    block_length: int = setting(32, at_least=1)  # positions of a block
+    # lowest and highest t, such as [0.3, 0.8]; null: [eps, 1)
+    mask_ratio: list[float] | None = setting(None, above=0, at_most=1)
+    # a second copy masks the response tokens that the first one leaves clean (Fast-dLLM v2, arXiv 2509.26328)
+    complementary: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_annealing_steps:
+            raise ValueError(
+                f"diffusion.attention_annealing_steps={self.attention_annealing_steps}: blocks decide what a position "
+                "sees; set it to 0, or choose diffusion=elbo"
+            )
+        if self.mask_ratio is not None and not (len(self.mask_ratio) == 2 and self.mask_ratio[0] < self.mask_ratio[1]):
+            raise ValueError(f"diffusion.mask_ratio={self.mask_ratio}: must be two rising numbers in (0, 1]")
+        named = {"mask_ratio": self.mask_ratio is not None, "complementary": self.complementary}
+        if (name := next((name for name in named if named[name]), None)) and self.t_sampler in ("importance", "cosine"):
+            raise ValueError(
+                f"diffusion.{name}={getattr(self, name)}: needs even draws of t, diffusion.t_sampler=stratified or "
+                f"uniform, not {self.t_sampler}"
+            )
+
+
+class BlockDiffusion(MaskedDiffusion):
+    """Restores the masked tokens of each block, which has a t of its own."""
+
+    settings = BlockConfig
+    config: BlockConfig
+
+    def for_validation(self, seed: int) -> "BlockDiffusion":
+        """Objective with the weights and times of the likelihood bound, whatever training has."""
+        config = BlockConfig(eps=self.config.eps, block_length=self.config.block_length)
+        return BlockDiffusion(config, self.mask_token_id, seed)
+
+    @property
+    def copies(self) -> int:
+        """Noised copies of a row."""
+        return 2 if self.config.complementary else 1
+
+    def corrupt(self, batch: Batch, epoch: int) -> Batch:
+        """Add what `MaskedDiffusion.corrupt` adds, and block [B, L].
+
+        With `complementary` also t, importance and weights of the second copy, at the tokens that it masks.
+        """
+        batch = super().corrupt(batch, epoch)
+        batch["block"] = batch["position_ids"] // self.config.block_length
+        if self.config.complementary:
+            masked = batch["maskable"] & ~batch["masked"]
+            batch["t"] = torch.where(masked, (1 - batch["t"]).clamp(min=self.config.eps), batch["t"])
+            settings = self.config.time_reweighting, self.config.cart_p
+            batch["weights"] += time_weights(batch["t"], masked, batch["attention_mask"].bool(), *settings)
+        return batch
+
+    def times(self, row: Batch, rng: np.random.Generator) -> Tensor:
+        """[L] one t a block. Stratified draws cover its range evenly within the row, and over the rows of the batch."""
+        block = row["position_ids"] // self.config.block_length
+        blocks = block[row["maskable"]].unique()
+        uniforms = rng.random(max(len(blocks), 1))
+        if self.config.t_sampler != "uniform":
+            slots = (int(row["slot"]) + uniforms) / int(row["batch_size"])
+            uniforms = (rng.permutation(len(slots)) + slots) / len(slots)
+        times = torch.tensor([self.time(uniform, 0, 1) for uniform in uniforms], dtype=torch.float64)
+        return times[torch.searchsorted(blocks, block).clamp(max=len(times) - 1)]
+
+    def time(self, uniform: float, slot: int, batch_size: int) -> float:
+        if self.config.mask_ratio is None:
+            return super().time(uniform, slot, batch_size)
+        low, high = self.config.mask_ratio
+        return low + (high - low) * uniform
+
+    def masked_copies(self, batch: Batch) -> Tensor:
+        """[B, copies, L] bool, the tokens that each noised copy masks."""
+        masked = batch["masked"]
+        return torch.stack([masked, batch["maskable"] & ~masked][: self.copies], dim=1)
+
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        row, _, column = self.masked_copies(batch).nonzero(as_tuple=True)
+        return row, column
+
+    def tokens(self, batch: Batch) -> Tensor:
+        return self.copies * super().tokens(batch)
+
+    def denominator(self, batch: Batch) -> Tensor:
+        """See `MaskedDiffusion.denominator`; over all noised copies."""
+        if self.config.loss_norm == "masked":
+            return self.masked_copies(batch).sum().double() if self.copies > 1 else super().denominator(batch)
+        return super().denominator(batch) * (self.copies if self.config.loss_norm == "sequence" else 1)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
+        """Σ weight·token loss over the masked tokens of the noised copies."""
+        device, length, masked = model.device, batch["input_ids"].shape[1], self.masked_copies(batch)
+        row, copy, column = masked.nonzero(as_tuple=True)
+        where = to_device(row, device), to_device((copy + 1) * length + column, device)
+        names = ("input_ids", "weights", "position_ids")
+        x_0, weights, position_ids = (to_device(batch[name], device).repeat(1, 1 + self.copies) for name in names)
+        clean = torch.zeros_like(masked[:, :1])
+        masked = to_device(torch.cat([clean, masked], dim=1).flatten(1), device)
+        x_t = torch.where(masked, self.mask_token_id, x_0)
+        seen = {
+            "position_ids": position_ids,
+            "visibility": visibility_of(batch).side_by_side(1 + self.copies),
+            "where": where,
+        }
+        return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)
