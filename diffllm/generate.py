@@ -63,8 +63,7 @@ def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, wh
     Raises:
         ValueError: prompt and `max_new_tokens` exceed the model's context, or see `DiffLLM.check_cache`.
     """
-    if config.cache != "none":
-        model.check_cache()
+    model.check_cache(config)
     context = model.lm.config.max_position_embeddings
     if prompt_length + config.max_new_tokens > context:
         raise ValueError(

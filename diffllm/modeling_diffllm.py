@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.export import write_checkpoint
 from diffllm.families import has_window, switch_off_causality
-from sampling import CanvasCache, SamplingConfig, Tokens, Visibility, ids_without_token
+from sampling import CanvasCache, SamplingConfig, Tokens, Visibility, ids_without_token, with_cache
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -29,6 +30,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         generation: generation_config.json, empty without one.
         mask_token_id, pad_token_id, eos_token_id: from config.json.
         unnamed_ids: ids of the vocabulary without a token, if the tokenizer is known; they are never sampled.
+        block_length: a position attends to its own block of so many positions and earlier ones; None: to all.
         windowed: some layers attend within a window.
         unpad: forward the attended tokens of all rows as one long row.
         flash: the attention is FlashAttention, which takes no mask.
@@ -48,6 +50,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         pad = self.published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.unnamed_ids: tuple[int, ...] = ()
+        self.block_length: int | None = self.published.get("block_length")
         self.windowed = has_window(lm.config)
         self.flash = "flash" in lm.config._attn_implementation
         self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and has_segments(lm.config))
@@ -157,12 +160,14 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Raises:
             ValueError: the model's attention does not support this visibility or this cache.
         """
+        if self.block_length is not None and not visibility.needs_pairs:
+            visibility = replace(visibility, block=position_ids // self.block_length)
         if visibility.needs_pairs and self.flash:
             raise ValueError("visibility: blocks and pairs need model.attn_implementation=sdpa or varlen")
         if self.windowed and (visibility.needs_pairs or visibility.document is not None):
             raise ValueError("visibility: documents, blocks and pairs need layers without a window")
         if cache is not None:
-            self.check_cache()
+            self._check_kept()
         seen = visibility.to(x_t.device)
         if self.family.shift:
             column = seen.left_neighbour(row, column)
@@ -207,12 +212,16 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self._lent.append((weakref.ref(borrower), CanvasCache(round_to=self.width_multiple)))
         return self._lent[-1][1]
 
-    def check_cache(self) -> None:
-        """Refuse to cache keys and values if the attention does not support it.
+    def check_cache(self, config: SamplingConfig) -> None:
+        """Refuse a cache or blocks that the attention does not support.
 
         Raises:
             ValueError: the message names the setting to change.
         """
+        if with_cache(config, self.block_length).cache != "none":
+            self._check_kept()
+
+    def _check_kept(self) -> None:
         if self.flash:
             raise ValueError("sampling.cache keeps padded rows: set model.attn_implementation=sdpa or varlen")
         if self.windowed:

@@ -1,7 +1,7 @@
 """The reverse process, for any model that gives logits."""
 
 from sampling.batch import Denoiser
-from sampling.cache import CanvasCache
+from sampling.cache import CanvasCache, with_cache
 from sampling.canvas import Canvas, Tokens, ids_without_token, left_pad, trim
 from sampling.config import SamplingConfig
 from sampling.events import StepEvent
@@ -43,4 +43,5 @@ __all__ = [
     "score_positions",
     "to_device",
     "trim",
+    "with_cache",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sampling.cache import CanvasCache, computed, needs_refresh
+from sampling.cache import CanvasCache, computed, needs_refresh, refreshed, with_cache
 from sampling.canvas import Tokens, count_positions
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
@@ -58,6 +58,11 @@ def positions_at_once(model: Denoiser) -> int:
     return max(1, 2 ** (25 if model.device.type == "cpu" else 27) // model.vocab_size)
 
 
+def attention_block_of(model: Denoiser) -> int | None:
+    """Positions of a block of the model's attention; None if every position sees all."""
+    return getattr(model, "block_length", None)
+
+
 def check_numbers(values: np.ndarray) -> None:
     """Refuse what a model with broken weights, or one that overflows, has computed.
 
@@ -86,6 +91,7 @@ class RowBatch:
         logits_processor: LogitsProcessor | None = None,
         exact_width: bool = False,
     ):
+        config = with_cache(config, attention_block_of(model))
         self.multiple = 1 if exact_width else getattr(model, "width_multiple", 1)
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
@@ -198,10 +204,10 @@ class RowBatch:
             where = self._to_device(np.stack([row, column]))
             return [self.model.hidden(x, self.position_ids, self.visibility, *where) for x in views]
 
-        refreshed = np.array([needs_refresh(state) for state in self.rows])
+        refresh = np.array([needs_refresh(state) for state in self.rows])
         hidden: list[Tensor | None] = [None] * len(views)
         for fresh in (True, False):
-            group = np.flatnonzero(refreshed == fresh)
+            group = np.flatnonzero(refresh == fresh)
             inside = np.isin(row, group)
             if not len(group):
                 continue
@@ -209,20 +215,24 @@ class RowBatch:
             where = self._to_device(np.searchsorted(group, row[inside])), self._to_device(column[inside])
             seen = self.position_ids[rows], self.visibility.rows(torch.from_numpy(group))
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
-                cache.select(rows, None if fresh else self._computed(group))
+                cache.select(rows, self._active(group, fresh))
                 part = self.model.hidden(x[rows], *seen, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
                 hidden[i][self._to_device(np.flatnonzero(inside))] = part
-            for i in group:
-                self.rows[i].since_refresh = 1 if fresh else self.rows[i].since_refresh + 1
+            for state in (self.rows[i] for i in group):
+                state.since_refresh = 1 if fresh else state.since_refresh + 1
+                if state.attention_block is not None:
+                    state.final = state.open_block[0]
         return hidden
 
-    def _computed(self, group: np.ndarray) -> np.ndarray:
-        """[b, L] bool, positions that these rows compute without a refresh."""
+    def _active(self, group: np.ndarray, fresh: bool) -> np.ndarray | None:
+        """[b, L] bool, positions that these rows compute, with a refresh or without one; None for all."""
+        if fresh and self.rows[0].attention_block is None:
+            return None
         active = np.zeros((len(group), self.width), dtype=bool)
         for i, place in enumerate(group):
-            active[i, self.pads[place] :] = computed(self.rows[place])
+            active[i, self.pads[place] :] = (refreshed if fresh else computed)(self.rows[place])
         return active
 
     def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:

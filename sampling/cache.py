@@ -7,24 +7,63 @@ refreshed. The kinds differ only in which positions a step computes:
 `delayed` all masked positions (dKV-Cache, arXiv 2505.15781). The first forward
 of a block and every `cache_refresh`-th forward compute all positions; with 1 every forward does, which is exact.
 All kinds compute candidates and their left neighbours, and positions that the step before changed.
+
+In a model that attends by blocks a finished block never changes. `block` computes the open block of attention, and the
+one before it once more when its tokens are clean: exact (BD3-LM, arXiv 2503.09573). The other kinds are approximate
+within the open block, where `sampling.block_length` divides it (Fast-dLLM v2, arXiv 2509.26328).
 """
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
+from sampling.config import SamplingConfig
 from sampling.row_state import RowState
 from sampling.transfer import to_device
 
 
+def with_cache(config: SamplingConfig, attention_block: int | None) -> SamplingConfig:
+    """Settings for a model, whose `cache` is not auto. Those of a model that attends by blocks have a block length.
+
+    Args:
+        attention_block: positions of a block of the model's attention; None if every position sees all.
+
+    Raises:
+        ValueError: `cache=block` without such blocks, or a block length that does not divide them.
+    """
+    if attention_block is None:
+        if config.cache == "block":
+            raise ValueError(
+                "sampling.cache=block keeps finished blocks, which this model sees change: it was trained to attend to "
+                "all positions; choose prefix, dual or delayed, or train it with diffusion=block"
+            )
+        return replace(config, cache="none") if config.cache == "auto" else config
+    length = config.block_length or attention_block
+    if attention_block % length:
+        raise ValueError(
+            f"sampling.block_length={length}: must divide {attention_block}, block_length in the model's config.json"
+        )
+    return replace(config, cache="block" if config.cache == "auto" else config.cache, block_length=length)
+
+
 def needs_refresh(row: RowState) -> bool:
-    """Whether the row's next forward computes all positions."""
+    """Whether the row's next forward computes all positions, or, by blocks, all that are not final."""
+    if row.config.cache == "block":
+        return not row.since_refresh  # later forwards compute a block or two, together with those of other rows
     every = row.config.cache_refresh
     return row.config.cache == "none" or row.step.first or (every is not None and row.since_refresh >= every)
+
+
+def refreshed(row: RowState) -> np.ndarray:
+    """[L] positions that a refresh of the row computes: all, or those that the open block sees and are not final."""
+    active = np.zeros(len(row), dtype=bool)
+    active[max(0, row.final - 1) : row.open_block[1]] = True  # with the left neighbour
+    return active
 
 
 def computed(row: RowState) -> np.ndarray:
@@ -36,6 +75,8 @@ def computed(row: RowState) -> np.ndarray:
     active[row.masked(step.end)] = True
     active[row.committed] = active[row.remasked] = True  # their keys and values are older than their tokens
     match row.config.cache:
+        case "block":
+            return refreshed(row)
         case "prefix":
             active[step.start :] = True
         case "dual":
@@ -44,6 +85,7 @@ def computed(row: RowState) -> np.ndarray:
             active |= row.tokens == row.special.mask
         case kind:
             raise NotImplementedError(f"sampling.cache={kind}")
+    active[row.open_block[1] :] = False
     active[:-1] |= active[1:]
     return active
 

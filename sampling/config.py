@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from sampling.policies import ADAPTIVE, ALGS, CONFIDENCES, ORDER_TEMP, SCHEDULED, USE_ENTROPY
 
 LLADA_ALGS = {"random": "origin", "low_confidence": "maskgit_plus"}
-CACHES = ("none", "prefix", "dual", "delayed")
+CACHES = ("auto", "none", "block", "prefix", "dual", "delayed")
 CHOICES = {
     "alg": (*ALGS, *LLADA_ALGS),
     "transfer": (*SCHEDULED, *ADAPTIVE),
@@ -55,7 +55,9 @@ class SamplingConfig:
     # In these two \n, \t, \r, \\ and \uXXXX stand for characters, on the command line and in YAML.
     stop: list[str] = field(default_factory=list, metadata={"escapes": True})  # the first of them ends a row likewise
     forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})  # tokens that are never committed
-    cache: str = "none"  # keys and values kept: none | prefix | dual | delayed
+    # keys and values kept: none | block, exact, of a model that attends by blocks | prefix | dual | delayed | auto:
+    # block if the model attends by blocks, else none
+    cache: str = "auto"
     cache_refresh: int | None = None  # forwards between refreshes of all positions; null: only at a block's start
     batch_size: int = 32  # prompts sampled together
     # CUDA graphs and compiled layers, see diffllm.static_forward: true | false | auto, which compiles long runs only

@@ -8,6 +8,9 @@ A masked diffusion model gives n tokens of a row, S, with the rest of the row kn
 (arXiv 2502.09992). Both equal the sum over the masks M of S of B(m, n-m+1) · Σ_{i in M} log p(x_i | x_M), m = |M|,
 because ∫ t^(m-1) (1-t)^(n-m) dt = B(m, n-m+1) = 1/(m · C(n, m)). The second form is sampled: each draw is n times a
 mean of log-probabilities. The first has an infinite variance, since its second moment contains ∫ n/t dt.
+
+A model that attends by blocks gives log p as the sum over its blocks, each given those before it, so a bound is one
+within blocks alone. With blocks of one token it is the likelihood of an autoregressive model, exactly.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sampling.batch import Denoiser, check_numbers, positions_at_once
+from sampling.batch import Denoiser, attention_block_of, check_numbers, positions_at_once
 from sampling.canvas import Tokens, count_positions, left_pad
 from sampling.visibility import Visibility
 
@@ -36,6 +39,17 @@ class Score:
     def per_token(self) -> float:
         """Nats a token."""
         return self.mean / self.tokens
+
+    @classmethod
+    def total(cls, scores: Sequence["Score"]) -> "Score":
+        """Score of parts that are scored independently, each given those before it."""
+        error = float(np.linalg.norm([score.standard_error for score in scores]))
+        return cls(
+            sum(score.mean for score in scores),
+            error,
+            sum(score.tokens for score in scores),
+            sum(score.nfe for score in scores),
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,8 @@ def score_positions(
     if seed < 0:
         raise ValueError(f"seed={seed}: must not be negative")
     rows = [_checked(number, tokens, at, special.mask) for number, (tokens, at) in enumerate(rows)]
+    parts = [_by_blocks(*row, attention_block_of(model)) for row in rows]
+    rows = [part for parts_of_row in parts for part in parts_of_row]
     draws = [_every(len(at)) if 2 ** len(at) - 1 <= samples else _drawn(len(at), samples, seed) for _, at in rows]
     noised = [(tokens, at[m]) for (tokens, at), draw in zip(rows, draws, strict=True) for m in draw.masks]
     log_p = np.empty(len(noised))
@@ -128,7 +144,16 @@ def score_positions(
         some = slice(start, start + batch_size)
         log_p[some] = _log_p(model, *zip(*noised[some], strict=True), special.mask)
     ends = np.cumsum([len(draw.masks) for draw in draws])
-    return [draw.bound(log_p[end - len(draw.masks) : end]) for draw, end in zip(draws, ends, strict=True)]
+    scores = iter([draw.bound(log_p[end - len(draw.masks) : end]) for draw, end in zip(draws, ends, strict=True)])
+    return [Score.total([next(scores) for _ in parts_of_row]) for parts_of_row in parts]
+
+
+def _by_blocks(tokens: np.ndarray, at: np.ndarray, size: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The positions of each block of attention, with the tokens that it sees."""
+    if size is None:
+        return [(tokens, at)]
+    blocks = at // size
+    return [(tokens[: (block + 1) * size], at[blocks == block]) for block in np.unique(blocks)]
 
 
 def _checked(number: int, tokens: Sequence[int], at: Sequence[int], mask: int) -> tuple[np.ndarray, np.ndarray]:

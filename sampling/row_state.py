@@ -37,6 +37,7 @@ class RowState:
         end: position after the response, if a rule about ends found it.
         nfe: forwards of the model so far.
         history: the canvas after every step, or None.
+        final: positions before it are final in the cache of a model that attends by blocks.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class RowState:
         criterion: Criterion | None = None,
         history: bool = False,
         every_step: bool = False,
+        attention_block: int | None = None,
     ):
-        self.canvas, self.config, self.special = canvas, config, special
+        self.canvas, self.config, self.special, self.attention_block = canvas, config, special, attention_block
         self.criterion, self.every_step = criterion, every_step
         self.tokens = np.array(canvas.tokens, dtype=np.int64)
         self.given = self.tokens != special.mask
@@ -56,7 +58,7 @@ class RowState:
         self.commit_entropy = np.zeros(len(self))  # nats, likewise
         self.committed = self.remasked = np.empty(0, dtype=np.int64)
         self.history: list[np.ndarray] | None = [] if history else None
-        self.nfe = self.since_refresh = 0
+        self.nfe = self.since_refresh = self.final = 0
         self.end: int | None = None
         self.checked = canvas.prompt_length  # no end of the response before this position
         self._steps = self._plan()
@@ -65,6 +67,13 @@ class RowState:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def open_block(self) -> tuple[int, int]:
+        """Start and end of the block of attention that the next step fills; the whole row without such blocks."""
+        size = self.attention_block or len(self)
+        start = (self.step.end - 1) // size * size
+        return start, min(start + size, len(self))
+
     def masked(self, end: int | None = None) -> np.ndarray:
         """Positions before `end` that are masked."""
         return (self.tokens[:end] == self.special.mask).nonzero()[0]
@@ -72,12 +81,14 @@ class RowState:
     def _blocks(self) -> list[tuple[int, int]]:
         """Start and end of each block with masks. Masks inside the prompt belong to the first block.
 
-        If `block_length` does not divide the response, the last block is shorter.
+        If `block_length` does not divide the response, the last block is shorter. Blocks begin after the prompt; those
+        of a model that attends by blocks at multiples of their length.
         """
         length = self.config.block_length or len(self)
-        ends = [*range(self.canvas.prompt_length + length, len(self), length), len(self)]
         masked = self.masked()
         first = min([self.canvas.prompt_length, *masked[:1]])
+        start = self.canvas.prompt_length if self.attention_block is None else first // length * length
+        ends = [*range(start + length, len(self), length), len(self)]
         blocks = zip([first, *ends[:-1]], ends, strict=True)
         return [(start, end) for start, end in blocks if ((start <= masked) & (masked < end)).any()]
 
@@ -97,14 +108,14 @@ class RowState:
             for step in range(block_steps):
                 n_masked = len(self.masked(end))
                 n_commit = scheduled(config, step, block_steps, n_at_start, n_masked)
-                n_remask = self._n_remask(step, block_steps, end, n_masked - n_commit)
+                n_remask = self._n_remask(step, block_steps, start, end, n_masked - n_commit)
                 if n_commit or n_remask or self.every_step:
                     yield Step(number, start, end, first, n_commit + n_remask, n_remask)
                     first = False
                 self._record()
                 number += 1
 
-    def _n_remask(self, step: int, steps: int, end: int, left: int) -> int:
+    def _n_remask(self, step: int, steps: int, start: int, end: int, left: int) -> int:
         """Number of tokens to mask again. The step commits as many more, so that the schedule holds.
 
         ReMDM-cap (arXiv 2503.00307) masks each token again with probability σ = min(remask, (1 - α_s)/α_t), α = 1 - γ.
@@ -114,10 +125,12 @@ class RowState:
             return 0
         gamma = masked_shares(self.config.transfer, steps, self.config.eps)
         sigma = min(self.config.remask, float(gamma[step + 1] / (1 - gamma[step])))
-        return min(int(sigma * len(self._committed(end))), left)
+        return min(int(sigma * len(self._committed(start, end))), left)
 
-    def _committed(self, end: int) -> np.ndarray:
-        return np.flatnonzero(~self.given[:end] & (self.tokens[:end] != self.special.mask))
+    def _committed(self, start: int, end: int) -> np.ndarray:
+        """Committed positions that a step of the block may mask again; of attention by blocks, those of the block."""
+        start = 0 if self.attention_block is None else start
+        return start + np.flatnonzero(~self.given[start:end] & (self.tokens[start:end] != self.special.mask))
 
     def _record(self) -> None:
         if self.history is not None:
@@ -158,7 +171,7 @@ class RowState:
 
     def _least_probable(self, step: Step, draws: np.ndarray) -> np.ndarray:
         """Positions to mask again, drawn without replacement with weights softmax(-commit_prob), as in ReMDM-conf."""
-        committed = self._committed(step.end)
+        committed = self._committed(step.start, step.end)
         order = np.argsort(self.commit_prob[committed] - gumbel(draws[committed]), kind="stable")
         return committed[order[: step.n_remask]]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling.batch import Denoiser, LogitsProcessor, RowBatch
+from sampling.batch import Denoiser, LogitsProcessor, RowBatch, attention_block_of
 from sampling.canvas import Canvas, Tokens, trim
 from sampling.config import SamplingConfig
 from sampling.events import StepEvent
@@ -73,9 +73,12 @@ class Sampler:
         criterion: Criterion | None = None,
         history: bool = False,
     ):
-        self.config = config
         self._batch = RowBatch(model, config, special, logits_processor)
-        self._new_row = partial(RowState, config=config, special=special, criterion=criterion, history=history)
+        self.config = self._batch.config
+        blocks = {"attention_block": attention_block_of(model)}
+        self._new_row = partial(
+            RowState, config=self.config, special=special, criterion=criterion, history=history, **blocks
+        )
         self._rows: list[tuple[RowState, OnStep | None]] = []
 
     def __len__(self) -> int:
@@ -178,8 +181,9 @@ def fill_with_hooks(
     if tokens_hook is not None:
         x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
-    rows = [RowState(canvas, config, special, history=history, every_step=True) for canvas in changed]
-    batch = RowBatch(model, config, special, exact_width=True)
+    batch = RowBatch(model, replace(config, cache="none"), special, exact_width=True)
+    settings = {"history": history, "every_step": True, "attention_block": attention_block_of(model)}
+    rows = [RowState(canvas, batch.config, special, **settings) for canvas in changed]
     batch.set_rows(rows)
     while any(row.step is not None for row in rows):
         if any(row.step is None for row in rows):
@@ -272,7 +276,7 @@ def sample(
 def _check_hooks(config: SamplingConfig, watchers: dict[str, Any]) -> None:
     if others := [name for name, watcher in watchers.items() if watcher is not None]:
         raise ValueError(f"tokens_hook and logits_hook go without {', '.join(others)}: leave it out")
-    if config.cache != "none":
+    if config.cache not in ("auto", "none"):
         raise ValueError(f"sampling.cache={config.cache}: hooks see all logits, set sampling.cache=none")
     if config.adaptive:
         raise ValueError(f"sampling.transfer={config.transfer}: hooks need one of {', '.join(SCHEDULED)}")

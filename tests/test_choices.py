@@ -27,7 +27,7 @@ from diffllm.static_forward import prepare_sampling
 from diffllm.tokenizer import builtin_tokenizer
 from sample import MODES
 from sampling import Canvas, RowState, SamplingConfig
-from sampling.cache import computed
+from sampling.cache import computed, with_cache
 from sampling.confidence import propose
 from sampling.config import CHOICES, LLADA_ALGS
 from tests.conftest import ROOT, small_shape
@@ -64,8 +64,9 @@ def commit(transfer: str) -> None:
 
 
 def compute_some(cache: str) -> None:
-    if cache != "none":  # computes all positions
-        computed(RowState(Canvas([1, MASK], 1), unchecked(SamplingConfig(), cache=cache), SPECIAL))
+    config = with_cache(unchecked(SamplingConfig(), cache=cache), attention_block=2)
+    if config.cache != "none":  # computes all positions
+        computed(RowState(Canvas([1, MASK], 1), config, SPECIAL, attention_block=2))
 
 
 # Code that takes the choice, and raises KeyError or NotImplementedError for one that it does not handle.

@@ -6,7 +6,7 @@ import torch
 from diffllm import load_model
 from diffllm.attention import attention_for, visibility_of
 from diffllm.diffusion.loss import Focal
-from sampling import Visibility
+from sampling import SamplingConfig, Visibility
 from sampling.canvas import count_positions
 from tests.conftest import GOLDEN
 
@@ -89,7 +89,7 @@ def test_what_has_no_segments_is_padded(varlen):
     pairs = torch.ones(2, 6, 6, dtype=torch.bool).tril()
     seen = states(varlen, x, count_positions(attended), Visibility(attended=attended, pairs=pairs))
     assert seen.isfinite().all()
-    varlen.check_cache()
+    varlen.check_cache(SamplingConfig(cache="dual"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ class Scripted:
     device, mask_token_id, pad_token_id = torch.device("cpu"), None, None
     lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
+    def check_cache(self, config):
+        pass
+
     def __init__(self, tokenizer, tokens, prompt_length):
         self.tokens, self.prompt_length = tokens, prompt_length
         self.mask_token_id, self.ends, self.vocab_size = (

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffllm import DiffLLM, new_model
 from sampling import Canvas, SamplingConfig, fill
 from sampling.cache import computed
+from sampling.policies import ADAPTIVE, ALGS, SCHEDULED
 from sampling.row_state import RowState, Step
 from tests.conftest import small_shape
 from tests.sampling.models import unpadded
@@ -83,6 +84,74 @@ def test_a_row_does_not_depend_on_its_batch(model, rows, **changes):
         alone = fill_rows(model, [*[([5], 1)] * name, rows[name]], **changes | {"batch_size": 1})[name]
         np.testing.assert_array_equal(together.history, alone.history)
         assert together.nfe == alone.nfe
+
+
+@pytest.fixture
+def by_blocks(model, monkeypatch) -> DiffLLM:
+    """The model, attending by blocks of 4."""
+    monkeypatch.setattr(model, "block_length", 4)
+    return model
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.tuples(st.lists(st.integers(4, 90), max_size=9), st.integers(1, 13)), min_size=1, max_size=4),
+    batch_size=st.integers(1, 3),
+    block_length=st.sampled_from([None, 1, 2, 4]),
+    kind=st.sampled_from(["block", "prefix", "dual", "delayed"]),
+    alg=st.sampled_from([*ALGS]),
+    transfer=st.sampled_from([*SCHEDULED, *ADAPTIVE]),
+    steps=st.sampled_from([None, 3, 8]),
+    temperature=st.sampled_from([0.0, 0.7]),
+    remask=st.sampled_from([0.0, 0.5]),
+    stop_at_eos=st.booleans(),
+    cfg_scale=st.sampled_from([0.0, 0.5]),
+)
+def test_finished_blocks_are_kept_exactly(by_blocks, rows, kind, **changes):
+    """Cached equals uncached for every strategy, as rows of unequal lengths come and go.
+
+    The approximate kinds are exact if they are refreshed at every step.
+    """
+    if changes["transfer"] in ADAPTIVE:
+        changes |= {"remask": 0.0, "threshold": 0.2}
+    cached, plain = (fill_rows(by_blocks, rows, cache=each, cache_refresh=1, **changes) for each in (kind, "none"))
+    for kept, computed_anew in zip(cached, plain, strict=True):
+        np.testing.assert_array_equal(kept.history, computed_anew.history)
+        assert kept.nfe == computed_anew.nfe
+
+
+def test_a_block_is_computed_with_the_one_before_it_and_then_alone(by_blocks):
+    """Prompt 5, so that the first block has three masks; then blocks of 4 and 1. Left neighbours are computed too."""
+    widths = []
+    handle = by_blocks.lm.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    fill_rows(by_blocks, [([5, 6, 7, 8, 9], 8)], steps=6, transfer="even")
+    handle.remove()
+    assert widths == [8, 5, 9, 5, 6]
+
+
+def test_inside_a_block_the_dual_cache_computes_a_part_of_it(by_blocks):
+    widths = []
+    handle = by_blocks.lm.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    fill_rows(by_blocks, [([5, 6, 7, 8], 4)], steps=4, transfer="even", cache="dual", block_length=2)
+    handle.remove()
+    assert widths == [8, 3, 5, 3]
+
+
+def test_a_finished_block_does_not_depend_on_what_follows(by_blocks):
+    short, long = (fill_rows(by_blocks, [([5, 6, 7, 8, 9], new)], steps=None)[0].tokens for new in (3, 11))
+    assert short == long[: len(short)]
+
+
+def test_blocks_of_attention_are_needed_and_divided(model, by_blocks):
+    with pytest.raises(ValueError, match=r"sampling\.block_length=3: must divide 4"):
+        fill_rows(by_blocks, ROWS, block_length=3)
+    by_blocks.block_length = None
+    with pytest.raises(ValueError, match=r"sampling\.cache=block"):
+        fill_rows(model, ROWS, cache="block")
 
 
 def test_only_the_columns_of_the_kind_are_computed(model, monkeypatch):

@@ -20,7 +20,7 @@ from trainer.parallel import gathered, reshard
 SAMPLING = SamplingConfig(max_new_tokens=16, steps=6, block_length=8, temperature=0.7, batch_size=2)
 EVERY = [
     *(replace(SAMPLING, alg=alg) for alg in ALGS),
-    *(replace(SAMPLING, cache=cache) for cache in CACHES if cache != "none"),
+    *(replace(SAMPLING, cache=cache) for cache in CACHES if cache not in ("auto", "none", "block")),
     replace(SAMPLING, transfer="threshold", threshold=0.01, cfg_scale=1.0, cache="dual"),
     replace(SAMPLING, remask=0.5),
 ]
