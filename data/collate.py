@@ -19,7 +19,8 @@ def response_widths(
     `min_pad` drops the columns that are padding in every row · `random` ends all rows at the length of one drawn row ·
     `random_with_input_pad` gives all rows the response length of one drawn row, with prompts padded on the left ·
     without a cutoff all rows end at `max_length`. No row exceeds `max_length`. Then, with probability
-    `resp_cutoff_ratio`, all rows lose a random tail, but keep at least one response position each.
+    `resp_cutoff_ratio`, all rows lose a random tail, but keep at least one response position each. At last rows are
+    lengthened to a multiple of `pad_to_multiple`.
 
     Args:
         prompt_lengths, response_lengths: [B] over the global batch, so that every rank computes the same widths.
@@ -43,7 +44,9 @@ def response_widths(
     shortest = widths.min()
     if rng.random() < config.resp_cutoff_ratio and shortest > 1:
         widths = widths - rng.integers(1, shortest)
-    return widths
+    if config.pad_to_multiple is not None:
+        widths = widths + -(prompt_lengths + widths) % config.pad_to_multiple
+    return np.minimum(widths, config.max_length - prompt_lengths)
 
 
 def assemble(rows: TokenRows, samples: np.ndarray, widths: np.ndarray, eos_token_id: int) -> dict[str, np.ndarray]:

@@ -67,6 +67,8 @@ class DataConfig:
     group_by_length: bool = False  # rows of similar length share a batch: less padding, less random order
     # put several short rows into one of at most max_length, each seeing itself alone: less padding, the same loss
     packing: bool = setting(False, free_when_resuming=True)
+    # rows end at a multiple of so many tokens, or at max_length; null: of diffusion.block_length, if there is one
+    pad_to_multiple: int | None = setting(None, at_least=1)
     resp_cutoff_ratio: float = setting(0.0, at_least=0, at_most=1)  # share of the batches that lose a random tail
     num_workers: int = setting(1, at_least=0, free_when_resuming=True)  # loader processes of each rank
 

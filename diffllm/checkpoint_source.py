@@ -73,7 +73,8 @@ class CheckpointSource:
         """The same decoder in the format of Transformers' causal models, which has no mask."""
         model_type = self.family.model_class.config_class.model_type
         family = family_of({"model_type": model_type}, model_type)
-        kept = {key: value for key, value in self.published.items() if key not in ("mask_token_id", "auto_map")}
+        own = ("mask_token_id", "block_length", "auto_map")
+        kept = {key: value for key, value in self.published.items() if key not in own}
         named = {"model_type": model_type, "architectures": [family.architecture]}
         return replace(self, published=kept | named, family=family)
 
@@ -151,6 +152,9 @@ def check_values(published: dict[str, Any], name: str) -> None:
     for key, kind in (("model_type", str), ("auto_map", dict), *((key, dict) for key in ROPE)):
         if not isinstance(value := published.get(key), kind | None):
             raise ValueError(f"{name}: config.json has {key}={value!r}: must be {JSON[kind]}")
+    length = published.get("block_length")
+    if length is not None and not (type(length) is int and length > 0):
+        raise ValueError(f"{name}: config.json has block_length={length!r}: must be a positive whole number")
     for key in ROPE:
         rope = published.get(key) or {}
         layers = [part for part in rope.values() if isinstance(part, dict)]  # layer types may have their own

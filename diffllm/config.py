@@ -23,6 +23,8 @@ class ModelConfig:
     # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
     chat_template: str | None = setting(None, path=True)
     chat_template_kwargs: dict[str, Any] = setting({})  # variables of the template, such as {enable_thinking: false}
+    # sampling: block, as diffusion=block trains | full | auto: block if config.json has a block_length, else full
+    attention: str = setting("auto", choices=("auto", "block", "full"), free_when_resuming=True)
     # from scratch: dream (Qwen2, shifted logits) | llada (Llama, not shifted)
     family: str = _shape("dream", choices=("dream", "llada"))
     hidden_size: int = _shape(128, at_least=1)

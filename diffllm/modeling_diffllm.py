@@ -238,6 +238,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     ) -> None:
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
+        config.json has the `block_length` of a model that attends by blocks.
+
         Args:
             state_dict: full tensors by their names in this module; by default the module's own.
             max_shard_size: of one file; several files have an index.
@@ -250,8 +252,11 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             "pad_token_id": self.pad_token_id,
         }
         weights = self.state_dict() if state_dict is None else state_dict
+        blocks = {} if self.block_length is None else {"block_length": self.block_length}
+        published = {key: value for key, value in self.published.items() if key != "block_length"} | blocks
+        source = replace(self.source, published=published)
         write_checkpoint(
-            directory, weights, self.source, self.lm.config, tokens, tokenizer, max_shard_size, sampling, causal
+            directory, weights, source, self.lm.config, tokens, tokenizer, max_shard_size, sampling, causal
         )
 
 

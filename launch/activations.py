@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, compiling: bool = False) -> PassMemory:
-    """Memory of a micro-batch of `rows`, computed in `dtype`.
+    """Memory of a micro-batch of `rows`, computed in `dtype`; all positions but those of copies are masked.
 
     Runs three layers, since all keep equally much, on a fake CPU, whose attention keeps no L×L scores, as on a GPU.
 
@@ -67,6 +67,7 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, c
         compiling: the layers are compiled. The compiler decides what they keep; its code is not made.
     """
     model, length, layers = copy.deepcopy(model), config.data.max_length, model.lm.config.num_hidden_layers
+    width = length * config.diffusion.copies
     decoder, at_layer = model.lm.get_decoder(), []
     decoder.layers = decoder.layers[:3]
     for layer in decoder.layers:
@@ -84,14 +85,14 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, c
             parameter.grad = torch.empty_like(parameter)
         outside = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
         with LiveBytes(outside) as live:
-            embedded = torch.empty(rows, length, decoder.config.hidden_size, dtype=dtype)
+            embedded = torch.empty(rows, width, decoder.config.hidden_size, dtype=dtype)
             embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
-            positions = torch.empty(rows, length, dtype=torch.long)
+            positions = torch.empty(rows, width, dtype=torch.long)
             # FlashAttention and varlen get unpadded rows, no mask.
-            unpadded = config.model.attn_implementation != "sdpa"
-            mask = None if unpadded else torch.empty(rows, 1, length, length, dtype=torch.bool)
+            unpadded = config.model.attn_implementation != "sdpa" and config.diffusion.block_length is None
+            mask = None if unpadded else torch.empty(rows, 1, width, width, dtype=torch.bool)
             output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
-            index = positions.flatten()
+            index = positions[:, :length].flatten()
             states = output.last_hidden_state[index, index]
             del output
             kept = live.peak = live.now

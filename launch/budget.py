@@ -46,7 +46,8 @@ class StepTime(NamedTuple):
 def step_time(model: DiffLLM, config: Config, layout: BatchLayout, gpus: Gpus) -> StepTime:
     """Time of a step whose rows have data.max_length tokens, half of them masked."""
     length, tokens = config.data.max_length, layout.global_batch_size * config.data.max_length
-    speed = Speed(model, Distributed(0, gpus.count, torch.device("cpu")), compute_dtype(config, CUDA), gpus.tflops)
+    alone, copies = Distributed(0, gpus.count, torch.device("cpu")), config.diffusion.copies
+    speed = Speed(model, alone, compute_dtype(config, CUDA), gpus.tflops, copies)
     counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "masked": tokens / 2}
     offload = _offload(model, config, layout) if config.trainer.cpu_offload else 0.0
     launches = LAUNCHES * model.lm.config.num_hidden_layers * layout.micro_batches

@@ -174,6 +174,13 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     with announced("loading the model"):
         model, tokenizer = build_model(settings, dtype=dtype)  # not cast later: that would round the rotary buffers
     _check_attention(config.model, model)
+    if config.model.attention == "block" and model.block_length is None:
+        raise ValueError(
+            f"model.attention=block: config.json of {config.model.path} has no block_length: the model was trained to "
+            "attend to all positions; train it with diffusion=block, or leave it out"
+        )
+    if config.model.attention == "full":
+        model.block_length = None
     if config.model.quantize != "none":
         quantize(model, device)
     model = model.to(device).eval()
@@ -241,6 +248,12 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
             f"diffusion.objective={config.diffusion.objective}: {model.family.architecture} predicts each token from "
             "its own position, which a causal model sees; choose a family that shifts, such as model.family=dream"
         )
+    if config.diffusion.block_length is not None and model.windowed:
+        raise ValueError(
+            f"diffusion.objective={config.diffusion.objective}: some layers of this model attend within a window, "
+            "which blocks would ignore; choose diffusion=elbo"
+        )
+    model.block_length = config.diffusion.block_length
     if config.data.packing and model.windowed:
         raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
     check_length(config.data, model.lm.config.max_position_embeddings)
@@ -271,7 +284,8 @@ def build_batches(
         ValueError: see `data.rows_of_files` and `_rows_of_tasks`; `data.subset` is more than all rows; or too few
             rows for a batch.
     """
-    data, eos = config.data, tokenizer.eos_token_id
+    multiple = config.data.pad_to_multiple or config.diffusion.block_length
+    data, eos = replace(config.data, pad_to_multiple=multiple), tokenizer.eos_token_id
     if data.packing:
         noise = partial(noise_and_pack, noise, data.max_length)
     rows = {}

@@ -68,7 +68,8 @@ class TrainingLoop(ABC):
         self.dtype = compute_dtype(config, distributed.device)
         self.identity = Identity.of(config, source, model.vocab_size)
         self.optimizer = build_optimizer(model, config.optim)
-        self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
+        copies = config.diffusion.copies
+        self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops, copies)
         self.validation_rows = validation_rows
         self.progress, self.clock = Progress(rows=validation_rows), Clock()
 

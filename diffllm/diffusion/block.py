@@ -35,6 +35,11 @@ class BlockConfig(DiffusionConfig):
     # a second copy masks the response tokens that the first one leaves clean (Fast-dLLM v2, arXiv 2509.26328)
     complementary: bool = False
 
+    @property
+    def copies(self) -> int:
+        """x_0 and the noised copies."""
+        return 3 if self.complementary else 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attention_annealing_steps:
@@ -64,9 +69,9 @@ class BlockDiffusion(MaskedDiffusion):
         return BlockDiffusion(config, self.mask_token_id, seed)
 
     @property
-    def copies(self) -> int:
-        """Noised copies of a row."""
-        return 2 if self.config.complementary else 1
+    def noised(self) -> int:
+        """Number of noised copies of a row."""
+        return self.config.copies - 1
 
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
         """Add what `MaskedDiffusion.corrupt` adds, and block [B, L].
@@ -100,22 +105,25 @@ class BlockDiffusion(MaskedDiffusion):
         return low + (high - low) * uniform
 
     def masked_copies(self, batch: Batch) -> Tensor:
-        """[B, copies, L] bool, the tokens that each noised copy masks."""
+        """[B, noised, L] bool, the tokens that each noised copy masks."""
         masked = batch["masked"]
-        return torch.stack([masked, batch["maskable"] & ~masked][: self.copies], dim=1)
+        return torch.stack([masked, batch["maskable"] & ~masked][: self.noised], dim=1)
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         row, _, column = self.masked_copies(batch).nonzero(as_tuple=True)
         return row, column
 
     def tokens(self, batch: Batch) -> Tensor:
-        return self.copies * super().tokens(batch)
+        return self.noised * super().tokens(batch)
 
     def denominator(self, batch: Batch) -> Tensor:
         """See `MaskedDiffusion.denominator`; over all noised copies."""
-        if self.config.loss_norm == "masked":
-            return self.masked_copies(batch).sum().double() if self.copies > 1 else super().denominator(batch)
-        return super().denominator(batch) * (self.copies if self.config.loss_norm == "sequence" else 1)
+        match self.config.loss_norm:
+            case "masked" if self.noised > 1:  # their t are even: no importance
+                return self.masked_copies(batch).sum().double()
+            case "sequence":
+                return self.noised * super().denominator(batch)
+        return super().denominator(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens of the noised copies."""
@@ -123,13 +131,13 @@ class BlockDiffusion(MaskedDiffusion):
         row, copy, column = masked.nonzero(as_tuple=True)
         where = to_device(row, device), to_device((copy + 1) * length + column, device)
         names = ("input_ids", "weights", "position_ids")
-        x_0, weights, position_ids = (to_device(batch[name], device).repeat(1, 1 + self.copies) for name in names)
+        x_0, weights, position_ids = (to_device(batch[name], device).repeat(1, self.config.copies) for name in names)
         clean = torch.zeros_like(masked[:, :1])
         masked = to_device(torch.cat([clean, masked], dim=1).flatten(1), device)
         x_t = torch.where(masked, self.mask_token_id, x_0)
         seen = {
             "position_ids": position_ids,
-            "visibility": visibility_of(batch).side_by_side(1 + self.copies),
+            "visibility": visibility_of(batch).side_by_side(self.config.copies),
             "where": where,
         }
         return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)

@@ -1,0 +1,104 @@
+"""Runs of block diffusion: the same in any layout, and an export that says its block length."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from data import prompt_ids
+from diffllm import load_model, new_model
+from diffllm.diffusion.block import BlockConfig
+from diffllm.generate import generate
+from sampling import SamplingConfig
+from tests.conftest import small_shape
+from tests.trainer.runs import losses, metrics, train
+from trainer.build import load_for_sampling
+from trainer.schema import resolve
+
+COMPLEMENTARY = {"complementary": True, "t_sampler": "stratified", "time_reweighting": "none", "loss_norm": "masked"}
+
+
+@pytest.fixture
+def pretrained(tmp_path, tokenizer):
+    new_model(small_shape(), tokenizer, seed=3).save_pretrained(tmp_path / "pretrained", tokenizer=tokenizer)
+    return tmp_path / "pretrained"
+
+
+@pytest.fixture
+def block_run(small_run):
+    def config(name="run", settings=None, **changes):
+        config = small_run(name, **changes)
+        config.diffusion = BlockConfig(block_length=4, **settings or {})
+        return config
+
+    return config
+
+
+@pytest.mark.parametrize("settings", [{}, COMPLEMENTARY])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__train_batch_size": 8, "data__micro_batch_size_per_gpu": 2},
+        {"model__enable_gradient_checkpointing": True},
+        {"data__packing": True},
+        {"model__attn_implementation": "varlen"},
+    ],
+)
+def test_the_layout_changes_nothing(block_run, settings, changes):
+    one, other = (train(block_run(name, settings, **each)) for name, each in (("one", {}), ("other", changes)))
+    assert losses(other) == pytest.approx(losses(one), rel=1e-4)
+    assert metrics(other)[-1]["val/elbo"] == pytest.approx(metrics(one)[-1]["val/elbo"], rel=1e-4)
+
+
+def test_it_resumes_and_learns(block_run):
+    constant = {"optim__lr_schedule": "constant", "optim__warmup_steps_ratio": 0.0}
+    whole = losses(train(block_run("whole", **constant)))
+    train(block_run("parts", trainer__max_steps=5, **constant))
+    assert losses(train(block_run("parts", **constant))) == whole
+    assert whole[-1] < whole[0]
+
+
+def test_adapters_are_trained(block_run, pretrained):
+    run = train(block_run(model__path=str(pretrained), model__lora_rank=2, trainer__max_steps=2))
+    assert json.loads((run / "hf" / "config.json").read_text())["block_length"] == 4
+
+
+@pytest.mark.slow
+def test_ranks_change_nothing(block_run, train_on_two_ranks):
+    one = train(block_run("one", COMPLEMENTARY))
+    train_on_two_ranks([block_run("two", COMPLEMENTARY)])
+    assert losses(one.with_name("two")) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_the_export_says_its_block_length_and_is_sampled_by_blocks(block_run, pretrained, tmp_path):
+    run = train(block_run())
+    config = resolve(OmegaConf.create({"model": {"path": str(run / "hf"), "attention": "block"}}))
+    model, tokenizer = load_for_sampling(config)
+    assert model.block_length == 4
+    prompts = [prompt_ids([{"role": "user", "content": "Solve 3x+5=20"}], tokenizer)] * 2
+    cached, plain = (
+        [each.text for each in generate(model, tokenizer, prompts, SamplingConfig(max_new_tokens=9, cache=cache))]
+        for cache in ("auto", "none")
+    )
+    assert cached == plain
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    assert load_model(tmp_path).block_length == 4
+    config.model.attention = "full"
+    assert load_for_sampling(config)[0].block_length is None
+    config.model.attention, config.model.path = "block", str(pretrained)
+    with pytest.raises(ValueError, match=r"model\.attention=block: config\.json of .* has no block_length"):
+        load_for_sampling(config)
+
+
+def test_a_run_by_masks_forgets_the_blocks_of_its_checkpoint(block_run, small_run):
+    source = train(block_run(trainer__max_steps=1)) / "hf"
+    run = train(small_run("masked", model__path=str(source), trainer__max_steps=1))
+    assert "block_length" not in json.loads((run / "hf" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("value", [0, "4", 2.5, True])
+def test_a_wrong_block_length_in_a_checkpoint_is_named(pretrained, tmp_path, value):
+    published = json.loads((pretrained / "config.json").read_text()) | {"block_length": value}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with pytest.raises(ValueError, match=r"config\.json has block_length="):
+        load_model(tmp_path)
