@@ -32,7 +32,15 @@ from sampling.confidence import propose
 from sampling.config import CHOICES, LLADA_ALGS
 from tests.conftest import ROOT, small_shape
 from tests.sampling.models import MASK, SPECIAL
-from trainer.build import LR_SCHEDULES, _adamw, build_optimizer, build_trainable, compute_dtype, export_dtype
+from trainer.build import (
+    LR_SCHEDULES,
+    _adamw,
+    build_optimizer,
+    build_trainable,
+    compute_dtype,
+    export_dtype,
+    load_for_sampling,
+)
 from trainer.config import Config, TrainerConfig
 from trainer.loop import TrainingLoop
 from trainer.memory import state_memory
@@ -101,6 +109,7 @@ RUN: dict[str, Callable[[str], object]] = {
 
 # Functions that compare a setting with its choices, and the choice that they need not name.
 NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
+    "model.attention": ((load_for_sampling,), "auto"),
     "model.recompute": ((recompute_activations,), "full"),
     "model.loss_kernel": ((build_trainable,), "chunked"),
     "model.quantize": ((build_trainable, state_memory), None),
