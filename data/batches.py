@@ -106,7 +106,7 @@ class TrainBatches(Dataset):
         for micro_batch in range(self.layout.micro_batches):
             slots = self.layout.slots(micro_batch)
             batch = assemble(self.rows, samples[slots], widths[slots], self.eos_token_id)
-            batch["repeat"] = repeats[slots]
+            batch |= {"repeat": repeats[slots], "step": np.full_like(slots, step)}
             batches.append(self.noise(to_torch(batch, slots, self.layout.global_batch_size), epoch))
         return batches
 

@@ -98,7 +98,7 @@ class StreamedBatches(IterableDataset):
             for micro_batch in range(self.layout.micro_batches):
                 slots = self.layout.slots(micro_batch)
                 batch = assemble(tokens, slots, widths[slots], self.tokenizer.eos_token_id)
-                batch["sample_index"] = samples[slots]
+                batch |= {"sample_index": samples[slots], "step": np.full_like(slots, step)}
                 batches.append(self.noise(to_torch(batch, slots, self.layout.global_batch_size), 0))
             *_, position, report = picked[-1]
             yield batches, position, report

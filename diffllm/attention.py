@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from diffllm.block_attention import attend
 from diffllm.families import has_window
 from sampling import Visibility, to_device
 
@@ -116,18 +117,22 @@ def varlen_attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    plan: Any = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the interface of Transformers: within segments if their bounds are given, else SDPA.
+    """Attention of the interface of Transformers: by blocks or within segments if they are given, else SDPA.
 
     Args:
         query, key, value: [B, H, L, D]; with bounds B is 1.
         cu_seq_lens_q: [S + 1] int32, where the S segments of the row begin, and its length.
         max_length_q: tokens of the longest segment.
+        plan: of `diffllm.block_attention.attention_plan`.
 
     Returns:
         [B, L, H, D], and no weights.
     """
+    if plan is not None:
+        return attend(query, key, value, plan, scaling), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     if query.is_cuda:

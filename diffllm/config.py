@@ -41,8 +41,8 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = setting(False, free_when_resuming=True)
     # full: whole layers | selective: all but matrix products and attention
     recompute: str = setting("full", choices=("full", "selective"), free_when_resuming=True)
-    # sdpa | varlen, which forwards rows without their padding | flash_attention_2 (extra `flash`), likewise | auto:
-    # varlen on GPUs that have it
+    # sdpa | varlen: rows without their padding, blocks without a mask of the canvas | flash_attention_2 (extra
+    # `flash`): rows without their padding | auto: varlen on GPUs that have it, and to train by blocks; else sdpa
     attn_implementation: str = setting(
         "auto", choices=("auto", "sdpa", "varlen", "flash_attention_2"), free_when_resuming=True
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffllm.attention import has_segments, mask_of, without_padding
+from diffllm.block_attention import attention_plan
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_loss
 from diffllm.dream_api import DiffusionGeneration
@@ -177,6 +178,9 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
             return self.lm.get_decoder()(**inputs).last_hidden_state[0, place[row, column]]
+        if seen.copy_length is not None and self.lm.config._attn_implementation == "varlen":
+            inputs = {"input_ids": x_t, "position_ids": position_ids, "plan": attention_plan(seen)}
+            return self.lm.get_decoder()(**inputs).last_hidden_state[row, column]
         columns = None if cache is None else cache.columns
         if columns is not None:
             x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)

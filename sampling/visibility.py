@@ -80,9 +80,9 @@ class Visibility:
         queries, keys = _of_queries(self.block, columns), self.block[:, None]
         if self.copy_length is None:
             return queries >= keys
-        copy = torch.arange(self.block.shape[1], device=keys.device) // self.copy_length  # 0 is x_0
-        own = (copy[:, None] == copy) & (queries == keys)
-        return own | ((copy == 0) & (queries > keys))
+        copy = (torch.arange(self.block.shape[1], device=keys.device) // self.copy_length).expand_as(self.block)
+        own = (_of_queries(copy, columns) == copy[:, None]) & (queries == keys)
+        return own | ((copy[:, None] == 0) & (queries > keys))  # copy 0 is x_0
 
     def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
         """[N] columns to the left of N positions, or their own columns where no visible position is left of them.

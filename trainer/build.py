@@ -224,6 +224,8 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
     if config.model.loss_kernel == "liger" and device.type != "cuda":
         raise ValueError("model.loss_kernel=liger needs a GPU, and none is here; use chunked")
     attention = attention_for(config.model.attn_implementation, device, compute_dtype(config, device))
+    if config.diffusion.copies > 1 and config.model.attn_implementation == "auto":
+        attention = "varlen"  # needs no mask of the whole canvas
     settings = replace(config.model, attn_implementation=attention)
     quantized = config.model.quantize != "none"
     if quantized and not config.model.lora_rank:

@@ -30,6 +30,9 @@ class BlockConfig(DiffusionConfig):
 
     objective: str = "block"
     block_length: int = setting(32, at_least=1)  # positions of a block
+    # block lengths before that one, each for so many steps, such as [1, 4] (LLaDA2.0, arXiv 2512.15745)
+    block_warmup: list[int] = setting([], at_least=1)
+    block_warmup_steps: int = setting(0, at_least=0)
     # lowest and highest t, such as [0.3, 0.8]; null: [eps, 1)
     mask_ratio: list[float] | None = setting(None, above=0, at_most=1)
     # a second copy masks the response tokens that the first one leaves clean (Fast-dLLM v2, arXiv 2509.26328)
@@ -46,6 +49,11 @@ class BlockConfig(DiffusionConfig):
             raise ValueError(
                 f"diffusion.attention_annealing_steps={self.attention_annealing_steps}: blocks decide what a position "
                 "sees; set it to 0, or choose diffusion=elbo"
+            )
+        if bool(self.block_warmup) != bool(self.block_warmup_steps):
+            raise ValueError(
+                f"diffusion.block_warmup={self.block_warmup} with diffusion.block_warmup_steps="
+                f"{self.block_warmup_steps}: give both, or neither"
             )
         if self.mask_ratio is not None and not (len(self.mask_ratio) == 2 and self.mask_ratio[0] < self.mask_ratio[1]):
             raise ValueError(f"diffusion.mask_ratio={self.mask_ratio}: must be two rising numbers in (0, 1]")
@@ -68,6 +76,12 @@ class BlockDiffusion(MaskedDiffusion):
         config = BlockConfig(eps=self.config.eps, block_length=self.config.block_length)
         return BlockDiffusion(config, self.mask_token_id, seed)
 
+    def length_at(self, batch: Batch) -> int:
+        """Positions of a block in the step of a batch, or of one of its rows."""
+        warmup, steps = self.config.block_warmup, self.config.block_warmup_steps
+        stage = int(batch["step"].flatten()[0]) // steps if warmup and "step" in batch else len(warmup)
+        return [*warmup, self.config.block_length][min(stage, len(warmup))]
+
     @property
     def noised(self) -> int:
         """Number of noised copies of a row."""
@@ -79,7 +93,7 @@ class BlockDiffusion(MaskedDiffusion):
         With `complementary` also t, importance and weights of the second copy, at the tokens that it masks.
         """
         batch = super().corrupt(batch, epoch)
-        batch["block"] = batch["position_ids"] // self.config.block_length
+        batch["block"] = batch["position_ids"] // self.length_at(batch)
         if self.config.complementary:
             masked = batch["maskable"] & ~batch["masked"]
             batch["t"] = torch.where(masked, (1 - batch["t"]).clamp(min=self.config.eps), batch["t"])
@@ -89,7 +103,7 @@ class BlockDiffusion(MaskedDiffusion):
 
     def times(self, row: Batch, rng: np.random.Generator) -> Tensor:
         """[L] one t a block. Stratified draws cover its range evenly within the row, and over the rows of the batch."""
-        block = row["position_ids"] // self.config.block_length
+        block = row["position_ids"] // self.length_at(row)
         blocks = block[row["maskable"]].unique()
         uniforms = rng.random(max(len(blocks), 1))
         if self.config.t_sampler != "uniform":

@@ -70,8 +70,8 @@ class Objective(ABC):
 
         Args:
             batch: input_ids, maskable (bool), attention_mask and position_ids [B, L]; sample_index [B]; slot [B], the
-                row's place in the global batch; batch_size [B], rows of the global batch; and repeat [B] if rows occur
-                more than once in an epoch.
+                row's place in the global batch; batch_size [B], rows of the global batch; in training also repeat [B],
+                how often the row occurred earlier in the epoch, and step [B], the steps before this one.
         """
 
     @abstractmethod

@@ -41,7 +41,7 @@ def block_run(small_run):
         {"data__train_batch_size": 8, "data__micro_batch_size_per_gpu": 2},
         {"model__enable_gradient_checkpointing": True},
         {"data__packing": True},
-        {"model__attn_implementation": "varlen"},
+        {"model__attn_implementation": "sdpa"},
     ],
 )
 def test_the_layout_changes_nothing(block_run, settings, changes):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from data.packing import pack
-from diffllm import new_model
+from diffllm import block_attention, new_model
+from diffllm.attention import visibility_of
+from diffllm.block_attention import attend, chunks, flex_mask
 from diffllm.diffusion.block import BlockConfig, BlockDiffusion
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from sampling import Visibility
@@ -192,3 +194,54 @@ def test_mask_ratio_bounds_the_times_of_training_alone():
 def test_settings_that_do_not_go_together_are_named(settings, named):
     with pytest.raises(ValueError, match=named):
         BlockConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [EVEN, {**EVEN, "complementary": True}])
+@pytest.mark.parametrize("queries", [3, 256])
+def test_attention_by_parts_needs_no_mask_of_the_canvas(tokenizer, monkeypatch, settings, queries):
+    """Padded and packed, the loss and gradient are those of a dense mask."""
+    monkeypatch.setattr(block_attention, "QUERIES", queries)
+    ours, found = objective(**settings), []
+    for attention in ("sdpa", "varlen"):
+        model = new_model(small_shape(attn_implementation=attention, num_key_value_heads=1), tokenizer)
+        batch = ours.corrupt(rows(), epoch=0)
+        for each in (batch, pack(batch, WIDTH)):
+            output = ours.loss(model, each)
+            output.loss.backward()
+            found.append((output, gradients(model)))
+    for dense, parts in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(parts[0].nll, dense[0].nll, rtol=1e-5, atol=1e-5)
+        for name, gradient in parts[1].items():
+            torch.testing.assert_close(gradient, dense[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_hold_the_columns_that_their_queries_see(monkeypatch):
+    monkeypatch.setattr(block_attention, "QUERIES", 8)
+    seen = Visibility(block=(torch.arange(16) // 4)[None]).side_by_side(2)
+    assert [(chunk.queries, chunk.columns) for chunk in chunks(seen)] == [
+        (slice(0, 8), [slice(0, 8)]),
+        (slice(8, 16), [slice(0, 16)]),
+        (slice(16, 24), [slice(0, 4), slice(16, 24)]),
+        (slice(24, 32), [slice(0, 12), slice(24, 32)]),
+    ]
+
+
+def test_flex_attention_sees_what_a_dense_mask_shows():
+    """On a CPU it has a forward only."""
+    ours = objective()
+    for batch in (ours.corrupt(rows(), epoch=0), pack(ours.corrupt(rows(), epoch=0), WIDTH)):
+        seen = visibility_of(batch).side_by_side(2)
+        query, key, value = torch.randn(3, len(batch["block"]), 2, 2 * WIDTH, 16)
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen.dense()[:, None])
+        found = attend(query, key, value, flex_mask(seen), None)
+        torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_grow_over_the_steps():
+    ours = objective(block_warmup=[1, 2], block_warmup_steps=10)
+    for step, length in ((0, 1), (9, 1), (10, 2), (19, 2), (20, 4), (99, 4)):
+        batch = ours.corrupt({**rows(), "step": torch.full((3,), step)}, epoch=0)
+        assert torch.equal(batch["block"][0], torch.arange(WIDTH) // length)
+    assert torch.equal(ours.corrupt(rows(), epoch=0)["block"][0], torch.arange(WIDTH) // 4)  # of validation
+    with pytest.raises(ValueError, match=r"diffusion\.block_warmup=\[1\].*block_warmup_steps"):
+        BlockConfig(block_warmup=[1])

@@ -1,0 +1,83 @@
+"""Attention over x_0 and noised copies of it, side by side, without a mask of the whole canvas.
+
+On a GPU FlexAttention skips what no position of a tile sees (arXiv 2412.05496). On a CPU queries are taken QUERIES at a
+time, each with the columns that one of them sees: about L² pairs of positions for two copies of L.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from sampling import Visibility
+
+QUERIES = 256  # fewer copy more keys, more compute pairs that no query sees
+
+
+class Chunk(NamedTuple):
+    """Queries of the canvas, and the columns that one of them sees."""
+
+    queries: slice
+    columns: list[slice]  # of x_0, and of the queries' own copy
+    mask: Tensor  # [B, 1, Q, K] bool
+
+
+def attention_plan(seen: Visibility) -> BlockMask | list[Chunk]:
+    """What `attend` needs of a visibility with copies, made once for all layers."""
+    return flex_mask(seen) if seen.block.is_cuda else chunks(seen)
+
+
+def chunks(seen: Visibility) -> list[Chunk]:
+    """The canvas in parts, in its order."""
+    rows, width = seen.block.shape
+    parts = []
+    for start in range(0, width, seen.copy_length):
+        end = start + seen.copy_length
+        for first in range(start, end, QUERIES):
+            queries = slice(first, min(first + QUERIES, end))
+            mask = seen.dense(torch.arange(width)[queries].expand(rows, -1))
+            visible = mask.any(dim=1).any(dim=0).nonzero().squeeze(-1)
+            copies = visible[visible < seen.copy_length], visible[visible >= seen.copy_length]
+            columns = [slice(int(part[0]), int(part[-1]) + 1) for part in copies if len(part)]
+            parts.append(Chunk(queries, columns, torch.cat([mask[..., part] for part in columns], dim=-1)[:, None]))
+    return parts
+
+
+def flex_mask(seen: Visibility) -> BlockMask:
+    """The visibility by tiles, for FlexAttention."""
+    length, block, attended, document = seen.copy_length, seen.block, seen.attended, seen.document
+
+    def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (q // length == k // length) & (block[b, q] == block[b, k])
+        visible = own | ((k < length) & (block[b, q] > block[b, k]))
+        if attended is not None:
+            visible &= attended[b, k]
+        if document is not None:
+            visible &= document[b, q] == document[b, k]
+        return visible
+
+    rows, width = block.shape
+    return create_block_mask(sees, rows, None, width, width, device=block.device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: BlockMask | list[Chunk], scale: float | None) -> Tensor:
+    """[B, W, H, D] attention of queries, keys and values [B, H, W, D] by a plan."""
+    if isinstance(plan, BlockMask):
+        flex = compiled_flex if query.is_cuda else flex_attention
+        return flex(query, key, value, block_mask=plan, scale=scale, enable_gqa=True).transpose(1, 2)
+    attended = [
+        F.scaled_dot_product_attention(
+            query[:, :, chunk.queries],
+            *(torch.cat([states[:, :, part] for part in chunk.columns], dim=2) for states in (key, value)),
+            attn_mask=chunk.mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        for chunk in plan
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+compiled_flex = torch.compile(flex_attention)
