@@ -56,6 +56,8 @@ class CheckpointSource:
             raise ValueError(f"{name}: config.json is not a JSON object")
         check_values(published, name)
         family = family_of(published, name)
+        published = family.defaults | published
+        _check_block_length(published, family, name)
         if file:
             published = {key: value for key, value in published.items() if not key.startswith("_")}
             published = {"architectures": [family.architecture], **published}
@@ -73,7 +75,7 @@ class CheckpointSource:
         """The same decoder in the format of Transformers' causal models, which has no mask."""
         model_type = self.family.model_class.config_class.model_type
         family = family_of({"model_type": model_type}, model_type)
-        own = ("mask_token_id", "block_length", "auto_map")
+        own = ("mask_token_id", self.family.block_key, "auto_map")
         kept = {key: value for key, value in self.published.items() if key not in own}
         named = {"model_type": model_type, "architectures": [family.architecture]}
         return replace(self, published=kept | named, family=family)
@@ -152,14 +154,17 @@ def check_values(published: dict[str, Any], name: str) -> None:
     for key, kind in (("model_type", str), ("auto_map", dict), *((key, dict) for key in ROPE)):
         if not isinstance(value := published.get(key), kind | None):
             raise ValueError(f"{name}: config.json has {key}={value!r}: must be {JSON[kind]}")
-    length = published.get("block_length")
-    if length is not None and not (type(length) is int and length > 0):
-        raise ValueError(f"{name}: config.json has block_length={length!r}: must be a positive whole number")
     for key in ROPE:
         rope = published.get(key) or {}
         layers = [part for part in rope.values() if isinstance(part, dict)]  # layer types may have their own
         for settings in layers or [rope]:
             _check_rope(settings, f"{name}: config.json has {key}={rope}")
+
+
+def _check_block_length(published: dict[str, Any], family: Family, name: str) -> None:
+    length = published.get(family.block_key)
+    if length is not None and not (type(length) is int and length > 0):
+        raise ValueError(f"{name}: config.json has {family.block_key}={length!r}: must be a positive whole number")
 
 
 def _check_rope(rope: dict[str, Any], where: str) -> None:

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -36,6 +38,14 @@ def has_window(config: PreTrainedConfig) -> bool:
 
 class DreamConfig(Qwen2Config):
     model_type = "Dream"
+
+
+class SDARConfig(Qwen3Config):
+    model_type = "sdar"
+
+
+class FastDLLMConfig(Qwen2Config):
+    model_type = "Fast_dLLM_Qwen"
 
 
 LLADA_KEYS = {
@@ -84,7 +94,8 @@ class LLaDAConfig(LlamaConfig):
 class Family:
     """A format of checkpoints.
 
-    `config_keys` and `weight_names` map published to Transformers' names; `{n}` in a weight name is the layer.
+    `config_keys` and `weight_names` map published to Transformers' names; `{n}` in a weight name is the layer. A model
+    that attends by blocks has their length under `block_key`. `defaults` are values of keys that a config.json may lack.
     """
 
     model_class: type[PreTrainedModel]
@@ -94,6 +105,8 @@ class Family:
     config_keys: dict[str, str] = field(default_factory=dict)
     weight_names: dict[str, str] = field(default_factory=dict)
     required: dict[str, Any] = field(default_factory=dict)  # published values that the decoder requires
+    block_key: str = "block_length"
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def config(self, published: dict[str, Any]) -> PreTrainedConfig:
         """The Transformers config of a published config.json.
@@ -157,6 +170,24 @@ FAMILIES: dict[str, Family] = {
             },
         },
         required=LLADA_REQUIRED,
+    ),
+    # arXiv 2510.06303; the published configurations leave out what the published code has as defaults
+    "sdar": Family(
+        Qwen3ForCausalLM,
+        SDARConfig,
+        shift=False,
+        architecture="SDARForCausalLM",
+        block_key="block_size",
+        defaults={"block_size": 4, "mask_token_id": 151669},
+    ),
+    # arXiv 2509.26328, likewise
+    "fast_dllm_v2": Family(
+        Qwen2ForCausalLM,
+        FastDLLMConfig,
+        shift=True,
+        architecture="Fast_dLLM_QwenForCausalLM",
+        block_key="bd_size",
+        defaults={"bd_size": 32, "mask_token_id": 151665},
     ),
 }
 

@@ -51,7 +51,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         pad = self.published.get("pad_token_id")
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.unnamed_ids: tuple[int, ...] = ()
-        self.block_length: int | None = self.published.get("block_length")
+        self.block_length: int | None = self.published.get(self.family.block_key)
         self.windowed = has_window(lm.config)
         self.flash = "flash" in lm.config._attn_implementation
         self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and has_segments(lm.config))
@@ -242,7 +242,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
     ) -> None:
         """Write the published format: safetensors, config.json, generation_config.json, and the tokenizer if given.
 
-        config.json has the `block_length` of a model that attends by blocks.
+        config.json has the block length of a model that attends by blocks.
 
         Args:
             state_dict: full tensors by their names in this module; by default the module's own.
@@ -256,8 +256,10 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             "pad_token_id": self.pad_token_id,
         }
         weights = self.state_dict() if state_dict is None else state_dict
-        blocks = {} if self.block_length is None else {"block_length": self.block_length}
-        published = {key: value for key, value in self.published.items() if key != "block_length"} | blocks
+        key = self.family.block_key
+        published = {name: value for name, value in self.published.items() if name != key}
+        if self.block_length is not None or key in self.family.defaults:  # a row is one block
+            published[key] = self.block_length or self.lm.config.max_position_embeddings
         source = replace(self.source, published=published)
         write_checkpoint(
             directory, weights, source, self.lm.config, tokens, tokenizer, max_shard_size, sampling, causal

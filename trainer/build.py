@@ -176,8 +176,8 @@ def load_for_sampling(config: Config, device: torch.device | None = None) -> tup
     _check_attention(config.model, model)
     if config.model.attention == "block" and model.block_length is None:
         raise ValueError(
-            f"model.attention=block: config.json of {config.model.path} has no block_length: the model was trained to "
-            "attend to all positions; train it with diffusion=block, or leave it out"
+            f"model.attention=block: config.json of {config.model.path} has no {model.family.block_key}: the model was "
+            "trained to attend to all positions; train it with diffusion=block, or leave it out"
         )
     if config.model.attention == "full":
         model.block_length = None
