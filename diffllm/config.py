@@ -25,7 +25,7 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any] = setting({})  # variables of the template, such as {enable_thinking: false}
     # sampling: block, as diffusion=block trains | full | auto: block if config.json has a block_length, else full
     attention: str = setting("auto", choices=("auto", "block", "full"), free_when_resuming=True)
-    # from scratch: dream or fast_dllm_v2 (Qwen2, shifted logits) | llada (Llama, not shifted) | sdar (Qwen3, likewise)
+    # from scratch: dream or fast_dllm_v2 (Qwen2, shifted logits) | llada (Llama, not) | sdar (Qwen3, not)
     family: str = _shape("dream", choices=("dream", "llada", "sdar", "fast_dllm_v2"))
     hidden_size: int = _shape(128, at_least=1)
     intermediate_size: int = _shape(384, at_least=1)
