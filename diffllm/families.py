@@ -95,7 +95,7 @@ class Family:
     """A format of checkpoints.
 
     `config_keys` and `weight_names` map published to Transformers' names; `{n}` in a weight name is the layer. A model
-    that attends by blocks has their length under `block_key`. `defaults` are values of keys that a config.json may lack.
+    that attends by blocks has their length under `block_key`. `defaults` are for keys that a config.json may lack.
     """
 
     model_class: type[PreTrainedModel]
