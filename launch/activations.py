@@ -88,9 +88,9 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, c
             embedded = torch.empty(rows, width, decoder.config.hidden_size, dtype=dtype)
             embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
             positions = torch.empty(rows, width, dtype=torch.long)
-            # FlashAttention and varlen get unpadded rows, no mask.
-            unpadded = config.model.attn_implementation != "sdpa" and config.diffusion.block_length is None
-            mask = None if unpadded else torch.empty(rows, 1, width, width, dtype=torch.bool)
+            # FlashAttention and varlen get unpadded rows or tiles, no mask.
+            unmasked = config.model.attn_implementation != "sdpa"
+            mask = None if unmasked else torch.empty(rows, 1, width, width, dtype=torch.bool)
             output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
             index = positions[:, :length].flatten()
             states = output.last_hidden_state[index, index]
