@@ -78,8 +78,9 @@ class TrainerConfig:
     export_dtype: str = setting("auto", choices=("auto", "bf16", "f32"))
     # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
     resume: str = setting("auto", path=True)
-    # console, wandb, tensorboard (extra `tensorboard`); metrics.jsonl is always written
-    logger: list[str] = setting(["console"], choices=("console", "wandb", "tensorboard"))
+    # console | wandb | tensorboard (extra `tensorboard`) | trackio (extra `trackio`); metrics.jsonl is always written
+    logger: list[str] = setting(["console"], choices=("console", "wandb", "tensorboard", "trackio"))
+    progress: bool = True  # show progress bars on a terminal; false, or in a log: plain lines
     async_checkpoints: bool = True  # write a copy in the host's memory while training continues
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
