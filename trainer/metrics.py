@@ -36,12 +36,22 @@ def open_metrics(path: Path, done: int) -> tuple[AppendedRecords, int]:
         ValueError: a line of the file is broken; the message names it.
     """
     records = read_records(path)
-    for record in records.objects:
-        if not isinstance(record.get("step"), int):
-            raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
+    check_steps(path, records.objects)
     kept = [end for record, end in zip(*records, strict=True) if record["step"] <= done]
     last = records.objects[-1]["step"] if done and records.objects else 0
     return AppendedRecords(path, kept[-1] if kept else 0), last
+
+
+def check_steps(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl.
+
+    Raises:
+        ValueError: one has no step; the message names it.
+    """
+    for record in records:
+        if not isinstance(record.get("step"), int):
+            raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
+    return records
 
 
 class MetricsLog:
