@@ -30,7 +30,7 @@ def open_metrics(path: Path, done: int) -> tuple[AppendedRecords, int]:
     The first appended line replaces the lines of later steps. A run that fails before it leaves the file unchanged.
 
     Returns:
-        The file, and the last step that it has; 0 for a run from the start.
+        The file, and the last step in it, which may be after `done`; 0 without any.
 
     Raises:
         ValueError: a line of the file is broken; the message names it.
@@ -38,7 +38,7 @@ def open_metrics(path: Path, done: int) -> tuple[AppendedRecords, int]:
     records = read_records(path)
     check_steps(path, records.objects)
     kept = [end for record, end in zip(*records, strict=True) if record["step"] <= done]
-    last = records.objects[-1]["step"] if done and records.objects else 0
+    last = records.objects[-1]["step"] if records.objects else 0
     return AppendedRecords(path, kept[-1] if kept else 0), last
 
 
@@ -75,17 +75,17 @@ class MetricsLog:
         steps: int,
         distributed: Distributed,
     ):
-        self.done = done
         self._file = self._console = None
         self._trackers: dict[str, Tracker] = {}
-        distributed.on_main(lambda: self._open(config, settings))
+        self._is_new = True  # to the trackers
+        distributed.on_main(lambda: self._open(config, settings, done))
         if distributed.is_main and "console" in config.logger:
             on_gpu, validated = distributed.device.type == "cuda", (progress.metric, progress.value)
             self._console = Console(steps, done, shows_bars(config, distributed), on_gpu, validated)
 
-    def _open(self, config: TrainerConfig, settings: dict[str, Any]) -> None:
+    def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:
         directory = Path(config.output_dir)
-        self._file, sent = open_metrics(directory / "metrics.jsonl", self.done)
+        self._file, last = open_metrics(directory / "metrics.jsonl", done)
         content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
         if not (path := directory / SETTINGS_FILE).is_file() or path.read_bytes() != content:
             with whole_file(path, "wb") as file:
@@ -94,14 +94,25 @@ class MetricsLog:
         if not names:
             return
         id_file = directory / ID_FILE
-        if not self.done or not id_file.is_file():
+        self._is_new = not done or not id_file.is_file()
+        if self._is_new:
             with whole_file(id_file) as file:
                 file.write(secrets.token_hex(4))
         run = TrackedRun(
-            directory, config.project_name, config.experiment_name, id_file.read_text(), settings, self.done, sent
+            directory=directory,
+            project=config.project_name,
+            name=config.experiment_name,
+            id=id_file.read_text(),
+            settings=settings,
+            done=done,
+            sent=0 if self._is_new else last,
         )
-        for name in names:
-            self._trackers[name] = TRACKERS[name](run)
+        try:
+            for name in names:
+                self._trackers[name] = TRACKERS[name](run)
+        except ValueError:
+            self._each(lambda tracker: tracker.close(failed=True))
+            raise
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -142,8 +153,8 @@ class MetricsLog:
             write(line)
 
     def log_text(self, name: str, text: str) -> None:
-        """Send a text on the run to the trackers, when the run begins."""
-        if not self.done:
+        """Send a text on the run to trackers that do not have it yet."""
+        if self._is_new:
             self._each(lambda tracker: tracker.text(name, text))
 
     def log_samples(self, step: int, samples: Sequence[ValSample]) -> None:

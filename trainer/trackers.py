@@ -35,7 +35,7 @@ class TrackedRun:
     Attributes:
         id: the same for all processes of a run.
         done: step that this process resumes after.
-        sent: last step that an earlier process has sent.
+        sent: last step that an earlier process has sent; 0 for a run that is new to the trackers.
     """
 
     directory: Path
@@ -76,7 +76,7 @@ class TensorBoard:
         except ImportError as error:
             raise _missing("tensorboard") from error
         self._writer = SummaryWriter(run.directory / "tensorboard", purge_step=run.done + 1)
-        if not run.done:
+        if not run.sent:
             self.text("run/settings", yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -153,6 +153,7 @@ class Trackio:
         import trackio
 
         self._trackio, self._sent = trackio, run.sent
+        advice = "TRACKIO_DIR names the directory of its database, TRACKIO_SERVER_URL or TRACKIO_SPACE_ID a server"
         try:
             with warnings.catch_warnings(record=True) as caught, _writable(trackio.utils.TRACKIO_DIR):
                 warnings.simplefilter("always")
@@ -171,7 +172,7 @@ class Trackio:
             if failed := [each.message for each in caught if str(each.message).startswith("trackio.init() could not")]:
                 raise failed[0]
         except Exception as error:  # of its database, of HTTP, or a name that it does not take
-            raise _unusable("trackio", error, "TRACKIO_DIR=DIR names another directory for its database") from error
+            raise _unusable("trackio", error, advice) from error
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         if step > self._sent:  # trackio would show a step twice

@@ -80,6 +80,22 @@ def test_a_resumed_run_is_the_same_one(small_run, fakes):
     assert (fakes[2].run.done, fakes[2].run.sent) == (0, 0)
 
 
+def test_a_tracker_that_is_added_later_gets_all_from_there_on(small_run, fakes):
+    train(sampled(small_run, trainer__max_steps=4))
+    shutil.rmtree(Path(small_run().trainer.output_dir) / "checkpoints" / "step_00000004")
+    train(sampled(small_run, trainer__logger=["wandb"], trainer__max_steps=6))
+    [tracker] = fakes
+    assert (tracker.run.done, tracker.run.sent) == (3, 0)
+    assert set(tracker.texts) == {"run/plan", "run/data_report"}
+
+
+def test_a_tracker_that_cannot_be_opened_closes_the_others(small_run, fakes, monkeypatch):
+    monkeypatch.setattr("trainer.trackers.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="trackio"):
+        train(sampled(small_run, trainer__logger=["wandb", "trackio"]))
+    assert fakes[0].closed == [True]
+
+
 @pytest.mark.parametrize("method", ["log", "table", "text", "close"])
 def test_a_run_outlives_a_tracker(small_run, fakes, monkeypatch, capsys, method):
     def gone(*_, **__):
