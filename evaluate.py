@@ -1,7 +1,10 @@
-"""Score a model on tasks: `python evaluate.py experiment=quickstart model.path=outputs/quickstart/hf`.
+"""Score a model on tasks, the built-in ones or your own rows.
 
-`task=NAME` chooses a task, `'task=[NAME,NAME]'` several. `torchrun --nproc_per_node=8 evaluate.py …` shares the
-questions among the ranks.
+  python evaluate.py model.path=outputs/quickstart/hf
+  python evaluate.py model.path=M 'task=[gsm8k,math]' sampling=dream_instruct/gsm8k
+  torchrun --nproc_per_node=8 evaluate.py model.path=M data.val_files=test.jsonl trainer.output_dir=outputs/mine
+
+It writes scores and answers to trainer.output_dir; the same command resumes. The ranks share the questions.
 """
 
 from launch.cli import entry

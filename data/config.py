@@ -22,7 +22,7 @@ class DataConfig:
 
     # .jsonl, .json or .parquet files, folders of them, or hub ids; empty: the rows of the task
     train_files: list[str] = setting([], path=True)
-    # same kinds; empty: no validation, or the held-out rows of the task if train_files is empty too
+    # validation rows, given likewise; empty: none, or the held-out rows of the task if train_files is empty too
     val_files: list[str] = setting([], path=True, free_when_resuming=True)
     # share of the prompts whose rows are held out for validation if there are no val_files; drawn by `seed`
     val_split: float = setting(0.0, at_least=0, below=1)

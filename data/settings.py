@@ -1,5 +1,6 @@
 """Fields of config dataclasses: type, default, range and choices are declared in one place."""
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import field, fields
 from functools import partial
@@ -58,7 +59,7 @@ def check_fields(config: Any, group: str = "") -> None:
         raise ValueError("; ".join(mistakes))
 
 
-def _broken_rule(value: Any, known: Any) -> str | None:
+def _broken_rule(value: Any, known: Mapping[str, Any]) -> str | None:
     values = value if isinstance(value, list) else [value]
     if (choices := known.get("choices")) and any(each not in choices for each in values):
         return f"choose {'from' if values is value else 'one of'} {', '.join(choices)}"
@@ -71,9 +72,15 @@ def _broken_rule(value: Any, known: Any) -> str | None:
         for each in values
     ):
         return None
+    return f"must be {bounds(known)}"
+
+
+def bounds(known: Mapping[str, Any]) -> str | None:
+    """The range of a field by its metadata, such as `at least 1` or `in (0, 1]`; None without one."""
+    least, above, most, below = (known.get(name) for name in ("at_least", "above", "at_most", "below"))
     if most is None and below is None:
         if least is None:
-            return f"must be above {above}" if above else "must be positive"
-        return f"must be at least {least}" if least else "must not be negative"
+            return None if above is None else f"above {above}" if above else "positive"
+        return f"at least {least}"
     low = f"({above}" if least is None else f"[{least}"
-    return f"must be in {low}, {f'{below})' if most is None else f'{most}]'}"
+    return f"in {low}, {f'{below})' if most is None else f'{most}]'}"

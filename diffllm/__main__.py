@@ -22,7 +22,9 @@ COMMANDS = {
     "launch.verify": ("check whether a run would work", "python -m launch.verify experiment=quickstart"),
     "launch.experiments": ("run an experiment", "python -m launch.experiments ar_vs_diffusion quickstart"),
     "launch.experiments.sweep": ("compare jobs over seeds", "python -m launch.experiments.sweep multirun/TIME"),
+    "launch.reference": ("write the page of all settings", "python -m launch.reference"),
     "trainer.export": ("write a checkpoint as a model", "python -m trainer.export CHECKPOINT DIR"),
+    "trainer.plot": ("draw the metrics of runs", "python -m trainer.plot outputs/A outputs/B"),
     "trainer.replay": ("repeat a step that was not finite", "python -m trainer.replay FILE"),
 }
 

@@ -27,13 +27,13 @@ class ModelConfig:
     attention: str = setting("auto", choices=("auto", "block", "full"), free_when_resuming=True)
     # from scratch: dream or fast_dllm_v2 (Qwen2, shifted logits) | llada (Llama, not) | sdar (Qwen3, not)
     family: str = _shape("dream", choices=("dream", "llada", "sdar", "fast_dllm_v2"))
-    hidden_size: int = _shape(128, at_least=1)
-    intermediate_size: int = _shape(384, at_least=1)
-    num_hidden_layers: int = _shape(4, at_least=1)
-    num_attention_heads: int = _shape(4, at_least=1)
-    num_key_value_heads: int = _shape(4, at_least=1)
-    max_position_embeddings: int = _shape(2048, at_least=1)
-    rope_theta: float = _shape(10000.0)
+    hidden_size: int = _shape(128, at_least=1)  # width of the layers' inputs and outputs
+    intermediate_size: int = _shape(384, at_least=1)  # width inside an MLP
+    num_hidden_layers: int = _shape(4, at_least=1)  # decoder layers
+    num_attention_heads: int = _shape(4, at_least=1)  # of queries; must divide hidden_size
+    num_key_value_heads: int = _shape(4, at_least=1)  # of keys and values; must divide num_attention_heads
+    max_position_embeddings: int = _shape(2048, at_least=1)  # longest row, in tokens
+    rope_theta: float = _shape(10000.0)  # base of the rotary embedding's wavelengths
     tie_word_embeddings: bool = _shape(False)  # embedding and head share one matrix
     initializer_range: float = _shape(0.02, above=0)  # standard deviation of initial weights
     vocab_size: int | None = _shape(None)  # null takes the tokenizer's

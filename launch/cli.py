@@ -31,6 +31,7 @@ from data.storage import find_full_disk, first_line
 from data.terminal import STOPPED, printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import CONF
+from launch.help import help_text
 from launch.recommended import resolve_recommended
 from launch.sweep import Sweep, recorded, reported
 from trainer.config import Config
@@ -123,6 +124,11 @@ def entry(
             try:
                 with Deadline.on_error(), user_errors(debug), reported():
                     directory, others = split_config_dir([*map(quote_text, sys.argv[1:])])
+                    if {"-h", "--help"} & set(others):
+                        if ranks_from_environment()[0] == 0:
+                            text, script = sys.modules[run.__module__].__doc__, Path(sys.argv[0]).name
+                            print(help_text(text, script, reads, group_choices(directory)))
+                        return
                     # Hydra reads no options between settings.
                     others.sort(key=lambda argument: argument not in ("-m", "--multirun"))
                     sys.argv[1:] = [*([f"--config-dir={directory}"] if directory else []), *others]

@@ -1,7 +1,9 @@
 """Settings of the reverse process."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sampling.policies import ADAPTIVE, ALGS, CONFIDENCES, ORDER_TEMP, SCHEDULED, USE_ENTROPY
 
@@ -17,6 +19,30 @@ CHOICES = {
 }
 LARGEST = 2**63 - 1
 SMALLEST_TEMPERATURE = 1e-6  # logits over less could overflow
+
+
+class Range(NamedTuple):
+    """Values that a number may have."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+RANGES = {
+    **dict.fromkeys(
+        ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"),
+        Range("at least 1", lambda value: value >= 1),
+    ),
+    **dict.fromkeys(("min_new_tokens", "cfg_scale", "seed"), Range("at least 0", lambda value: value >= 0)),
+    **dict.fromkeys(
+        ("temperature", "alg_temp"),
+        Range(f"0, or at least {SMALLEST_TEMPERATURE}", lambda value: value == 0 or value >= SMALLEST_TEMPERATURE),
+    ),
+    **dict.fromkeys(("top_p", "threshold"), Range("in (0, 1]", lambda value: 0 < value <= 1)),
+    **dict.fromkeys(("factor", "entropy_bound"), Range("positive", lambda value: value > 0)),
+    "eps": Range("in (0, 1)", lambda value: 0 < value < 1),
+    "remask": Range("in [0, 1)", lambda value: 0 <= value < 1),
+}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -52,9 +78,10 @@ class SamplingConfig:
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
     eos_confidence: str = "keep"  # suppress: proposed end-of-sequence tokens are committed last in their block
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
-    # In these two \n, \t, \r, \\ and \uXXXX stand for characters, on the command line and in YAML.
-    stop: list[str] = field(default_factory=list, metadata={"escapes": True})  # the first of them ends a row likewise
-    forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})  # tokens that are never committed
+    # texts, the first of which ends a row likewise; \n, \t, \r, \\ and \uXXXX stand for characters
+    stop: list[str] = field(default_factory=list, metadata={"escapes": True})
+    # tokens that are never committed, with the same escapes
+    forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})
     # keys and values kept: none | block, exact, of a model that attends by blocks | prefix | dual | delayed | auto:
     # block if the model attends by blocks, else none
     cache: str = "auto"
@@ -73,29 +100,9 @@ class SamplingConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not abs(value) <= LARGEST:  # nor NaN
                 raise ValueError(f"sampling.{name}={value}: must be a number up to {LARGEST:.0e}")
-        for name in ("max_new_tokens", "steps", "block_length", "top_k", "cache_refresh", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"sampling.{name}={value}: must be at least 1")
-        for name in ("temperature", "alg_temp", "cfg_scale", "min_new_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"sampling.{name}={getattr(self, name)}: must not be negative")
-        for name in ("temperature", "alg_temp"):
-            if 0 < getattr(self, name) < SMALLEST_TEMPERATURE:
-                raise ValueError(
-                    f"sampling.{name}={getattr(self, name)}: must be 0, or at least {SMALLEST_TEMPERATURE}"
-                )
-        for name in ("top_p", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"sampling.{name}={value}: must be in (0, 1]")
-        for name in ("factor", "entropy_bound"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be positive")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"sampling.eps={self.eps}: must be in (0, 1)")
-        if not 0 <= self.remask < 1:
-            raise ValueError(f"sampling.remask={self.remask}: must be in [0, 1)")
+        for name, allowed in RANGES.items():
+            if (value := getattr(self, name)) is not None and not allowed.holds(value):
+                raise ValueError(f"sampling.{name}={value}: must be {allowed.text}")
         if self.remask and self.adaptive:
             raise ValueError(
                 f"sampling.remask={self.remask}: goes with a scheduled transfer ({', '.join(SCHEDULED)}), "

@@ -24,6 +24,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_SEES_GPUS", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("TRACKIO_DIR", os.path.join(tempfile.gettempdir(), "diffllm-tests-trackio"))
 
 from pathlib import Path
 from typing import Any

@@ -42,11 +42,12 @@ from trainer.build import (
     load_for_sampling,
 )
 from trainer.config import Config, TrainerConfig
+from trainer.console import Console
 from trainer.loop import TrainingLoop
 from trainer.memory import state_memory
-from trainer.metrics import MetricsLog
 from trainer.parallel import recompute_activations
 from trainer.schema import tree
+from trainer.trackers import TRACKERS
 
 
 def listed() -> dict[str, tuple[str, ...]]:
@@ -94,6 +95,7 @@ RUN: dict[str, Callable[[str], object]] = {
         {name: torch.ones(1) for name in ("masked", "importance", "maskable", "sample_index")}
     ),
     "optim.lr_schedule": LR_SCHEDULES.__getitem__,
+    "trainer.logger": {"console": Console, **TRACKERS}.__getitem__,
     "trainer.export_dtype": lambda name: export_dtype(
         Config(trainer=unchecked(TrainerConfig(), export_dtype=name)), CheckpointSource(None, {}, FAMILIES["dream"])
     ),
@@ -122,7 +124,6 @@ NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
     "data.truncation": ((Preparation.__init__,), "error"),
     "diffusion.t_sampler": ((MaskedDiffusion.time, MaskedDiffusion._prefers_small_t.fget), "stratified"),
     "optim.name": ((_adamw, build_optimizer), None),
-    "trainer.logger": ((MetricsLog.__init__, MetricsLog._open), None),
     "trainer.nonfinite": ((TrainingLoop._refuse,), "skip"),
     "trainer.precision": ((compute_dtype,), "fp32"),
     "sampling.compile": ((prepare_sampling,), None),

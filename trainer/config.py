@@ -25,7 +25,7 @@ class OptimConfig:
     # adamw | adamw_8bit, its moments in 8 bits (extra `torchao`) | muon, for the matrices of the layers, beside adamw
     name: str = setting("adamw", choices=("adamw", "adamw_8bit", "muon"))
     lr: float = setting(1e-5, above=0)  # the highest learning rate
-    betas: list[float] = setting([0.9, 0.95], at_least=0, below=1)
+    betas: list[float] = setting([0.9, 0.95], at_least=0, below=1)  # decay of AdamW's two moments
     weight_decay: float = setting(0.01, at_least=0)  # on matrices, not on norms and biases
     clip_grad: float = setting(1.0, above=0)  # largest global gradient norm
     # after the warm-up: cosine to 0 | linear to 0 | constant | wsd, constant and then linear to 0 over the last steps
@@ -57,7 +57,7 @@ class TrainerConfig:
     experiment_name: str = "default"  # names the run and its directory
     # all files of the run
     output_dir: str = setting("outputs/${trainer.experiment_name}", path=True)
-    total_epochs: int = setting(3, at_least=1)
+    total_epochs: int = setting(3, at_least=1)  # passes over the training rows
     # optimizer steps; overrides total_epochs. 0 loads the model, reads the rows, shows some of them and ends
     max_steps: int | None = setting(None, at_least=0)
     # steps between validations; null validates at the end only
@@ -78,8 +78,9 @@ class TrainerConfig:
     export_dtype: str = setting("auto", choices=("auto", "bf16", "f32"))
     # auto: newest whole checkpoint of output_dir, if any | never | the path of a checkpoint
     resume: str = setting("auto", path=True)
-    # console, wandb, tensorboard (extra `tensorboard`); metrics.jsonl is always written
-    logger: list[str] = setting(["console"], choices=("console", "wandb", "tensorboard"))
+    # console | wandb | tensorboard (extra `tensorboard`) | trackio (extra `trackio`); metrics.jsonl is always written
+    logger: list[str] = setting(["console"], choices=("console", "wandb", "tensorboard", "trackio"))
+    progress: bool = True  # show progress bars on a terminal; false, or in a log: plain lines
     async_checkpoints: bool = True  # write a copy in the host's memory while training continues
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
@@ -117,12 +118,15 @@ class Config:
     length of the run.
     """
 
-    model: ModelConfig = setting(ModelConfig)
-    data: DataConfig = setting(DataConfig)
-    diffusion: ObjectiveConfig = setting(DiffusionConfig)
-    optim: OptimConfig = setting(OptimConfig)
+    model: ModelConfig = setting(ModelConfig)  # the checkpoint, or the shape of a model from scratch
+    data: DataConfig = setting(DataConfig)  # the rows, and how they become batches
+    diffusion: ObjectiveConfig = setting(DiffusionConfig)  # the objective, with its settings
+    optim: OptimConfig = setting(OptimConfig)  # the optimizer and its lr schedule
+    # length, validation, checkpoints, loggers and sharding of a run
     trainer: TrainerConfig = setting(TrainerConfig, free_when_resuming=True)
+    # the reverse process; sampling=MODEL/TASK has the published settings of a model on a task
     sampling: SamplingConfig = setting(SamplingConfig, free_when_resuming=True)
+    # the questions of evaluate.py; several: task=[equations,rows]
     task: TaskConfig = setting(TaskConfig, free_when_resuming=True)
     # keys weights from scratch, row order, cuts and noise; the sampler has sampling.seed
     seed: int = setting(0, at_least=0, below=2**63)

@@ -19,14 +19,15 @@ from diffllm.diffusion.loss import LossOutput
 from diffllm.lora import add_lora, base_name, merge_lora, write_adapter
 from trainer.build import build_batches, build_model, build_trainable, export_dtype, frozen_dtype, recommendation
 from trainer.config import Config, batch_layout, check_rows, total_steps
+from trainer.console import shows_bars
 from trainer.distributed import Distributed
 from trainer.identity import find_checkpoint
 from trainer.loop import TrainingLoop
 from trainer.memory import check_memory
-from trainer.metrics import ValSample
 from trainer.parallel import shard
 from trainer.preview import print_preview
 from trainer.summary import describe
+from trainer.trackers import ValSample
 from trainer.validation import ValSamples, validate
 
 VAL_SEED = 0
@@ -95,7 +96,7 @@ class FSDPSFTTrainer(TrainingLoop):
     def validate(self) -> dict[str, float]:
         if self.val_batches is None:
             return {}
-        hidden = not self.distributed.is_main or "console" not in self.config.trainer.logger
+        hidden = not shows_bars(self.config.trainer, self.distributed)
         batches = tqdm(self.val_batches, "validation", unit="batch", leave=False, delay=SHOWN_AFTER, disable=hidden)
         return validate(self.model, self.val_objective, batches, self.distributed)
 
@@ -129,15 +130,17 @@ class FSDPSFTTrainer(TrainingLoop):
         held_out = validation and validation.rows
         return describe(self.config, self.distributed, self.model, self.source, rows, held_out, self.steps, done)
 
-    def report(self, done: int) -> None:
-        if done or not self.distributed.is_main:
-            return
+    def report(self, done: int) -> str:
         reports = [report for _, report in self.rows.values()]
+        text = "\n".join(report.text() for report in reports)
+        if done or not self.distributed.is_main:
+            return text
         save(reports, self.output_dir)
         if "training" in self.rows:  # reading a stream ahead would count rows that are not trained on
             with whole_file(self.output_dir / "data_report.txt") as file:
-                file.write("\n".join(report.text() for report in reports) + "\n\n")
+                file.write(f"{text}\n\n")
                 self._preview(Console(file=file, width=120))
+        return text
 
     def _preview(self, console: Console) -> None:
         """Print rows of this rank's first step on rank 0."""

@@ -30,16 +30,17 @@ from trainer.identity import Identity, find_checkpoint
 from trainer.interruption import NAMES, Interruption
 from trainer.manifest import path_of
 from trainer.memory import naming_remedies
-from trainer.metrics import MetricsLog, ValSample
+from trainer.metrics import MetricsLog
 from trainer.nonfinite import FailedStep, keep
 from trainer.progress import Clock, Progress
 from trainer.speed import Speed
 from trainer.summary import conclude
+from trainer.trackers import ValSample
 
 # Entries of a run's directory that must not be links; `checkpoints` may be one, to another disk.
 WRITTEN = (
     *("metrics.jsonl", "hf", "hf_adapter", "data_report.json", "data_report.txt"),
-    *("tensorboard", "wandb_id", "nonfinite"),
+    *("settings.yaml", "tensorboard", "tracker_id", "nonfinite"),
 )
 
 
@@ -114,8 +115,8 @@ class TrainingLoop(ABC):
         """Lines that say what the run is, before its first step after `done` steps of earlier runs."""
 
     @abstractmethod
-    def report(self, done: int) -> None:
-        """Write the data report before training starts, after `done` steps of earlier runs."""
+    def report(self, done: int) -> str:
+        """Write the data report before training starts, after `done` steps of earlier runs. Return its text."""
 
     @abstractmethod
     def report_read(self, done: int) -> None:
@@ -136,14 +137,17 @@ class TrainingLoop(ABC):
         with locked(self.output_dir, self.distributed, *WRITTEN), Interruption() as self.interruption:
             state = TrainingState(self.model, self.optimizer, self.distributed)
             done, broken = self._resume(state)
-            self.print_main(*self.describe(done))
-            self.report(done)
+            plan = self.describe(done)
+            self.print_main(*plan)
+            report = self.report(done)
             directory = self.output_dir / "checkpoints"
             self.checkpoints = Checkpoints(
                 directory, state, settings.keep_checkpoints, settings.async_checkpoints, broken, settings.keep_best
             )
             try:
-                log = MetricsLog(settings, to_dict(self.config), done, self.steps, self.distributed)
+                log = MetricsLog(settings, to_dict(self.config), self.progress, done, self.steps, self.distributed)
+                log.log_text("run/plan", "\n".join(plan))
+                log.log_text("run/data_report", report)
                 batches = self.source.loader(range(done, self.steps))
                 with log, closing(batches), Deadline.on_error():
                     finished = self._train(batches, done, log)

@@ -1,4 +1,4 @@
-"""Log metrics to metrics.jsonl, the console, wandb and tensorboard, and sampled answers to the last three."""
+"""Log metrics to metrics.jsonl, the console and trackers, and sampled answers to the last two."""
 
 import json
 import math
@@ -8,85 +8,124 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import indent
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm import tqdm
+import yaml
 
 from data.storage import AppendedRecords, read_records, whole_file
 from data.terminal import printable
 from trainer.config import TrainerConfig
+from trainer.console import Console, shows_bars, write
 from trainer.distributed import Distributed
+from trainer.progress import Progress
+from trainer.trackers import TRACKERS, TrackedRun, Tracker, ValSample
 
-WANDB_SECONDS = 20  # timeout of wandb when a run starts
-SHOWN = 3  # validation metrics on the console
-FINISH_SECONDS = 4  # timeout of wandb when a run has failed
-
-
-class ValSample(NamedTuple):
-    """A validation row as text."""
-
-    prompt: str
-    response: str  # sampled answer
-    reference: str  # the row's first answer
+FINISH_SECONDS = 4  # for the trackers when a run has failed
+ID_FILE, SETTINGS_FILE = "tracker_id", "settings.yaml"
 
 
-def open_metrics(path: Path, done: int) -> AppendedRecords:
+def open_metrics(path: Path, done: int) -> tuple[AppendedRecords, int]:
     """Open metrics.jsonl, one line a step, to append after step `done`.
 
     The first appended line replaces the lines of later steps. A run that fails before it leaves the file unchanged.
+
+    Returns:
+        The file, and the last step in it, which may be after `done`; 0 without any.
 
     Raises:
         ValueError: a line of the file is broken; the message names it.
     """
     records = read_records(path)
-    for record in records.objects:
+    check_steps(path, records.objects)
+    kept = [end for record, end in zip(*records, strict=True) if record["step"] <= done]
+    last = records.objects[-1]["step"] if records.objects else 0
+    return AppendedRecords(path, kept[-1] if kept else 0), last
+
+
+def check_steps(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl.
+
+    Raises:
+        ValueError: one has no step; the message names it.
+    """
+    for record in records:
         if not isinstance(record.get("step"), int):
             raise ValueError(f"{path} has a line without a step: {json.dumps(record)[:80]}; delete that line")
-    kept = [end for record, end in zip(*records, strict=True) if record["step"] <= done]
-    return AppendedRecords(path, kept[-1] if kept else 0)
+    return records
 
 
 class MetricsLog:
     """Logs the metrics of each step on rank 0. Collective to make.
 
-    A resumed run continues its wandb run.
+    Args:
+        progress: of the run so far.
+        done: steps of earlier processes.
+        steps: of the run.
 
     Raises:
-        ValueError: a broken metrics.jsonl, wandb that cannot be reached, or no tensorboard.
+        ValueError: a broken metrics.jsonl, or a tracker that cannot be used.
     """
 
     def __init__(
-        self, config: TrainerConfig, settings: dict[str, Any], done: int, steps: int, distributed: Distributed
+        self,
+        config: TrainerConfig,
+        settings: dict[str, Any],
+        progress: Progress,
+        done: int,
+        steps: int,
+        distributed: Distributed,
     ):
-        self._file = self._bar = self._wandb = self._tensorboard = None
+        self._file = self._console = None
+        self._trackers: dict[str, Tracker] = {}
+        self._is_new = True  # to the trackers
         distributed.on_main(lambda: self._open(config, settings, done))
         if distributed.is_main and "console" in config.logger:
-            self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True)
+            on_gpu, validated = distributed.device.type == "cuda", (progress.metric, progress.value)
+            self._console = Console(steps, done, shows_bars(config, distributed), on_gpu, validated)
 
     def _open(self, config: TrainerConfig, settings: dict[str, Any], done: int) -> None:
         directory = Path(config.output_dir)
-        self._file = open_metrics(directory / "metrics.jsonl", done)
-        if "tensorboard" in config.logger:
-            self._tensorboard = _tensorboard(directory / "tensorboard", done)
-        if "wandb" in config.logger:
-            self._wandb = _wandb_run(config, settings, directory, done)
+        self._file, last = open_metrics(directory / "metrics.jsonl", done)
+        content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
+        if not (path := directory / SETTINGS_FILE).is_file() or path.read_bytes() != content:
+            with whole_file(path, "wb") as file:
+                file.write(content)
+        names = [name for name in config.logger if name in TRACKERS]
+        if not names:
+            return
+        id_file = directory / ID_FILE
+        self._is_new = not done or not id_file.is_file()
+        if self._is_new:
+            with whole_file(id_file) as file:
+                file.write(secrets.token_hex(4))
+        run = TrackedRun(
+            directory=directory,
+            project=config.project_name,
+            name=config.experiment_name,
+            id=id_file.read_text(),
+            settings=settings,
+            done=done,
+            sent=0 if self._is_new else last,
+        )
+        try:
+            for name in names:
+                self._trackers[name] = TRACKERS[name](run)
+        except ValueError:
+            self._each(lambda tracker: tracker.close(failed=True))
+            raise
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._console is not None:
+            self._console.close()
         if self._file is not None:
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         ended, failed = error[0] is None, error[0] not in (None, SystemExit)
-        finish = threading.Thread(
-            target=self._with_wandb, args=(lambda run: run.finish(exit_code=int(not ended)),), daemon=True
-        )
-        finish.start()
-        finish.join(FINISH_SECONDS if failed else None)  # without a network wandb takes minutes
+        close = threading.Thread(target=self._each, args=(lambda each: each.close(failed=not ended),), daemon=True)
+        close.start()
+        close.join(FINISH_SECONDS if failed else None)  # without a network wandb takes minutes
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step.
@@ -97,96 +136,40 @@ class MetricsLog:
         if self._file is not None:
             numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.append({"step": step, **numbers})
-        for name, value in metrics.items() if self._tensorboard is not None else ():
-            self._tensorboard.add_scalar(name, value, step)
-        self._with_wandb(lambda run: run.log(metrics, step=step))
-        if self._bar is not None:
-            loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-            self._bar.update()
-            validated = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("val/")]
-            if validated:
-                self._bar.write(f"step {step}: train/loss {loss:.4g}, {', '.join(validated[:SHOWN])}")
+        self._each(lambda tracker: tracker.log(step, metrics))
+        if self._console is not None:
+            self._console.log(step, metrics)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of the block out of the progress bar's rate."""
         yield
-        if self._bar is not None:
-            self._bar.unpause()
+        if self._console is not None:
+            self._console.unpause()
 
     def print(self, line: str) -> None:
-        """Print a line above the progress bar, if there is one."""
-        if self._bar is not None:
-            self._bar.write(printable(line))
+        """Print a line on the console, if it is a logger."""
+        if self._console is not None:
+            write(line)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Send a text on the run to trackers that do not have it yet."""
+        if self._is_new:
+            self._each(lambda tracker: tracker.text(name, text))
 
     def log_samples(self, step: int, samples: Sequence[ValSample]) -> None:
-        """Print the sampled answers of a validation, and send them to wandb as the table `val/samples`."""
+        """Print the sampled answers of a validation, and send them to the trackers as the table `val/samples`."""
         for number, sample in enumerate(samples, 1):
             parts = [f"{name}:\n{indent(text, '  ')}" for name, text in sample._asdict().items()]
-            text = "\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts])
-            tqdm.write(printable(text))
-            if self._tensorboard is not None:
-                self._tensorboard.add_text(f"val/sample_{number}", "\n\n".join(parts), step)
+            write("\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts]))
         if samples:
-            self._with_wandb(lambda run: run.log({"val/samples": _wandb_table(step, samples)}, step=step))
+            self._each(lambda tracker: tracker.table(step, samples))
 
-    def _with_wandb(self, call: Callable[[Any], None]) -> None:
-        """Call a function with the wandb run. Errors only end the logging: wandb's own process may be gone."""
-        if self._wandb is None:
-            return
-        try:
-            call(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            print(printable(f"wandb gets no more of this run ({error}); metrics.jsonl does"), flush=True)
-
-
-def _tensorboard(directory: Path, done: int) -> Any:
-    """Writer of tensorboard's event files, which hides the steps of an earlier process after `done`.
-
-    Raises:
-        ValueError: tensorboard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("trainer.logger=[tensorboard] needs it: pip install 'diffllm[tensorboard]'") from error
-    return SummaryWriter(directory, purge_step=done + 1)
-
-
-def _wandb_table(step: int, samples: Sequence[ValSample]) -> Any:
-    import wandb  # slow to import, and rarely needed
-
-    return wandb.Table(["step", *ValSample._fields], [[step, *sample] for sample in samples])
-
-
-def _wandb_run(config: TrainerConfig, settings: dict[str, Any], directory: Path, done: int) -> Any:
-    """Start or continue the wandb run of this directory.
-
-    Raises:
-        ValueError: wandb has no key or does not answer.
-    """
-    import wandb  # slow to import, and rarely needed
-
-    id_file = directory / "wandb_id"
-    if not done or not id_file.is_file():
-        with whole_file(id_file) as file:
-            file.write(secrets.token_hex(4))
-    try:
-        return wandb.init(
-            project=config.project_name,
-            name=config.experiment_name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=directory,
-            config=settings,
-            settings=wandb.Settings(init_timeout=WANDB_SECONDS),
-        )
-    except wandb.Error as error:
-        wandb.teardown(exit_code=1)  # it prints its last lines before the error
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"trainer.logger={config.logger}: wandb cannot be used ({reason}). `wandb login` gives it a key; "
-            "WANDB_MODE=offline keeps the run on disk for `wandb sync`; trainer.logger=[console] does without"
-        ) from error
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        """Call a function with each tracker. After an error a tracker gets no more; the run goes on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                call(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                print(printable(f"{name} gets no more of this run ({error}); metrics.jsonl does"), flush=True)

@@ -1,5 +1,6 @@
 """Describe a run before its first step, and sum it up at its end, as lines for the terminal."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -134,6 +135,7 @@ def conclude(config: Config, progress: Progress, clock: Clock, best: Path | None
         lines.append(f"ended early: it did not fall in trainer.patience={settings.patience} validations")
     model = [f"model{f' of {best.name}' if best else ''}: {directory / 'hf'}"] if settings.save_model else []
     lines.append(", ".join([*model, f"metrics: {directory / 'metrics.jsonl'}"]))
+    lines.append(f"draw the metrics: python -m trainer.plot {shlex.quote(str(directory))}")
     if settings.save_model and not config.diffusion.causal:
         lines.append(f'next: python sample.py model.path={directory / "hf"} prompt="YOUR QUESTION"')
     return lines

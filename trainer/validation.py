@@ -13,8 +13,8 @@ from sampling import trim
 from trainer.config import Config
 from trainer.distributed import Distributed
 from trainer.memory import check_gathers
-from trainer.metrics import ValSample
 from trainer.parallel import gathered, reshard
+from trainer.trackers import ValSample
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ class DiffusionConfig(ObjectiveConfig):
     # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
     cart_p: float = setting(0.1, above=0, at_most=1)
     token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
-    token_reweighting_alpha: float = setting(0.25, at_least=0)
-    token_reweighting_gamma: float = setting(2.0, at_least=0)
+    token_reweighting_alpha: float = setting(0.25, at_least=0)  # alpha of that formula
+    token_reweighting_gamma: float = setting(2.0, at_least=0)  # gamma of that formula
     # denominator of the loss: masked tokens | maskable tokens | sequences
     loss_norm: str = setting("maskable", choices=LOSS_NORMS)
 

@@ -65,6 +65,7 @@ def needed_extras(config: Config) -> dict[str, str]:
         "torchao": (f"optim.name={config.optim.name}", config.optim.name == "adamw_8bit"),
         "dedup": (f"data.drop_duplicates={config.data.drop_duplicates}", config.data.drop_duplicates == "near"),
         "tensorboard": ("trainer.logger=tensorboard", "tensorboard" in config.trainer.logger),
+        "trackio": ("trainer.logger=trackio", "trackio" in config.trainer.logger),
     }
     return {extra: setting for extra, (setting, is_needed) in needed.items() if is_needed}
 

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import evaluate
 import sample
+import train
 from launch import cli
 from launch.settings import read_settings
 from tests.conftest import GOLDEN, ROOT
@@ -145,11 +146,39 @@ def test_a_typo_in_a_yaml_file(script, monkeypatch, tmp_path):
     assert_one_error(script("train.py", *arguments), "optim.lrr", "did you mean optim.lr")
 
 
-def test_help_explains_the_groups(script):
-    code, out, _ = script("train.py", "--help")
-    assert code == 0
-    for group in ("model", "data", "diffusion", "optim", "trainer", "sampling", "experiment"):
-        assert f"\n{group}" in out
+@pytest.mark.parametrize(("name", "unread"), [("train", set()), ("sample", {"data", "optim"}), ("evaluate", {"optim"})])
+def test_help_names_what_the_script_reads(script, monkeypatch, name, unread):
+    monkeypatch.setenv("COLUMNS", "120")
+    module = {"train": train, "sample": sample, "evaluate": evaluate}[name]
+    for arguments in (["--help"], ["experiment=quickstart", "-h"]):
+        code, out, err = script(f"{name}.py", *arguments)
+        assert (code, err) == (0, "")
+    assert out.startswith(module.__doc__)
+    assert "conf/README.md" in out
+    shown = set(re.findall(r"^  ([\w.]+) ", out.partition("Settings:")[2], re.MULTILINE))
+    assert shown == {*module.READS, "experiment"}
+    assert not shown & unread
+    assert "dream_7b, " in out
+
+
+def test_help_explains_the_settings_of_sample(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    out = script("sample.py", "--help")[1]
+    assert re.search(r"^  mode  +answer \| chat, on the terminal$", out, re.MULTILINE)
+    assert "<|mask:12|>" in out
+
+
+def test_help_has_choices_of_ones_own(script, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "of_my_own.yaml").write_text("# @package _global_\n")
+    assert "of_my_own" in script("train.py", "--config-dir", str(tmp_path), "--help")[1]
+
+
+def test_one_rank_prints_the_help(script, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert script("train.py", "--help") == (0, "", "")
 
 
 def test_the_tree_is_shown(script):

@@ -168,6 +168,7 @@ def test_sampling_is_that_of_the_checkpoint(default_run):
         ({"optim__name": "adamw_8bit"}, "torchao", ".[torchao]"),
         ({"data__drop_duplicates": "near"}, "datasketch", ".[dedup]"),
         ({"trainer__logger": ["tensorboard"]}, "tensorboard", ".[tensorboard]"),
+        ({"trainer__logger": ["trackio"]}, "trackio", ".[trackio]"),
     ],
 )
 @pytest.mark.parametrize("found", [None, "0.0.1"])

@@ -293,29 +293,6 @@ def test_a_save_that_failed_ends_the_run_at_the_next_step(small_run, monkeypatch
     assert 4 <= len(metrics(Path(small_run().trainer.output_dir))) < 12
 
 
-def test_a_run_outlives_wandb(small_run, monkeypatch, capsys):
-    class Gone:
-        def log(self, *_, **__):
-            raise ConnectionResetError("Connection lost")
-
-    monkeypatch.setattr("trainer.metrics._wandb_run", lambda *_: Gone())
-    run = train(small_run(trainer__logger=["wandb"], trainer__max_steps=3))
-    assert len(metrics(run)) == 3
-    assert capsys.readouterr().out.count("wandb gets no more of this run (Connection lost)") == 1
-
-
-def test_wandb_goes_on_with_the_same_run(small_run):
-    config = small_run(trainer__logger=["wandb"], trainer__max_steps=4, trainer__save_checkpoint_steps=2)
-    run = train(config)
-    first = (run / "wandb_id").read_text()
-    config.trainer.max_steps = 6
-    train(config)
-    assert (run / "wandb_id").read_text() == first
-    runs = [path.name for path in (run / "wandb").glob("offline-run-*")]
-    assert runs
-    assert all(name.endswith(first) for name in runs)
-
-
 def test_a_corrupt_checkpoint_is_not_exported(finished_run, tmp_path):
     step = finished_run / "checkpoints" / "step_00000012"
     for shard in step.glob("*.distcp"):

@@ -1,6 +1,5 @@
 """Metrics of every step, and their meaning."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,12 +71,6 @@ def test_tensorboard_has_every_metric_and_no_step_twice(small_run):
     assert set(events.Tags()["scalars"]) == set().union(*lines) - {"step"}
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses == pytest.approx([line["train/loss"] for line in lines])
-
-
-def test_without_tensorboard(small_run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"trainer\.logger=\[tensorboard\] needs it: pip install"):
-        train(small_run(trainer__logger=["tensorboard"]))
 
 
 def test_training_from_python(small_run):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import wandb
 from wandb import Table
 
 from data import prompt_ids
@@ -59,7 +60,7 @@ def tables(monkeypatch):
         def finish(self, exit_code):
             assert exit_code == 0
 
-    monkeypatch.setattr("trainer.metrics._wandb_run", lambda *_: Wandb())
+    monkeypatch.setattr(wandb, "init", lambda **_: Wandb())
     return logged
 
 

@@ -67,7 +67,7 @@ def test_it_is_trained_and_validated_in_any_layout(small_run, capsys):
         return metrics(train(config))
 
     one = run("one", trainer__logger=["console"])
-    assert "step 12: train/loss" in (shown := capsys.readouterr().out)
+    assert "step 12 of 12: loss " in (shown := capsys.readouterr().out)
     assert "val/nll" in shown
     assert run("split", data__micro_batch_size_per_gpu=2)[-1]["train/nll"] == pytest.approx(one[-1]["train/nll"])
     assert one[-1]["train/loss"] < one[0]["train/loss"]
