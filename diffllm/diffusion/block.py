@@ -30,9 +30,9 @@ class BlockConfig(DiffusionConfig):
 
     objective: str = "block"
     block_length: int = setting(32, at_least=1)  # positions of a block
-    # block lengths before that one, each for so many steps, such as [1, 4] (LLaDA2.0, arXiv 2512.15745)
+    # block lengths before that one, each for block_warmup_steps, such as [1, 4] (LLaDA2.0, arXiv 2512.15745)
     block_warmup: list[int] = setting([], at_least=1)
-    block_warmup_steps: int = setting(0, at_least=0)
+    block_warmup_steps: int = setting(0, at_least=0)  # optimizer steps with each of block_warmup
     # lowest and highest t, such as [0.3, 0.8]; null: [eps, 1)
     mask_ratio: list[float] | None = setting(None, above=0, at_most=1)
     # a second copy masks the response tokens that the first one leaves clean (Fast-dLLM v2, arXiv 2509.26328)
