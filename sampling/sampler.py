@@ -75,7 +75,7 @@ class Sampler:
     ):
         self.config = config
         self._batch = RowBatch(model, config, special, logits_processor)
-        self._new_row = partial(RowState, config=config, special=special, criterion=criterion, history=history)
+        self._new_row = partial(RowState, special=special, criterion=criterion, history=history)
         self._rows: list[tuple[RowState, OnStep | None]] = []
 
     def __len__(self) -> int:
@@ -87,13 +87,15 @@ class Sampler:
         """How many canvases may be added, for `config.batch_size` at once."""
         return self.config.batch_size - len(self)
 
-    def add(self, canvas: Canvas, on_step: OnStep | None = None) -> None:
+    def add(self, canvas: Canvas, on_step: OnStep | None = None, seed: int | None = None) -> None:
         """Add a canvas.
 
         Args:
             on_step: called after each step of the canvas.
+            seed: in place of `config.seed`.
         """
-        self._rows.append((self._new_row(canvas), on_step))
+        config = self.config if seed is None else replace(self.config, seed=seed)
+        self._rows.append((self._new_row(canvas, config), on_step))
 
     def drop(self, canvas: Canvas) -> None:
         """Leave a canvas unfilled. One that is filled already, or was never added, changes nothing."""
