@@ -66,14 +66,13 @@ def serve(arguments: Sequence[str]) -> None:
 
 def run(server: Server, listener: socket.socket) -> None:
     """Run a server until a signal, which then counts as handled."""
-    engine = server.service.engine
-    engine.start()
+    server.service.engine.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after its own handler
     try:
         server.run(sockets=[listener])
     finally:
-        engine.close()
+        server.service.close()
 
 
 def start_line(service: Service, host: str, port: int) -> str:

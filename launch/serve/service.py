@@ -43,6 +43,11 @@ class Service:
         self.tokenizer, self._reader = copy.deepcopy(tokenizer), ThreadPoolExecutor(1, "reader")
         self.metrics = Metrics(self.engine)
 
+    def close(self) -> None:
+        """End the threads."""
+        self.engine.close()
+        self._reader.shutdown()
+
     async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of the tokenizer in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, function, *arguments)

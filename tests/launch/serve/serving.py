@@ -120,5 +120,5 @@ def serving(sampling: SamplingConfig = SMALL, chats: bool = True, **limits) -> I
                 gate.open.set()
                 server.should_exit = True
                 thread.join(60)
-                service.engine.close()
+                service.close()
     assert not thread.is_alive()

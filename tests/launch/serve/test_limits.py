@@ -65,16 +65,22 @@ def test_a_time_out(body):
         assert count(served, 504) == 1
 
 
-def test_a_time_out_in_a_stream():
-    with serving(timeout=1.0) as served:
-        lines = served.client.chat.completions.create(model=NAME, messages=ASK, stream=True)
-        first = next(iter(lines))
-        assert first.choices[0].delta.role == "assistant"
-        body = STREAM | {"alg": "left_to_right", "max_tokens": 1500, "stop_at_eos": False}
-        text = served.post(body).text
-        assert '"code":"timeout"' in text.split("\n\n")[-2]
-        assert "[DONE]" not in text
-        until(lambda: served.metric("diffllm_running_rows") == 0)
+def test_a_time_out_in_a_stream(monkeypatch):
+    with serving(timeout=2.0) as served:
+        hidden, forwards = served.model.hidden, itertools.count()
+
+        def stuck(*arguments):
+            if next(forwards) == 2:
+                served.gate.open.clear()
+            return hidden(*arguments)
+
+        monkeypatch.setattr(served.model, "hidden", stuck)
+        lines = served.post(STREAM).text.split("\n\n")
+        served.gate.open.set()
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert "data: [DONE]" not in lines
+        until(lambda: in_work(served) == 0)
+        assert count(served, 504) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
