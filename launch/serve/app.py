@@ -1,10 +1,13 @@
 """The addresses of the server."""
 
+import traceback
+
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from launch.serve.engine import tell
 from launch.serve.exchange import answer, error_response
 from launch.serve.protocol import CHAT, TEXT, ApiError
 from launch.serve.service import Service
@@ -55,6 +58,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
-        return error_response(ApiError(500, "the server failed: its log says why"))
+        tell("".join(traceback.format_exception(error)))
+        return error_response(ApiError(500, "the server failed: its log says why", connection="close"))
 
     return app

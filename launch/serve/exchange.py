@@ -20,29 +20,35 @@ from launch.serve.service import Service
 from sampling import Canvas
 
 LEFT = 499  # in the metrics: the client has gone
+WRITING = 5  # seconds for the last part of a stream
 
 
 async def answer(service: Service, request: Request, endpoint: Endpoint) -> HTTPResponse:
     """The response to a request. It is sampled until the client leaves or the time is over."""
-    exchange = Exchange(service, request, endpoint)
+    exchange, response = Exchange(service, request, endpoint), None
     try:
         response = await exchange.respond()
     except ApiError as error:
         exchange.status, response = error.status, error_response(error)
     except ClientDisconnect:
-        response = HTTPResponse(status_code=LEFT)
-    if not isinstance(response, Stream):
-        exchange.count()
+        exchange.status, response = LEFT, HTTPResponse(status_code=LEFT)
+    finally:
+        if not isinstance(response, Stream):
+            exchange.count()
     return response
 
 
 class Exchange:
-    """One request and its response."""
+    """One request and its response.
+
+    Attributes:
+        status: of HTTP, for the metrics.
+    """
 
     def __init__(self, service: Service, request: Request, endpoint: Endpoint):
         self.service, self.request, self.endpoint = service, request, endpoint
         self.loop, self.changed = asyncio.get_running_loop(), asyncio.Event()
-        self.started, self.status = self.loop.time(), LEFT
+        self.started, self.status = self.loop.time(), 500
 
     async def respond(self) -> HTTPResponse:
         """The response, or the start of a stream.
@@ -52,7 +58,7 @@ class Exchange:
             ClientDisconnect: the client has gone.
         """
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 body = parse_body(await self._body())
                 self.question = read_question(body, self.endpoint, self.service.name, self.service.sampling)
                 prompt = await self.service.read(self.service.encode, self.question, self.endpoint)
@@ -74,7 +80,8 @@ class Exchange:
                 self.service.engine.cancel(self.job)
 
     @property
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
+        """When the loop's time is too late for an answer."""
         return self.started + self.service.config.timeout
 
     def _late(self) -> ApiError:
@@ -133,7 +140,7 @@ class Exchange:
             ApiError: the time is over.
         """
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 await self.changed.wait()
         except TimeoutError as error:
             raise self._late() from error
@@ -222,10 +229,15 @@ class Stream(StreamingResponse):
     def __init__(self, exchange: Exchange):
         super().__init__(exchange.events(), media_type="text/event-stream")
         self.exchange = exchange
+        exchange.status = LEFT  # until its end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, but not for ever to a client that does not read it."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(self.exchange.deadline + WRITING):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            pass  # as if the client had left
         finally:
             self.exchange.service.engine.cancel(self.exchange.job)
             self.exchange.count()

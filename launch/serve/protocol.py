@@ -63,8 +63,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.param = param
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
-        kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        kind = "rate_limit_error" if status == 429 else kind
+        kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

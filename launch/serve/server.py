@@ -12,11 +12,10 @@ import uvicorn
 from launch.serve.app import create_app
 from launch.serve.config import read_arguments
 from launch.serve.engine import tell
+from launch.serve.exchange import WRITING
 from launch.serve.service import Service
 from trainer.build import load_for_sampling
 from trainer.distributed import check_alone
-
-WRITING = 5  # seconds for the last errors to reach their clients
 
 
 class Server(uvicorn.Server):
@@ -31,13 +30,18 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="error",
+                log_level="critical",  # `create_app` prints errors
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(limit) + WRITING,
             )
         )
         self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and tell where."""
+        await super().startup(sockets)
+        tell(start_line(self.service, *sockets[0].getsockname()[:2]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting connections, and wait for the requests."""
@@ -59,16 +63,18 @@ def serve(arguments: Sequence[str]) -> None:
         tell(line)
     with bind(own.host, own.port) as listener:
         model, tokenizer = load_for_sampling(config)
-        service = Service(config.model.path, model, tokenizer, config.sampling, own)
-        tell(start_line(service, *listener.getsockname()[:2]))
-        run(Server(service), listener)
+        run(Server(Service(config.model.path, model, tokenizer, config.sampling, own)), listener)
 
 
 def run(server: Server, listener: socket.socket) -> None:
-    """Run a server until a signal, which then counts as handled."""
-    server.service.engine.start()
+    """Run a server until a signal."""
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after its own handler
+        signal.signal(number, end)  # before uvicorn's handler is set, and after it: uvicorn raises the signal again
+    server.service.engine.start()
     try:
         server.run(sockets=[listener])
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import openai
 
 from data import prompt_ids
@@ -65,9 +65,9 @@ class Served:
     gate: Gate
     url: str
     client: openai.OpenAI
-    http: httpx.Client
+    http: httpx2.Client
 
-    def post(self, body: dict | bytes, path: str = "/v1/chat/completions") -> httpx.Response:
+    def post(self, body: dict | bytes, path: str = "/v1/chat/completions") -> httpx2.Response:
         return self.http.post(path, **({"content": body} if isinstance(body, bytes) else {"json": body}))
 
     def metric(self, name: str) -> float:
@@ -111,7 +111,7 @@ def serving(sampling: SamplingConfig = SMALL, chats: bool = True, **limits) -> I
         thread.start()
         until(lambda: server.started)
         with (
-            httpx.Client(base_url=url, timeout=60) as http,
+            httpx2.Client(base_url=url, timeout=60) as http,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
         ):
             try:

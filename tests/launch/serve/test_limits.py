@@ -10,9 +10,11 @@ import openai
 import pytest
 
 from data import prompt_ids
+from launch.serve import exchange
 from launch.serve.protocol import ApiError
 from tests.launch.serve.serving import ASK, NAME, SMALL, Served, serving, until
 
+REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
 STREAM = {"messages": ASK, "stream": True}
 
 
@@ -32,6 +34,11 @@ def assert_idle_and_well(served: Served) -> None:
 def in_work(served: Served) -> float:
     """Requests that are sampled or wait."""
     return served.metric("diffllm_running_rows") + served.metric("diffllm_queue_length")
+
+
+def address(served: Served) -> tuple[str, int]:
+    host, port = served.url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 def count(served: Served, status: int) -> float:
@@ -89,14 +96,13 @@ def test_a_client_that_leaves(served, stream, running):
     """Its canvas is dropped, or its place in the queue."""
     fields = {"messages": ASK, "max_tokens": 1500, "stop_at_eos": False, "stream": stream, "drafts": stream}
     content = json.dumps(fields).encode()
-    host, port = served.url.removeprefix("http://").split(":")
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content)
+    request = REQUEST % (len(content), content)
     with ThreadPoolExecutor(2) as clients, served.gate.shut():
         for _ in range(0 if running else 2):
             clients.submit(served.post, {"messages": ASK})
         until(lambda: in_work(served) == (0 if running else 2))
-        with socket.create_connection((host, int(port))) as client:
-            client.sendall(request + content)
+        with socket.create_connection(address(served)) as client:
+            client.sendall(request)
             until(lambda: in_work(served) == (1 if running else 3))
             if stream and running:
                 served.gate.open.set()
@@ -109,11 +115,23 @@ def test_a_client_that_leaves(served, stream, running):
 
 
 def test_a_client_that_leaves_before_its_body(served):
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    with socket.create_connection(address(served)) as client:
+        client.sendall(REQUEST % (100, b"{"))
     until(lambda: count(served, 499) == 1)
     assert_idle_and_well(served)
+
+
+def test_a_client_that_does_not_read(monkeypatch):
+    """Counts as one that left."""
+    monkeypatch.setattr(exchange, "WRITING", 0)
+    monkeypatch.setattr(exchange, "draft", lambda *_: {"long": "x" * 10**6})
+    with serving(replace(SMALL, max_new_tokens=60), timeout=3.0) as served, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(address(served))
+        body = json.dumps({"messages": ASK, "stream": True, "drafts": True, "stop_at_eos": False}).encode()
+        client.sendall(REQUEST % (len(body), body))
+        until(lambda: count(served, 499) == 1)
+        assert in_work(served) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -160,6 +178,17 @@ def test_a_model_that_fails_in_a_stream(served, monkeypatch):
         with pytest.raises(openai.APIError) as caught:
             [*served.client.chat.completions.create(model=NAME, messages=ASK, stream=True)]
     assert caught.value.code == "FloatingPointError"
+    assert count(served, 500) == 1
+    assert_idle_and_well(served)
+
+
+def test_a_server_that_fails(served, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service, "encode", lambda *_: {}["secret"])
+        reply = served.post({"messages": ASK})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in reply.text
+    assert "KeyError: 'secret'" in capfd.readouterr().err
     assert count(served, 500) == 1
     assert_idle_and_well(served)
 

@@ -2,7 +2,7 @@
 
 import json
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -19,7 +19,7 @@ def served():
         assert running.post({"messages": ASK}).status_code == 200
 
 
-def assert_refused(reply: httpx.Response, status: int, param: str | None, code: str | None = None) -> None:
+def assert_refused(reply: httpx2.Response, status: int, param: str | None, code: str | None = None) -> None:
     """As OpenAI writes errors."""
     error = reply.json()["error"]
     assert (reply.status_code, error["param"], error["code"]) == (status, param, code)
