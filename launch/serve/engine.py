@@ -68,20 +68,16 @@ class Engine:
     Args:
         tokenizer: only the engine's thread may use it.
         queue: jobs that may wait.
-
-    Attributes:
-        running: number of jobs that are being sampled.
     """
 
     def __init__(self, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, batch_size: int, queue: int):
         self.model, self.tokenizer, self.batch_size, self.queue = model, tokenizer, batch_size, queue
-        self.running = 0
         self._waiting: deque[Job] = deque()
         self._cancelled: list[Job] = []
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, Group] = {}  # by settings
         self._stopped: Exception | None = None
         self._closing = False
-        self._changed = threading.Condition()  # guards the attributes above but `_groups`
+        self._changed = threading.Condition()  # guards the moves between the attributes above
         self._special = lru_cache(maxsize=64)(self._special_tokens)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -93,6 +89,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether jobs are sampled."""
         return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Number of jobs that are being sampled."""
+        return sum(len(group.jobs) for group in [*self._groups.values()])
 
     @property
     def waiting(self) -> int:
@@ -139,12 +140,19 @@ class Engine:
                 self._changed.wait_for(has_work)
             if self._closing:
                 return
-            self._drop_cancelled()
-            if self._stopped is not None:
-                self._end_all(self._stopped)
-            self._admit()
-            for key in [*self._groups]:
-                self._step(key)
+            try:
+                self._turn()
+            except Exception as error:  # of this class: requests end, and the thread lives
+                self._end_all(told(error))
+
+    def _turn(self) -> None:
+        """Take a step of each sampler, after jobs have left and come."""
+        self._drop_cancelled()
+        if self._stopped is not None:
+            self._end_all(self._stopped)
+        self._admit()
+        for key in [*self._groups]:
+            self._step(key)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -156,7 +164,7 @@ class Engine:
             for key, group in [*self._groups.items()]:
                 if group.jobs.pop(id(job.canvas), None):
                     group.sampler.drop(job.canvas)
-                    self._leave(key, 1)
+                    self._drop_empty(key)
 
     def _end_all(self, reason: Exception) -> None:
         with self._changed:
@@ -169,31 +177,31 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free places to waiting jobs."""
-        while True:
-            with self._changed:
-                if not self._waiting or self.running == self.batch_size:
-                    return
-                job = self._waiting.popleft()
-                self.running += 1
+        while self._waiting and self.running < self.batch_size:
+            job = self._waiting[0]
             try:
-                self._add(job)
+                key, group = self._group_of(job.config)
+                group.sampler.add(job.canvas, job.step if job.watched else None, job.config.seed)
             except Exception as error:
-                self.running -= 1
+                self._waiting.popleft()
                 job.end(told(error))
+                continue
+            with self._changed:
+                self._waiting.popleft()
+                self._groups[key] = group
+                group.jobs[id(job.canvas)] = job
 
-    def _add(self, job: Job) -> None:
-        """Add a job to the sampler of its settings.
+    def _group_of(self, config: SamplingConfig) -> tuple[str, Group]:
+        """The group of some settings, a new one if none has them, and its key.
 
         Raises:
             ValueError: see `special_tokens`.
         """
-        key = repr({name: value for name, value in vars(job.config).items() if name not in OF_A_ROW})
-        if key not in self._groups:
-            special = self._special(tuple(job.config.stop), tuple(job.config.forbidden))
-            self._groups[key] = Group(Sampler(self.model, job.config, special))
-        group = self._groups[key]
-        group.sampler.add(job.canvas, job.step if job.watched else None, job.config.seed)
-        group.jobs[id(job.canvas)] = job
+        key = repr({name: value for name, value in vars(config).items() if name not in OF_A_ROW})
+        if key in self._groups:
+            return key, self._groups[key]
+        special = self._special(tuple(config.stop), tuple(config.forbidden))
+        return key, Group(Sampler(self.model, config, special))
 
     def _special_tokens(self, stop: tuple[str, ...], forbidden: tuple[str, ...]) -> Tokens:
         config = SamplingConfig(stop=[*stop], forbidden=[*forbidden])
@@ -209,19 +217,14 @@ class Engine:
             return
         for row in filled:
             group.jobs.pop(id(row.canvas)).end(row)
-        self._leave(key, len(filled))
+        self._drop_empty(key)
 
     def _fail(self, key: str, error: Exception) -> None:
-        group = self._groups[key]
-        jobs = [*group.jobs.values()]
-        group.jobs.clear()
-        self._leave(key, len(jobs))
-        for job in jobs:
+        for job in self._groups.pop(key).jobs.values():
             job.end(error)
 
-    def _leave(self, key: str, count: int) -> None:
-        """Count jobs that have left a sampler, and drop one without jobs."""
-        self.running -= count
+    def _drop_empty(self, key: str) -> None:
+        """Drop a sampler without jobs."""
         if not self._groups[key].jobs:
             del self._groups[key]
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from diffllm.generate import Response, response_of
 from launch.serve.engine import Job, QueueFullError
 from launch.serve.forming import FinalText, draft
-from launch.serve.protocol import ApiError, Endpoint, parse_body, read_question, setting_error
+from launch.serve.protocol import ApiError, Endpoint, parse_body, read_query, setting_error
 from launch.serve.replies import Reply
 from launch.serve.service import Service
 from sampling import Canvas
@@ -60,16 +60,16 @@ class Exchange:
         try:
             async with asyncio.timeout_at(self.deadline):
                 body = parse_body(await self._body())
-                self.question = read_question(body, self.endpoint, self.service.name, self.service.sampling)
-                prompt = await self.service.read(self.service.encode, self.question, self.endpoint)
+                self.query = read_query(body, self.endpoint, self.service.name, self.service.sampling)
+                prompt = await self.service.read(self.service.encode, self.query, self.endpoint)
         except TimeoutError as error:
             raise self._late() from error
         self.job = self._submit(prompt)
-        self.reply = Reply(self.endpoint, self.service.name, self.question, len(prompt))
+        self.reply = Reply(self.endpoint, self.service.name, self.query, len(prompt))
         stream = None
         try:
             await self._change_unless_gone()
-            if self.question.stream and not isinstance(self.job.outcome, Exception):
+            if self.query.stream and not isinstance(self.job.outcome, Exception):
                 stream = Stream(self)
                 return stream
             response = await self._response()
@@ -116,9 +116,9 @@ class Exchange:
         Raises:
             ApiError: the queue is full.
         """
-        config = self.question.config
+        config = self.query.config
         canvas = Canvas.after(prompt, config.max_new_tokens, self.service.model.mask_token_id)
-        job = Job(canvas, config, self._notify, watched=self.question.stream)
+        job = Job(canvas, config, self._notify, watched=self.query.stream)
         try:
             self.service.engine.submit(job)
         except QueueFullError as error:
@@ -178,7 +178,7 @@ class Exchange:
             raise ApiError(500, str(outcome), code=type(outcome).__name__) from outcome
         if isinstance(outcome, Exception):
             raise ApiError(500, "the model failed: the server's log says why") from outcome
-        return await self.service.read(response_of, outcome, self.service.tokenizer, self.question.config)
+        return await self.service.read(response_of, outcome, self.service.tokenizer, self.query.config)
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the parts of a stream as server-sent events."""
@@ -200,14 +200,14 @@ class Exchange:
         Raises:
             ApiError: the job or the time has ended.
         """
-        service, job, question = self.service, self.job, self.question
-        final, shown = FinalText(service.tokenizer, question.config, self.service.eos), None
+        service, job, query = self.service, self.job, self.query
+        final, shown = FinalText(service.tokenizer, query.config, self.service.eos), None
         while True:
             ended = job.outcome is not None
             if (event := job.event) is not shown:
                 shown = event
                 text = await service.read(final.after, event)
-                forming = await service.read(draft, event, service.tokenizer) if question.drafts else None
+                forming = await service.read(draft, event, service.tokenizer) if query.drafts else None
                 if text or forming:
                     yield self.reply.part(text, forming)
             if ended:

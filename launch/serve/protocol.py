@@ -24,12 +24,7 @@ OWN = ("model", "stream", "stream_options", "drafts", *LENGTHS, *SETTINGS)
 # Fields that do not change an answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that are refused unless they have one of these values, with which they change nothing.
-NEUTRAL = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-}
+NEUTRAL = {"n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},)}
 NEUTRAL_IN_CHATS = NEUTRAL | {
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -41,8 +36,8 @@ NEUTRAL_IN_CHATS = NEUTRAL | {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
+    "reasoning_effort": (),
+    "verbosity": (),
     "web_search_options": (),
 }
 NEUTRAL_IN_COMPLETIONS = NEUTRAL | {"best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
@@ -83,7 +78,7 @@ TEXT = Endpoint("cmpl", "text_completion", "text_completion", "prompt", NEUTRAL_
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """A checked body."""
 
     prompt: list[Message] | str | list[int]  # messages, raw text, or token ids
@@ -115,7 +110,7 @@ def parse_body(content: bytes | bytearray) -> dict[str, Any]:
     return body
 
 
-def read_question(body: Mapping[str, Any], endpoint: Endpoint, model: str, server: SamplingConfig) -> Question:
+def read_query(body: Mapping[str, Any], endpoint: Endpoint, model: str, server: SamplingConfig) -> Query:
     """Check a body.
 
     Args:
@@ -138,7 +133,7 @@ def read_question(body: Mapping[str, Any], endpoint: Endpoint, model: str, serve
     if drafts and not stream:
         raise ApiError(400, "drafts=true: goes with stream=true", "drafts")
     prompt = read_messages(body.get("messages")) if endpoint is CHAT else read_text(body.get("prompt"))
-    return Question(prompt, read_settings(body, server), stream, _typed(options, "include_usage", bool, False), drafts)
+    return Query(prompt, read_settings(body, server), stream, _typed(options, "include_usage", bool, False), drafts)
 
 
 def _refuse_meaningful(holder: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], where: str = "") -> None:
@@ -176,7 +171,9 @@ def _message(message: Any, where: str) -> Message:
     known = ("role", "content", *NEUTRAL_IN_MESSAGES)
     for name in message:
         if name not in known:
-            raise ApiError(400, f"{where}.{name}: no such field; {nearest(name, known)}", where, "unknown_field")
+            raise ApiError(
+                400, f"{where}.{name}: no such field; {nearest(name, known)}", f"{where}.{name}", "unknown_field"
+            )
     _refuse_meaningful(message, NEUTRAL_IN_MESSAGES, f"{where}.")
     if message.get("role") not in [*ROLES]:
         raise ApiError(400, f"{where}.role: must be one of {', '.join(ROLES)}", f"{where}.role")

@@ -5,14 +5,14 @@ import uuid
 from typing import Any
 
 from diffllm.generate import Response
-from launch.serve.protocol import CHAT, TEXT, Endpoint, Question
+from launch.serve.protocol import CHAT, TEXT, Endpoint, Query
 
 
 class Reply:
-    """Bodies of the response to a question."""
+    """Bodies of the response to a query."""
 
-    def __init__(self, endpoint: Endpoint, model: str, question: Question, prompt_tokens: int):
-        self.endpoint, self.question, self.prompt_tokens = endpoint, question, prompt_tokens
+    def __init__(self, endpoint: Endpoint, model: str, query: Query, prompt_tokens: int):
+        self.endpoint, self.query, self.prompt_tokens = endpoint, query, prompt_tokens
         self.head = {"id": f"{endpoint.id}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, response: Response) -> dict[str, Any]:
@@ -40,14 +40,14 @@ class Reply:
         """The last parts of a stream: the rest of the text, the reason of its end, the usage."""
         parts = [self.part(rest, None)] if rest else []
         parts.append(self._part({}, finish_reason(response)) | _cost(response))
-        if self.question.usage:
+        if self.query.usage:
             parts.append({**parts[-1], "choices": [], "usage": self._usage(response)})
         return parts
 
     def _part(self, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
         own = {"text": delta.get("content", "")} if self.endpoint is TEXT else {"delta": delta}
         choice = {"index": 0, **own, "logprobs": None, "finish_reason": reason}
-        usage = {"usage": None} if self.question.usage else {}
+        usage = {"usage": None} if self.query.usage else {}
         return {**self.head, "object": self.endpoint.chunk, "choices": [choice], **usage}
 
     def _usage(self, response: Response) -> dict[str, int]:

@@ -15,7 +15,7 @@ from diffllm.generate import check_context, special_tokens
 from launch.serve.config import ServeConfig
 from launch.serve.engine import Engine, tell
 from launch.serve.metrics import Metrics
-from launch.serve.protocol import ApiError, Endpoint, Question, setting_error
+from launch.serve.protocol import CHAT, ApiError, Endpoint, Query, setting_error
 from sampling import SamplingConfig
 
 
@@ -52,15 +52,15 @@ class Service:
         """Call a function of the tokenizer in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, function, *arguments)
 
-    def encode(self, question: Question, endpoint: Endpoint) -> list[int]:
+    def encode(self, query: Query, endpoint: Endpoint) -> list[int]:
         """Token ids of a prompt.
 
         Raises:
             ApiError: the template refuses it, it does not fit the context, or its tokens cannot be prompts.
         """
-        context, config = self.model.lm.config.max_position_embeddings, question.config
+        context, config = self.model.lm.config.max_position_embeddings, query.config
         try:
-            ids = self._ids(question.prompt)
+            ids = prompt_ids(query.prompt, self.tokenizer, "messages") if endpoint is CHAT else self._raw(query.prompt)
         except ValueError as error:
             raise ApiError(400, str(error), endpoint.prompt) from error
         try:
@@ -74,10 +74,8 @@ class Service:
             raise ApiError(400, f"steps={config.steps}: must not exceed the context of {context} tokens", "steps")
         return ids
 
-    def _ids(self, prompt: list[dict[str, str]] | str | list[int]) -> list[int]:
-        """Token ids of a chat, as those of `sample.py prompt=…`, or of a raw text, as those of `template=…`."""
-        if isinstance(prompt, list) and isinstance(prompt[0], dict):
-            return prompt_ids(prompt, self.tokenizer, "messages")
+    def _raw(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a raw text, as those of `sample.py template=…`."""
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
         if wrong := [token for token in ids if not 0 <= token < self.model.vocab_size]:
             raise ValueError(f"prompt: the model has no token {wrong[0]}")

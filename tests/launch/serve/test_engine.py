@@ -71,23 +71,41 @@ def test_places(engine):
 
 
 def test_a_running_job_is_dropped(engine, monkeypatch):
+    """And the others of its batch go on."""
     ended, dropped = [], job(engine, [], max_new_tokens=16)
     hidden, forwards = engine.model.hidden, []
 
-    def forward(*given):
-        forwards.append(given)
+    def forward(x, *given):
+        forwards.append(len(x))
         if len(forwards) == 3:
             engine.cancel(dropped)
-        return hidden(*given)
+        return hidden(x, *given)
 
     monkeypatch.setattr(engine.model, "hidden", forward)
-    engine.submit(dropped)
+    for each in (dropped, job(engine, ended, transfer="even"), job(engine, ended, transfer="even")):
+        each.config = replace(each.config, transfer="even")
+        engine.submit(each)
     engine.start()
-    until(lambda: len(forwards) == 3 and engine.running == 0)
-    engine.submit(job(engine, ended))
-    until(lambda: ended)
+    until(lambda: len(ended) == 2)
     assert dropped.outcome is None
+    assert forwards == [2] * 3 + [2] * 5 + [1] * 3
     engine.cancel(dropped)  # changes nothing
+    assert engine.running == engine.waiting == 0
+
+
+def test_an_error_of_its_own_ends_jobs_and_not_the_thread(engine, capfd):
+    ended, broken = [], job(engine, [], max_new_tokens=1)
+    broken.notify = None
+    for each in (broken, job(engine, ended)):
+        engine.submit(each)
+    engine.start()
+    until(lambda: len(ended) == 1)
+    assert type(ended[0].outcome) is TypeError
+    engine.submit(job(engine, ended))
+    until(lambda: len(ended) == 2)
+    assert type(ended[1].outcome) is SampledRow
+    assert engine.running == engine.waiting == 0
+    assert "TypeError" in capfd.readouterr().err
 
 
 def test_an_unknown_error_of_settings_is_of_its_job_alone(engine, monkeypatch, capfd):

@@ -45,6 +45,7 @@ def test_what_is_no_json_object(served, body):
         ({"n": True}, "n", "unsupported_field"),
         ({"logprobs": True}, "logprobs", "unsupported_field"),
         ({"logit_bias": {"1": 5}}, "logit_bias", "unsupported_field"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_field"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_field"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_field"),
         ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_field"),
@@ -82,7 +83,7 @@ def test_what_is_no_json_object(served, body):
         ({"messages": [*ASK, {"role": "user"}]}, "messages[1].content", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", None),
         ({"messages": [{**ASK[0], "tool_calls": [1]}]}, "messages[0].tool_calls", "unsupported_field"),
-        ({"messages": [{**ASK[0], "rolle": 1}]}, "messages[0]", "unknown_field"),
+        ({"messages": [{**ASK[0], "rolle": 1}]}, "messages[0].rolle", "unknown_field"),
     ],
     ids=str,
 )
