@@ -59,9 +59,9 @@ def serve(arguments: Sequence[str]) -> None:
     """
     check_alone("launch.serve", "python -m launch.serve")
     own, config, lines = read_arguments(arguments)
-    for line in sorted(lines):
-        tell(line)
     with bind(own.host, own.port) as listener:
+        for line in sorted(lines):
+            tell(line)
         model, tokenizer = load_for_sampling(config)
         run(Server(Service(config.model.path, model, tokenizer, config.sampling, own)), listener)
 
