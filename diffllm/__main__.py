@@ -18,6 +18,7 @@ COMMANDS = {
         "python -m launch.compare_sampling model.path=DIR sampling.steps=6,18",
     ),
     "launch.plan": ("predict memory and time", "python -m launch.plan experiment=dream_s1k gpu=h100 gpus=8"),
+    "launch.serve": ("serve a model as OpenAI's API does", "python -m launch.serve model.path=DIR"),
     "launch.show": ("show rows as they are trained on", "python -m launch.show experiment=quickstart rows=3"),
     "launch.verify": ("check whether a run would work", "python -m launch.verify experiment=quickstart"),
     "launch.experiments": ("run an experiment", "python -m launch.experiments ar_vs_diffusion quickstart"),

@@ -32,7 +32,7 @@ def read_settings(
         name, equals, value = argument.partition("=")
         if name in own and equals:
             values[name] = value
-        elif name not in names and get_close_matches(name, own):
+        elif name not in names and (get_close_matches(name, own) or name in [each.rpartition(".")[2] for each in own]):
             raise ValueError(f"{argument}: no such setting; {nearest(name, own)}")
         elif not equals:
             raise ValueError(f"{argument}: write settings as NAME=VALUE; --help explains them")

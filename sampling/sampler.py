@@ -75,10 +75,8 @@ class Sampler:
     ):
         self._batch = RowBatch(model, config, special, logits_processor)
         self.config = self._batch.config
-        blocks = {"attention_block": attention_block_of(model)}
-        self._new_row = partial(
-            RowState, config=self.config, special=special, criterion=criterion, history=history, **blocks
-        )
+        settings = {"criterion": criterion, "history": history, "attention_block": attention_block_of(model)}
+        self._new_row = partial(RowState, special=special, **settings)
         self._rows: list[tuple[RowState, OnStep | None]] = []
 
     def __len__(self) -> int:
@@ -90,13 +88,15 @@ class Sampler:
         """How many canvases may be added, for `config.batch_size` at once."""
         return self.config.batch_size - len(self)
 
-    def add(self, canvas: Canvas, on_step: OnStep | None = None) -> None:
+    def add(self, canvas: Canvas, on_step: OnStep | None = None, seed: int | None = None) -> None:
         """Add a canvas.
 
         Args:
             on_step: called after each step of the canvas.
+            seed: in place of `config.seed`.
         """
-        self._rows.append((self._new_row(canvas), on_step))
+        config = self.config if seed is None else replace(self.config, seed=seed)
+        self._rows.append((self._new_row(canvas, config), on_step))
 
     def drop(self, canvas: Canvas) -> None:
         """Leave a canvas unfilled. One that is filled already, or was never added, changes nothing."""

@@ -18,6 +18,7 @@ COMMANDS = {
     "adapt": ["-m", "diffllm.adapt", "nowhere", "out"],
     "export": ["-m", "trainer.export", "nowhere", "out"],
     "replay": ["-m", "trainer.replay", "nowhere"],
+    "serve": ["-m", "launch.serve", "model.path=nowhere"],
     "plan": ["-m", "launch.plan", "model=dream_7b", "gpus=8", "gpu_memory=80"],
 }
 every_command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)

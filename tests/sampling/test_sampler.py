@@ -138,6 +138,18 @@ def test_canvases_are_added_and_dropped_between_steps(cache):
     assert sampler.step() == []
 
 
+def test_canvases_of_a_batch_have_seeds_of_their_own():
+    config, canvas = SamplingConfig(steps=4, stop_at_eos=False, temperature=0.7), Canvas.after([1], 8, MASK)
+    sampler, filled = Sampler(MockDenoiser(), config, SPECIAL), []
+    for seed in (None, 5, 6):
+        sampler.add(canvas, seed=seed)
+    while len(sampler):
+        filled += sampler.step()
+    alone = [next(fill(MockDenoiser(), [canvas], replace(config, seed=seed), SPECIAL)) for seed in (0, 5, 6)]
+    assert [row.tokens for row in filled] == [row.tokens for row in alone]
+    assert len({tuple(row.tokens) for row in filled}) == 3
+
+
 def test_a_row_ends_when_nothing_is_masked_before_its_eos():
     """And keeps the tokens that it would have had."""
     for row in range(40):

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: `python -m launch.serve model.path=outputs/quickstart/hf`."""
