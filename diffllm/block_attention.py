@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
 
     queries: slice
     columns: list[slice]  # of x_0, and of the queries' own copy
-    mask: Tensor  # [B, 1, Q, K] bool
+    mask: Tensor  # [B, 1, Q, K] 0, or -inf where a query does not see a column: SDPA would make this of a bool mask
 
 
 def attention_plan(seen: Visibility) -> BlockMask | list[Chunk]:
@@ -41,7 +41,8 @@ def chunks(seen: Visibility) -> list[Chunk]:
             visible = mask.any(dim=1).any(dim=0).nonzero().squeeze(-1)
             copies = visible[visible < seen.copy_length], visible[visible >= seen.copy_length]
             columns = [slice(int(part[0]), int(part[-1]) + 1) for part in copies if len(part)]
-            parts.append(Chunk(queries, columns, torch.cat([mask[..., part] for part in columns], dim=-1)[:, None]))
+            hidden = ~torch.cat([mask[..., part] for part in columns], dim=-1)[:, None]
+            parts.append(Chunk(queries, columns, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)))
     return parts
 
 
@@ -70,14 +71,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: BlockMask | list[Chu
     attended = [
         F.scaled_dot_product_attention(
             query[:, :, chunk.queries],
-            *(torch.cat([states[:, :, part] for part in chunk.columns], dim=2) for states in (key, value)),
-            attn_mask=chunk.mask,
+            *(_columns(states, chunk.columns) for states in (key, value)),
+            attn_mask=chunk.mask.to(query.dtype),
             scale=scale,
             enable_gqa=True,
         )
         for chunk in plan
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _columns(states: Tensor, parts: list[slice]) -> Tensor:
+    """Keys or values [B, H, K, D] of some columns; one part is not copied."""
+    return states[:, :, parts[0]] if len(parts) == 1 else torch.cat([states[:, :, part] for part in parts], dim=2)
 
 
 compiled_flex = torch.compile(flex_attention)
