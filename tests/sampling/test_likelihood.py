@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffllm import new_model
 from sampling import choose, score, score_positions
+from tests.conftest import small_shape
 from tests.sampling.models import MASK, SPECIAL, MockDenoiser, V, unpadded
 
 PROMPT, RESPONSE = [1, 2], [3, 4, 5, 6, 7, 8, 0, 3, 1]
@@ -221,3 +223,34 @@ def test_responses_that_cannot_be_chosen_from():
         choose(MockDenoiser(), PROMPT, [], SPECIAL)
     with pytest.raises(ValueError, match="row 0 has no tokens"):
         score(MockDenoiser(), PROMPT, [], SPECIAL)
+
+
+@pytest.fixture
+def decoder(tokenizer):
+    return new_model(small_shape(initializer_range=0.3), tokenizer).double().eval()
+
+
+def test_with_blocks_of_one_token_it_is_the_autoregressive_likelihood(decoder):
+    """Of a family that predicts a token from the one before it."""
+    row = torch.tensor([[5, 6, 7, 40, 41, 42, 43]])
+    sees = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        logits = decoder.lm(input_ids=row, attention_mask=sees).logits
+    expected = logits[0, 2:-1].log_softmax(-1).gather(1, row[0, 3:, None]).sum().item()
+    decoder.block_length = 1
+    found = score(decoder, [5, 6, 7], [40, 41, 42, 43], decoder.special_tokens)
+    assert found.mean == pytest.approx(expected, rel=1e-6)
+    assert (found.standard_error, found.tokens, found.nfe) == (0.0, 4, 4)
+
+
+def test_by_blocks_it_is_the_sum_of_the_blocks_each_given_the_clean_ones_before(decoder):
+    row, special = [5, 6, 7, 40, 41, 42, 43, 44], decoder.special_tokens
+    decoder.block_length = 4
+    parts = [score_positions(decoder, [(row[:end], at)], special)[0] for end, at in ((4, [3]), (8, [4, 5, 6, 7]))]
+    whole = score(decoder, row[:3], row[3:], special)
+    assert whole.mean == pytest.approx(sum(part.mean for part in parts), rel=1e-9)
+    assert (whole.standard_error, whole.nfe) == (0.0, 1 + 15)
+    decoder.block_length = 8
+    one_block = score(decoder, row[:3], row[3:], special)
+    decoder.block_length = None
+    assert one_block.mean == pytest.approx(score(decoder, row[:3], row[3:], special).mean, rel=1e-9)
