@@ -59,7 +59,7 @@ def fill(
     *,
     logits_processor: LogitsProcessor | None = None,
     criterion: Criterion | None = None,
-    on_step: Callable[[StepEvent], None] | None = None,
+    on_step: Callable[[StepEvent], object] | None = None,
     history: bool = False,
 ) -> Iterator[SampledRow]:
     """Fill canvases, `config.batch_size` at once. Yield each row as soon as it is done.
