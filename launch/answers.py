@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
@@ -14,10 +15,11 @@ from data import PlacedRow, prompt_ids, read_rows
 from data.chat import ANSWERS, COMPLETION, Columns, Message, to_prompt
 from data.storage import whole_file
 from data.terminal import for_stdout
+from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
 from launch.drawing import respond
 from launch.recording import Recorder, check_record
-from sampling import Canvas, StepEvent, Template, infill_templates
+from sampling import Canvas, StepEvent, Template, Tokens, infill_templates
 from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
@@ -83,10 +85,12 @@ def answer_prompt(config: Config) -> None:
         canvas = Canvas.after(prompt, config.sampling.max_new_tokens, special.mask)
         recorder = Recorder(config, tokenizer, canvas, special, len(prompt))
     on_step = recorder.step if recorder else None
+    started = time.perf_counter()
     response = respond(model, tokenizer, prompt, config.sampling, console, 0, on_step)
+    seconds = time.perf_counter() - started
     print(for_stdout(response.text))
     if recorder:
-        recorder.save(response.text, response.tokens)
+        recorder.save(response.text, response.tokens, seconds)
     if not response.text:
         print("the response is empty: the model ended it at once", file=sys.stderr)
     elif not response.text.strip():
@@ -112,9 +116,7 @@ def fill_template(config: Config) -> None:
     if config.prompt is not None:
         template = AnswerTemplate(template.pieces, template.slots, tuple(tokens_of_prompt(config, tokenizer)))
     special = special_tokens(model, tokenizer, config.sampling)
-    length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
-    if length > (context := model.lm.config.max_position_embeddings):
-        raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
+    check_template(template, model, tokenizer, special)
     recorders = {}
     if config.record is not None:
         start = 0 if config.prompt is None else len(template.prompt)
@@ -125,10 +127,23 @@ def fill_template(config: Config) -> None:
         recorders[len(event.tokens)].step(event)
 
     on_step = record if recorders else None
+    started = time.perf_counter()
     [filled] = infill_templates(model, tokenizer, [template], config.sampling, special, on_step=on_step)
+    seconds = time.perf_counter() - started
     print(for_stdout(filled.text))
     if recorders:
-        recorders[len(filled.tokens)].save(filled.text, filled.length)
+        recorders[len(filled.tokens)].save(filled.text, filled.length, seconds)
+
+
+def check_template(template: Template, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, special: Tokens) -> None:
+    """Refuse a template that is too long for the model.
+
+    Raises:
+        ValueError: it is, or the mask token is in its text.
+    """
+    length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
+    if length > (context := model.lm.config.max_position_embeddings):
+        raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
 
 
 def tokens_of_prompt(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:

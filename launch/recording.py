@@ -1,6 +1,5 @@
 """Record a response: decode the events of its steps for `sampling.recording`."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -55,7 +54,7 @@ class Pieces:
 
 
 class Recorder:
-    """Records the sampling of a canvas, from the construction on.
+    """Records the sampling of a canvas.
 
     Args:
         config: gives model, sampling, prompt, template and the file.
@@ -87,7 +86,6 @@ class Recorder:
             ends=list(special.eos),
             given=[Given(i, self.texts[i], int(tokens[i])) for i in np.flatnonzero(self.clean).tolist()],
         )
-        self.started = time.perf_counter()
 
     def step(self, event: StepEvent) -> Step:
         """Record a step, and return its line."""
@@ -112,24 +110,25 @@ class Recorder:
         self.clean, self.texts = clean, texts
         return self.steps[-1]
 
-    def recording(self, text: str, tokens: int) -> Recording:
+    def recording(self, text: str, tokens: int, seconds: float) -> Recording:
         """Return the recording of a finished canvas.
 
         Args:
             text: that the canvas decodes to.
             tokens: up to and including the one that ends the response.
+            seconds: that the sampling took.
         """
-        seconds, nfe = time.perf_counter() - self.started, self.steps[-1].nfe if self.steps else 0
+        nfe = self.steps[-1].nfe if self.steps else 0
         return Recording(self.header, self.steps, Result(text, nfe, tokens, tokens / max(nfe, 1), seconds))
 
-    def save(self, text: str, tokens: int) -> None:
+    def save(self, text: str, tokens: int, seconds: float) -> None:
         """Write the recording to `record`, whole or not at all. See `recording`.
 
         Raises:
             OSError: it cannot be written.
         """
         with whole_file(self.config.record) as file:
-            file.writelines(self.recording(text, tokens).lines())
+            file.writelines(self.recording(text, tokens, seconds).lines())
 
 
 def check_record(path: Path) -> None:

@@ -1,29 +1,49 @@
 "use strict";
 
+const LEAST = [0, 0.5, 0.7, 0.9, 0.99];  // probabilities at which a colour begins
+
+function make(tag, parent, className = "", text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.textContent = text;
+  parent.append(element);
+  return element;
+}
+
+/* Control characters and marks of direction as escapes; the signs of `marks` in place of some. */
+function escaped(text, marks) {
+  return text.replace(/[\p{Cc}\p{Cs}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/gu, (character) =>
+    marks[character] ?? "\\u" + character.codePointAt(0).toString(16).padStart(4, "0"));
+}
+
+const visible = (text) => escaped(text, { "\n": "↵", "\t": "⇥" });
+const shownText = (text) => escaped(text, { "\n": "\n", "\t": "\t" });
+
+/* Explains the colours, and switches the numbers of steps in `root` on and off. */
+function diffusionLegend(parent, root) {
+  const list = make("ul", parent, "legend");
+  const entry = (className, text) => {
+    const item = make("li", list);
+    make("i", item, className);
+    item.append(text);
+  };
+  LEAST.forEach((least, i) => entry(`p${i}`, i ? `from ${100 * least} %` : `probability below ${100 * LEAST[1]} %`));
+  entry("masked", "masked");
+  entry("p4 fresh", "committed by this step");
+  entry("again", "was masked again");
+  const label = make("label", make("li", list)), box = make("input", label);
+  box.type = "checkbox";
+  label.append(" number of the step");
+  box.addEventListener("change", () => root.classList.toggle("numbered", box.checked));
+}
+
 /* Shows the steps of a recording in an element. Texts of the model only become text nodes and attributes. */
 function diffusionViewer(root, header) {
-  const LEAST = [0, 0.5, 0.7, 0.9, 0.99];  // probabilities at which a colour begins
-  const MARKS = [...LEAST.keys()].map((i) => [`p${i}`, i ? `from ${100 * LEAST[i]} %` : "below 50 %"]);
   const canvases = [Array(header.length).fill({})], steps = [], ends = new Set(header.ends);
   let shown = 0, selected = null, timer = null;
 
-  function make(tag, parent, className = "", text = "") {
-    const element = document.createElement(tag);
-    element.className = className;
-    element.textContent = text;
-    parent.append(element);
-    return element;
-  }
-
-  function visible(text) {  // control characters and marks of direction as escapes
-    return text.replace(/[\p{Cc}\p{Cs}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/gu, (character) =>
-      ({ "\n": "↵", "\t": "⇥" })[character] ?? "\\u" + character.codePointAt(0).toString(16).padStart(4, "0"));
-  }
-
   for (const token of header.given) canvases[0][token.position] = { text: token.text, id: token.id };
 
-  root.replaceChildren();
-  root.classList.add("diffusion");
   const body = make("div", root);
   const field = make("div", body, "canvas");
   field.setAttribute("role", "group");
@@ -36,7 +56,6 @@ function diffusionViewer(root, header) {
   Object.assign(slider, { type: "range", min: 0, max: 0, value: 0 });
   slider.setAttribute("aria-label", "step");
   const count = make("span", controls, "count");
-  legend();
 
   const cells = canvases[0].slice(header.prompt_length).map((_, i) => {
     const cell = make("span", field, "cell"), end = make("span", field, "break");
@@ -44,23 +63,6 @@ function diffusionViewer(root, header) {
     cell.dataset.position = i + header.prompt_length;
     return { cell, end, drawn: null };
   });
-
-  function legend() {
-    const list = make("ul", body, "legend");
-    const entry = (className, text) => {
-      const item = make("li", list);
-      make("i", item, className);
-      item.append(text);
-    };
-    MARKS.forEach(([className, text], i) => entry(className, i ? text : `probability ${text}`));
-    entry("masked", "masked");
-    entry("p4 fresh", "committed by this step");
-    entry("again", "was masked again");
-    const label = make("label", make("li", list)), box = make("input", label);
-    box.type = "checkbox";
-    label.append(" number of the step");
-    box.addEventListener("change", () => body.classList.toggle("numbered", box.checked));
-  }
 
   function after(canvas, step, number) {
     const next = canvas.slice();

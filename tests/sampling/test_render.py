@@ -12,7 +12,7 @@ from sampling.render import __main__ as command
 from sampling.render.page import page
 from sampling.render.picture import COLOURS, MASK, gif, png
 from sampling.render.text import visible
-from tests.sampling.test_recording import file, recording  # noqa: F401 — a fixture
+from tests.sampling.test_recording import file, recording  # noqa: F401 — the first is a fixture
 
 
 def test_a_page_loads_nothing():
