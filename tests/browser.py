@@ -86,4 +86,4 @@ def browser(chromium) -> Iterator[Browser]:
     chromium.driver.get("about:blank")
     chromium.media(prefers_color_scheme="light")
     chromium.resize(1180, 900)
-    assert errors == []
+    assert not errors, str(errors)

@@ -86,7 +86,7 @@ def serve(arguments: Sequence[str]) -> None:
     quiet_libraries()
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)
-    page = Page(Playground(model, tokenizer, config), presets.names, presets)
+    page = Page(Playground(model, tokenizer, config, address.waiting), presets.names, presets)
     if not address.is_loopback:
         print(
             printable(f"warning: host={address.host}: everyone who reaches this address can use the model"),

@@ -104,9 +104,8 @@ class Page:
                 [run.click, prompt.submit],
                 self.run,
                 [turns, *texts, *settings],
-                [result, turns, *buttons],
-                concurrency_limit=1,
-                concurrency_id="model",
+                [result, turns, prompt, *buttons],
+                concurrency_limit=None,  # the playground lets one sample, and the others wait
                 show_progress="hidden",
                 **PRIVATE,
             )
@@ -135,7 +134,7 @@ class Page:
     def run(self, turns: list[Message], *inputs: Any) -> Iterator[list[Any]]:
         """Sample, and yield the outputs after each step. An error is shown, too."""
         view = EMPTY | {"id": next(self._ids)}
-        running = _buttons(True)
+        written = gr.skip()  # the prompt stays
         try:
             texts, values = dict(zip(TEXTS, inputs, strict=False)), inputs[len(TEXTS) :]
             request = Request(
@@ -150,12 +149,13 @@ class Page:
                 view["turns"] = [*turns, Message(role="user", content=request.prompt)]
             for runs in self.playground.run(request, settings):
                 view = view | {"runs": [*map(_shown, runs)]}  # a new one: gradio sends what differs from the last
-                yield [gr.HTML(value=view, status=""), turns, *running]
+                yield [gr.HTML(value=view, status=""), turns, written, *_buttons(True)]
             if request.mode == "chat":
                 turns = [*view["turns"], Message(role="assistant", content=runs[0].result["text"])]
+                written = ""
         except Exception as error:  # the page lives on
             view["message"] = f"error: {message_of(error)}"
-        yield [gr.HTML(value=view, status=""), turns, *_buttons(False)]
+        yield [gr.HTML(value=view, status=""), turns, written, *_buttons(False)]
 
     def choose(self, name: str) -> list[Any]:
         """Settings of a preset, for the controls."""
@@ -192,7 +192,6 @@ class Page:
 def launch(page: Page, address: Address) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
-    blocks.queue(max_size=address.waiting)
     blocks.launch(
         server_name=address.host,
         server_port=address.port,
@@ -214,13 +213,35 @@ def launch(page: Page, address: Address) -> gr.Blocks:
 
 
 def _theme() -> gr.themes.Base:
-    """The look of the controls. Its fonts are those of the system; others would be fetched."""
-    return gr.themes.Base(
+    """The look of the controls, with the colours of canvas.css. Its fonts are those of the system: none is fetched."""
+    theme = gr.themes.Base(
         primary_hue="blue",
-        neutral_hue="slate",
+        neutral_hue="gray",
         radius_size="sm",
+        spacing_size="sm",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )
+    line, panel, accent = ("#d9dde2", "#343a42"), ("#ffffff", "#1c2026"), ("#1f5fa8", "#7db4f0")
+    colours = {
+        "body_background_fill": ("#ffffff", "#14171b"),
+        "block_background_fill": ("transparent", "transparent"),
+        "block_border_width": ("0px", "0px"),
+        "border_color_primary": line,
+        "input_background_fill": panel,
+        "input_background_fill_focus": panel,
+        "input_border_width": ("1px", "1px"),
+        "input_border_color": line,
+        "input_border_color_focus": accent,
+        "checkbox_label_background_fill": ("transparent", "transparent"),
+        "checkbox_label_background_fill_hover": ("transparent", "transparent"),
+        "checkbox_label_background_fill_selected": ("transparent", "transparent"),
+        "button_primary_background_fill": ("#1f5fa8", "#1f5fa8"),
+        "button_primary_background_fill_hover": ("#184e8c", "#2a6fbd"),
+    }
+    both = {name: light for name, (light, _) in colours.items()}
+    return theme.set(
+        block_padding="*spacing_lg 0", **both, **{f"{name}_dark": dark for name, (_, dark) in colours.items()}
     )
 
 

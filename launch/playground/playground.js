@@ -21,7 +21,7 @@ function draw(value) {
 function drawRun(run) {
   const box = make("section", drawn.grid, "run");
   if (run.label) make("h3", box, "", run.label);
-  const facts = make("p", box, "facts", "sampling …");
+  const facts = make("p", box, "facts");
   const viewer = diffusionViewer(box, run.header);
   box.addEventListener("keydown", viewer.key);
   return { viewer, box, facts, count: 0, done: false };
@@ -30,8 +30,10 @@ function drawRun(run) {
 function finish(place, { result, page }) {
   place.done = true;
   const speed = (result.tokens / Math.max(result.seconds, 1e-9)).toPrecision(3);
-  place.facts.textContent = `${result.tokens} tokens · nfe ${result.nfe} · ` +
-    `${result.tokens_per_forward.toFixed(2)} tokens a forward · ${Number(speed)} tokens/s · `;
+  const facts = [`${result.tokens} tokens`, `nfe ${result.nfe}`,
+    `${result.tokens_per_forward.toFixed(2)} tokens a forward`, `${Number(speed)} tokens/s`];
+  place.facts.replaceChildren();
+  for (const fact of facts) make("span", place.facts, "", fact);
   const save = make("a", place.facts, "export", "export as HTML");
   save.download = "sampling.html";
   save.href = URL.createObjectURL(new Blob([page], { type: "text/html" }));
@@ -52,6 +54,7 @@ function update() {
     const place = (drawn.runs[i] ??= drawRun(run));
     for (; place.count < run.steps.length; place.count += 1) place.viewer.add(run.steps[place.count]);
     if (run.result && !place.done) finish(place, run);
+    if (!run.result) place.facts.textContent = run.steps.length || !run.before ? "sampling …" : `waiting for ${run.before} other …`;
   });
   if (value.runs.length && !drawn.legend) {
     drawn.legend = true;

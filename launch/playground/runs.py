@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -25,6 +25,7 @@ from trainer.config import Config
 MODES = ("prompt", "chat", "template")
 CHARACTERS = 100_000  # most of a text that is tokenized
 SECONDS = 0.05  # between two drafts that are sent to the page
+IDLE = 0.5  # seconds
 OnStep = Callable[[StepEvent], None]
 
 
@@ -71,6 +72,7 @@ class Run:
 
     label: str
     header: dict[str, Any]
+    before: int  # runs that it waits for
     steps: list[dict[str, Any]] = field(default_factory=list)
     result: dict[str, Any] | None = None
     page: str | None = None  # the export
@@ -91,31 +93,46 @@ class Playground:
 
     Args:
         config: settings of the command line.
+        waiting: requests that may wait for the one that is sampled.
     """
 
-    def __init__(self, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: Config):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
-        self._lock = Lock()
+    def __init__(self, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: Config, waiting: int):
+        self.model, self.tokenizer, self.config, self.waiting = model, tokenizer, config, waiting
+        self.sampling = Lock()  # held while a request is sampled
+        self._places = set[object]()  # of the requests that are sampled or wait
 
     def run(self, request: Request, settings: Sequence[tuple[str, SamplingConfig]]) -> Iterator[list[Run]]:
-        """Sample a request with one setting after the other. Yield all runs after each step, at most 20 times a second.
+        """Sample a request with one setting after the other. Yield all runs while they go on.
 
         Args:
             settings: each with its label.
 
         Raises:
-            ValueError: a prompt or template that the model cannot take, before anything is sampled.
+            ValueError: before anything is sampled: a prompt or template that the model cannot take, or too many
+                requests wait.
         """
+        before, place = len(self._places), object()
+        if before > self.waiting:
+            raise ValueError(f"{before - 1} other requests wait for the model: try again later")
+        self._places.add(place)
+        try:
+            yield from self._run(request, settings, before)
+        finally:
+            self._places.remove(place)
+
+    def _run(
+        self, request: Request, settings: Sequence[tuple[str, SamplingConfig]], before: int
+    ) -> Iterator[list[Run]]:
         samples = [self._sample(request, config) for _, config in settings]
         runs: list[Run] = []
         for (label, config), sample in zip(settings, samples, strict=True):
             prompt, template = request.prompt or None, request.template if request.mode == "template" else None
             origin = replace(self.config, sampling=config, prompt=prompt, template=template)
             recorder = Recorder(origin, self.tokenizer, sample.canvas, sample.special, sample.shown_from)
-            run = Run(label, asdict(recorder.header))
+            run = Run(label, asdict(recorder.header), before)
             runs.append(run)
             yield runs
-            events, sent = events_of(sample.fill, self._lock), 0.0
+            events, sent = events_of(sample.fill, self.sampling), 0.0
             while True:
                 try:
                     event = next(events)
@@ -123,8 +140,9 @@ class Playground:
                     (text, tokens), seconds = end.value
                     recording = recorder.recording(text, tokens, seconds)
                     break
-                run.steps.append(asdict(recorder.step(event)))
-                if time.monotonic() - sent > SECONDS:
+                if event is not None:
+                    run.steps.append(asdict(recorder.step(event)))
+                if event is None or time.monotonic() - sent > SECONDS:
                     yield runs
                     sent = time.monotonic()
             run.result, run.page = asdict(recording.result), page(recording)
@@ -162,16 +180,17 @@ class Playground:
         return Sample(canvas, special, len(prompt), respond)
 
 
-def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEvent, None, Any]:
+def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEvent | None, None, Any]:
     """Yield the events of a sampling that runs in a thread; return its result and its seconds.
+
+    Yields None after each IDLE seconds without an event: a generator can be closed between two values only.
 
     If the generator is closed, the sampling ends instead of taking its next step.
 
     Args:
         lock: held while it samples.
     """
-    events: SimpleQueue[StepEvent | None] = SimpleQueue()
-    stopped, outcome = Event(), Future()
+    events, stopped, outcome, end = SimpleQueue(), Event(), Future(), object()
 
     def on_step(event: StepEvent) -> None:
         if stopped.is_set():
@@ -187,15 +206,22 @@ def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEven
                 outcome.set_result((sample(on_step), time.perf_counter() - started))
         except BaseException as error:  # raised again by `outcome.result`
             outcome.set_exception(error)
-        events.put(None)
+        events.put(end)
 
     Thread(target=work, daemon=True).start()  # a process that ends does not wait for it, as it would for an executor
     try:
-        while (event := events.get()) is not None:
+        while (event := _next(events)) is not end:
             yield event
         return outcome.result()
     finally:
         stopped.set()
+
+
+def _next(events: SimpleQueue) -> Any:
+    try:
+        return events.get(timeout=IDLE)
+    except Empty:
+        return None
 
 
 def message_of(error: Exception) -> str:

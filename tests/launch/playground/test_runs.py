@@ -8,6 +8,7 @@ import pytest
 
 from data import prompt_ids
 from diffllm.generate import generate
+from launch.playground import runs
 from launch.playground.runs import Playground, Request, events_of, message_of
 from sampling import SamplingConfig
 from trainer.config import Config
@@ -20,12 +21,12 @@ def config() -> Config:
 
 @pytest.fixture
 def playground(small_model, tokenizer, config) -> Playground:
-    return Playground(small_model, tokenizer, config)
+    return Playground(small_model, tokenizer, config, waiting=1)
 
 
 def last(playground, request, *settings):
-    *_, runs = playground.run(request, [("", each) for each in settings])
-    return runs
+    *_, samples = playground.run(request, [("", each) for each in settings])
+    return samples
 
 
 def test_a_response_is_that_of_the_sampler(playground, config, tokenizer):
@@ -119,6 +120,26 @@ def test_a_sampling_waits_for_the_one_before():
     assert next(first) == 0
     go.set()
     assert [*second] == [*first, 0] == [0]
+
+
+def test_a_full_queue_refuses(playground, config):
+    """One that has left makes room."""
+    request, settings = Request("prompt", "Hi", ""), [("", config.sampling)]
+    others = [playground.run(request, settings) for _ in range(2)]
+    assert [next(each)[0].before for each in others] == [0, 1]
+    with pytest.raises(ValueError, match="1 other requests wait for the model: try again later"):
+        next(playground.run(request, settings))
+    others[0].close()
+    assert next(playground.run(request, settings))
+
+
+def test_a_value_comes_while_nothing_happens(monkeypatch):
+    monkeypatch.setattr(runs, "IDLE", 0.01)
+    go = Event()
+    events = events_of(lambda on_step: go.wait(60), Lock())
+    assert next(events) is None
+    go.set()
+    assert {*events} <= {None}
 
 
 def test_an_error_reaches_the_reader():
