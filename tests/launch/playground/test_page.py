@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
-import httpx
 import pytest
 
-from diffllm import load_model
+from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
 from launch.playground.address import Address
@@ -59,11 +58,18 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tokenizer):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'diffllm[page]'")
-    from diffllm import new_model
+    asked, look_up = set(), socket.getaddrinfo
 
-    server = Server(new_model(small_shape(), tokenizer).eval(), tokenizer)
-    yield server
-    server.blocks.close()
+    def watched(host, *given, **named):
+        asked.add(host)
+        return look_up(host, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", watched)
+        server = Server(new_model(small_shape(), tokenizer).eval(), tokenizer)
+        server.asked = asked
+        yield server
+        server.blocks.close()
 
 
 @pytest.fixture
@@ -303,14 +309,19 @@ def test_one_run_at_a_time_and_others_wait(page, server):
 
 
 def test_no_file_is_served_and_none_is_taken(server):
+    import httpx  # of gradio
+
     with httpx.Client(base_url=server.url) as client:
         for path in ("/etc/passwd", __file__, str(Path(__file__).parents[3] / "README.md")):
             assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
         assert client.post("gradio_api/upload", files={"files": b"content"}).status_code >= 400
 
 
-def test_the_browser_asks_no_other_host(page, server):
+def test_neither_server_nor_browser_asks_another_host(page, server):
     browser = page()
+    write(browser, "prompt", "Hi")
+    run(browser)
+    assert {*map(str, server.asked)} <= {"127.0.0.1", "localhost", "None"}
     asked = browser.driver.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
     assert len(asked) > 3
     assert [each for each in asked if not each.startswith((server.url, "data:", "blob:"))] == []
