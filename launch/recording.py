@@ -72,7 +72,7 @@ class Recorder:
     ):
         tokens = np.array(canvas.tokens)
         self.config, self.pieces, self.steps = config, Pieces(tokenizer), []
-        self.clean = tokens != special.mask
+        self.given = self.clean = tokens != special.mask
         self.texts = self.pieces.texts(tokens.tolist(), self.clean)
         self.header = Header(
             diffllm=version("diffllm"),
@@ -89,10 +89,9 @@ class Recorder:
 
     def step(self, event: StepEvent) -> Step:
         """Record a step, and return its line."""
-        clean = ~event.masked
-        unused = clean & ~self.clean
-        unused[event.committed] = False
-        clean = clean & ~unused
+        unused = ~self.given
+        unused[: event.end] = False
+        clean = ~event.masked & ~unused
         texts = self.pieces.texts(event.tokens.tolist(), clean)
         entropies = [None] * len(event.committed) if event.entropies is None else _short(event.entropies)
         commits = zip(event.committed.tolist(), _short(event.probs), entropies, strict=True)
@@ -101,7 +100,9 @@ class Recorder:
             Step(
                 step=event.step,
                 nfe=event.nfe,
-                committed=[Commit(i, texts[i], int(event.tokens[i]), prob, entropy) for i, prob, entropy in commits],
+                committed=[  # a mask may be drawn, too
+                    Commit(i, texts[i], int(event.tokens[i]), prob, entropy) for i, prob, entropy in commits if clean[i]
+                ],
                 remasked=event.remasked.tolist(),
                 unused=np.flatnonzero(unused).tolist(),
                 texts=[Piece(i, texts[i]) for i in changed if i not in event.committed],

@@ -13,8 +13,8 @@ from diffllm.generate import special_tokens
 from launch import answers
 from launch.answers import answer
 from launch.chat import chat
-from launch.recording import Pieces
-from sampling import Canvas, SamplingConfig, fill
+from launch.recording import Pieces, Recorder
+from sampling import Canvas, SamplingConfig, StepEvent, Tokens, fill
 from sampling.recording import read
 from sampling.render.page import page
 from trainer.config import Config
@@ -58,6 +58,33 @@ def test_positions_behind_the_end_are_unused(config, small_model, tokenizer, mon
     answer(replace(config, prompt="Hi", sampling=SamplingConfig(max_new_tokens=8, alg="left_to_right")))
     *_, last = read(Path(config.record)).canvases()
     assert [cell.unused for cell in last[-8:]] == [False, *[True] * 7]
+
+
+def test_tokens_that_the_end_replaces_are_unused(config, tokenizer):
+    """Also one of an earlier step, and one of the same step."""
+    mask, end = tokenizer.mask_token_id, tokenizer.eos_token_id
+    recorder = Recorder(config, tokenizer, Canvas.after([5], 4, mask), Tokens(mask, (end,)), 1)
+    none = np.empty(0, dtype=int)
+
+    def event(tokens, committed, stop):
+        tokens, committed = np.array(tokens), np.array(committed)
+        return StepEvent(0, 0, tokens, tokens == mask, 1, committed, np.full(len(committed), 0.5), None, none, 1, stop)
+
+    recorder.step(event([5, mask, mask, 7, mask], [3], None))
+    step = recorder.step(event([5, end, end, end, end], [1, 2], 2))
+    assert [(each.position, each.id) for each in step.committed] == [(1, end)]
+    assert step.unused == [2, 3, 4]
+    assert step.texts == []
+
+
+def test_a_drawn_mask_is_no_commit(config, tokenizer):
+    mask = tokenizer.mask_token_id
+    recorder = Recorder(config, tokenizer, Canvas.after([5], 2, mask), Tokens(mask), 1)
+    tokens, none = np.array([5, mask, 7]), np.empty(0, dtype=int)
+    step = recorder.step(
+        StepEvent(0, 0, tokens, tokens == mask, 1, np.array([1, 2]), np.array([0.1, 0.2]), None, none, 1)
+    )
+    assert [(each.position, each.prob) for each in step.committed] == [(2, 0.2)]
 
 
 @pytest.mark.parametrize("prompt", [None, "Hi"])
