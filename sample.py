@@ -15,7 +15,7 @@ from launch.cli import entry
 from trainer.config import Config
 
 MODES = {"answer": answer, "chat": chat}
-READS = ("model", "sampling", "mode", "prompt", "template", "input", "output", "data.columns")
+READS = ("model", "sampling", "mode", "prompt", "template", "input", "output", "record", "data.columns")
 
 
 @entry(READS)

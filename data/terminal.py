@@ -18,8 +18,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 SCRIPTS = ("train.py", "sample.py", "evaluate.py")
 MODULES = (
     *("data.prepare", "diffllm", "diffllm.adapt", "launch.compare", "launch.compare_sampling", "launch.experiments"),
-    *("launch.experiments.sweep", "launch.lm_eval", "launch.plan", "launch.ranks", "launch.reference", "launch.serve"),
-    *("launch.show", "launch.verify", "trainer.export", "trainer.plot", "trainer.replay"),
+    *("launch.experiments.sweep", "launch.lm_eval", "launch.plan", "launch.playground", "launch.ranks"),
+    *("launch.reference", "launch.serve", "launch.show", "launch.verify"),
+    *("trainer.export", "trainer.plot", "trainer.replay"),
 )
 STOPPED = "stopped by SIGINT"
 

@@ -5,6 +5,8 @@ from data.terminal import running
 COMMANDS = {
     "train.py": ("train a model", "torchrun --nproc_per_node=2 train.py experiment=quickstart"),
     "sample.py": ("answer prompts, fill in templates, chat", 'python sample.py model.path=DIR prompt="Solve 3x+5=20"'),
+    "launch.playground": ("try out a model on a page", "python -m launch.playground model.path=DIR"),
+    "sampling.render": ("show a recorded sampling", "python -m sampling.render run.jsonl run.html"),
     "evaluate.py": ("score answers to tasks", "python evaluate.py model.path=DIR data.val_files=test.jsonl"),
     "data.prepare": ("convert a published set to rows", "python -m data.prepare gsm8k train.jsonl"),
     "diffllm.adapt": ("make a causal model a diffusion model", "python -m diffllm.adapt Qwen/Qwen2.5-7B DIR"),

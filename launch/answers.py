@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
@@ -14,9 +15,11 @@ from data import PlacedRow, prompt_ids, read_rows
 from data.chat import ANSWERS, COMPLETION, Columns, Message, to_prompt
 from data.storage import whole_file
 from data.terminal import for_stdout
+from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
 from launch.drawing import respond
-from sampling import Template, infill_templates
+from launch.recording import Recorder, check_record
+from sampling import Canvas, StepEvent, Template, Tokens, infill_templates
 from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
@@ -68,15 +71,26 @@ def answer_prompt(config: Config) -> None:
     """Print the response to `config.prompt`. On a terminal stderr shows it while it forms.
 
     Raises:
-        ValueError: an output, several ranks, an empty prompt or one too long for the model, or no checkpoint.
+        ValueError: no checkpoint, a prompt too long for the model, or see `check_for_terminal`.
+        OSError: the recording cannot be written.
     """
     check_for_terminal(config, "prompt=…")
     model, tokenizer = load_for_sampling(config)
     prompt = tokens_of_prompt(config, tokenizer)
     check_context(model, len(prompt), config.sampling)
     console = Console(stderr=True) if sys.stderr.isatty() else None
-    response = respond(model, tokenizer, prompt, config.sampling, console)
+    recorder = None
+    if config.record is not None:
+        special = special_tokens(model, tokenizer, config.sampling)
+        canvas = Canvas.after(prompt, config.sampling.max_new_tokens, special.mask)
+        recorder = Recorder(config, tokenizer, canvas, special, len(prompt))
+    on_step = recorder.step if recorder else None
+    started = time.perf_counter()
+    response = respond(model, tokenizer, prompt, config.sampling, console, 0, on_step)
+    seconds = time.perf_counter() - started
     print(for_stdout(response.text))
+    if recorder:
+        recorder.save(response.text, response.tokens, seconds)
     if not response.text:
         print("the response is empty: the model ended it at once", file=sys.stderr)
     elif not response.text.strip():
@@ -93,8 +107,8 @@ def fill_template(config: Config) -> None:
     real.
 
     Raises:
-        ValueError: an output, several ranks, no checkpoint, an empty prompt, or a template without slots or too long
-            for the model.
+        ValueError: no checkpoint, a template without slots or too long for the model, or see `check_for_terminal`.
+        OSError: the recording cannot be written.
     """
     check_for_terminal(config, "template=…")
     template = Template.parse(config.template)
@@ -102,11 +116,34 @@ def fill_template(config: Config) -> None:
     if config.prompt is not None:
         template = AnswerTemplate(template.pieces, template.slots, tuple(tokens_of_prompt(config, tokenizer)))
     special = special_tokens(model, tokenizer, config.sampling)
+    check_template(template, model, tokenizer, special)
+    recorders = {}
+    if config.record is not None:
+        start = 0 if config.prompt is None else len(template.prompt)
+        for canvas in template.canvases(tokenizer, special.mask):
+            recorders[len(canvas.tokens)] = Recorder(config, tokenizer, canvas, special, start)
+
+    def record(event: StepEvent) -> None:
+        recorders[len(event.tokens)].step(event)
+
+    on_step = record if recorders else None
+    started = time.perf_counter()
+    [filled] = infill_templates(model, tokenizer, [template], config.sampling, special, on_step=on_step)
+    seconds = time.perf_counter() - started
+    print(for_stdout(filled.text))
+    if recorders:
+        recorders[len(filled.tokens)].save(filled.text, filled.length, seconds)
+
+
+def check_template(template: Template, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, special: Tokens) -> None:
+    """Refuse a template that is too long for the model.
+
+    Raises:
+        ValueError: it is, or the mask token is in its text.
+    """
     length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
     if length > (context := model.lm.config.max_position_embeddings):
         raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
-    [filled] = infill_templates(model, tokenizer, [template], config.sampling, special)
-    print(for_stdout(filled.text))
 
 
 def tokens_of_prompt(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -118,13 +155,15 @@ def check_for_terminal(config: Config, what: str) -> None:
     """Refuse settings that do not go with an answer on the terminal.
 
     Raises:
-        ValueError: an output, several ranks, or an empty prompt.
+        ValueError: an output, several ranks, an empty prompt, or see `check_record`.
     """
     if config.output is not None:
         raise ValueError(f"output={config.output}: goes with input=FILE; {what} is answered on the terminal")
     check_alone(what, "python sample.py")
     if config.prompt is not None and not config.prompt.strip():
         raise ValueError("prompt= is empty: give a question, such as prompt='Solve 3x+5=20'")
+    if config.record is not None:
+        check_record(Path(config.record))
 
 
 def answer_file(config: Config) -> None:
@@ -133,9 +172,11 @@ def answer_file(config: Config) -> None:
     A row's own `response` or `completion` becomes its `reference`. After an interruption the same command resumes.
 
     Raises:
-        ValueError: before any sampling: no output, or one that exists; a row without a prompt; no checkpoint; or see
-            `answer_all`.
+        ValueError: before any sampling: a record, no output, or one that exists; a row without a prompt; no checkpoint;
+            or see `answer_all`.
     """
+    if config.record is not None:
+        raise ValueError(f"record={config.record}: goes with prompt=… or template=…, not with input={config.input}")
     if config.output is None or Path(config.output).suffix != ".jsonl":
         raise ValueError(f"input={config.input} with output={config.output}: give output=FILE.jsonl")
     output = Path(config.output)

@@ -42,9 +42,9 @@ def chat(config: Config) -> None:
     """Chat with the checkpoint of `model.path` on the terminal, or answer the lines of a pipe.
 
     Raises:
-        ValueError: a prompt, template, input or output, several ranks, or no checkpoint.
+        ValueError: a prompt, template, input, output or record, several ranks, or no checkpoint.
     """
-    for name in ("prompt", "template", "input", "output"):
+    for name in ("prompt", "template", "input", "output", "record"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: mode=chat asks on the terminal, leave it out")
     check_alone("mode=chat", "python sample.py")

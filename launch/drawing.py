@@ -1,5 +1,6 @@
 """Draw a response on the terminal while it forms."""
 
+from collections.abc import Callable
 from itertools import groupby, islice
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.terminal import printable
 from diffllm import DiffLLM
-from diffllm.generate import Response, generate, response_of, special_tokens
+from diffllm.generate import Response, response_of, special_tokens
 from sampling import Canvas, SamplingConfig, StepEvent, fill
 
 MASKED, COMMITTED, CLEAN = "dim", "bold green", "default"
@@ -23,21 +24,26 @@ def respond(
     config: SamplingConfig,
     console: Console | None,
     row_id: int = 0,
+    on_step: Callable[[StepEvent], object] | None = None,
 ) -> Response:
     """Sample a response to token ids.
 
     Args:
         console: shows every step, then erases it; None shows nothing.
         row_id: number of the prompt, which keys its draws.
+        on_step: called after each step.
     """
-    if console is None:
-        return next(generate(model, tokenizer, [prompt], config, [row_id]))
     special = special_tokens(model, tokenizer, config)
     canvas = Canvas.after(prompt, config.max_new_tokens, special.mask, row_id)
+    if console is None:
+        [filled] = fill(model, [canvas], config, special, on_step=on_step)
+        return response_of(filled, tokenizer, config)
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def show(event: StepEvent) -> None:
             live.update(draft(event, tokenizer), refresh=True)
+            if on_step is not None:
+                on_step(event)
 
         try:
             [filled] = fill(model, [canvas], config, special, on_step=show)

@@ -19,3 +19,4 @@ class StepEvent:
     entropies: np.ndarray | None  # [n] nats; None if neither `alg` nor `transfer` rates by entropy
     remasked: np.ndarray  # [m] positions masked again
     nfe: int  # forwards of the model so far
+    end: int | None = None  # position after the response, if a rule about ends found it: the rest is filled in

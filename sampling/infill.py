@@ -7,7 +7,7 @@ blocks begin.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sampling.batch import Denoiser
 from sampling.canvas import Canvas, Tokens, ids_without_token
 from sampling.config import SamplingConfig
+from sampling.events import StepEvent
 from sampling.likelihood import Score, score_positions
 from sampling.sampler import fill
 
@@ -146,6 +147,7 @@ def infill_templates(
     *,
     row_ids: Sequence[int] | None = None,
     samples: int = 64,
+    on_step: Callable[[StepEvent], object] | None = None,
 ) -> list[Infilled]:
     """Fill in templates, `config.batch_size` canvases at once.
 
@@ -160,6 +162,7 @@ def infill_templates(
         config: `max_new_tokens`, `min_new_tokens` and settings about ends are not used.
         row_ids: numbers of the templates, which key their draws; by default 0 … N-1.
         samples: masks drawn for each of several lengths, one forwarded row each; even.
+        on_step: called after each step of each canvas. Those of a template differ in length.
 
     Raises:
         ValueError: the mask token is in a text, or `samples` is out of range.
@@ -171,7 +174,7 @@ def infill_templates(
     tried = [
         template.canvases(tokenizer, special.mask, row_id) for template, row_id in zip(templates, row_ids, strict=True)
     ]
-    filled = {id(row.canvas): row for row in fill(model, itertools.chain(*tried), config, inside)}
+    filled = {id(row.canvas): row for row in fill(model, itertools.chain(*tried), config, inside, on_step=on_step)}
 
     infilled = []
     for template, canvases in zip(templates, tried, strict=True):

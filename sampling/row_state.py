@@ -188,6 +188,7 @@ class RowState:
             entropies=self.commit_entropy[self.committed] if self.config.uses_entropy else None,
             remasked=self.remasked,
             nfe=self.nfe,
+            end=self.end,
         )
 
     def advance(self) -> None:

@@ -24,7 +24,7 @@ from sampling.policies import SCHEDULED
 from sampling.row_state import Criterion, RowState
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
-OnStep = Callable[[StepEvent], None]
+OnStep = Callable[[StepEvent], object]
 TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
 

@@ -38,6 +38,7 @@ from data import DataConfig, storage
 from data.tasks.equations import Equations
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.tokenizer import builtin_tokenizer
+from tests.browser import browser, chromium  # noqa: F401 — fixtures
 from tests.trainer.runs import free_port, train, train_as_rank
 from trainer.config import Config
 

@@ -139,6 +139,8 @@ class Config:
     input: str | None = setting(None, path=True, free_when_resuming=True)
     # sample.py: the .jsonl file for the input rows with their responses
     output: str | None = setting(None, path=True, free_when_resuming=True)
+    # sample.py, with prompt or template: a new .jsonl file for the steps, which `python -m sampling.render` shows
+    record: str | None = setting(None, path=True, free_when_resuming=True)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -229,10 +229,10 @@ def test_a_template_is_filled_in(config, capsys):
 def test_a_template_may_be_the_answer_to_a_prompt(config, monkeypatch, capsys, prompt):
     canvases = []
 
-    def watched(model, tokenizer, templates, *given):
+    def watched(model, tokenizer, templates, *given, **named):
         [template] = templates
         canvases.extend(template.canvases(tokenizer, tokenizer.mask_token_id))
-        return infill_templates(model, tokenizer, templates, *given)
+        return infill_templates(model, tokenizer, templates, *given, **named)
 
     monkeypatch.setattr(answers, "infill_templates", watched)
     text = "<think>\n9/3=<|mask:1-2|>\n</think>\n<|mask:1|>"

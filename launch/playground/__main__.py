@@ -1,0 +1,104 @@
+"""Try out a model on a page: `python -m launch.playground model.path=outputs/quickstart/hf`.
+
+Takes the settings of sample.py, and of its own
+
+  host=127.0.0.1   another address lets others use the model, such as 0.0.0.0
+  port=7860
+  waiting=8        runs that may wait for the one that is sampled
+
+Needs the extra `page`. The page keeps no files, and asks no other host for anything.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from threading import Event, Lock
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.terminal import printable
+from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors, warn_of_unread
+from launch.playground.address import Address
+from launch.playground.runs import Playground
+from launch.settings import read_settings
+from sampling import SamplingConfig
+from trainer.build import load_for_sampling
+from trainer.config import Config
+from trainer.distributed import check_alone
+
+READS = ("model", "sampling", *(item.name for item in fields(Address)))
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Address, Config, set[str]]:
+    """The address, the settings, and lines on recommended settings.
+
+    Raises:
+        ValueError: an unknown name, a value outside its range, or a setting that asks for a single answer.
+    """
+    lines: set[str] = set()
+    values, config, _ = read_settings(arguments, [item.name for item in fields(Address)], lines)
+    for name in ("prompt", "template", "input", "output", "record"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value}: is asked on the page, leave it out")
+    try:
+        address = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Address), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}={values[error.full_key]}: {error.msg.splitlines()[0]}") from error
+    return address, config, lines
+
+
+class Presets:
+    """Settings of the choices of `sampling`, for the model of a command line."""
+
+    def __init__(self, arguments: Sequence[str]):
+        self._shared = [each for each in arguments if not each.lstrip("+").startswith("sampling")]
+        self._lock = Lock()  # Hydra composes one tree at a time
+        self.names = group_choices(split_config_dir(arguments)[0])["sampling"]
+
+    def __call__(self, name: str) -> SamplingConfig:
+        """Settings of a choice.
+
+        Raises:
+            ValueError: no such choice.
+        """
+        with self._lock:
+            own = [item.name for item in fields(Address)]
+            return read_settings([*self._shared, f"sampling={name}"], own)[1].sampling
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Serve the page until SIGINT.
+
+    Raises:
+        ValueError: see `read_arguments`, `Address.check_free` and `load_for_sampling`; or gradio is missing.
+    """
+    check_alone("launch.playground", "python -m launch.playground")
+    address, config, lines = read_arguments(arguments)
+    warn_of_unread(arguments, READS)
+    address.check_free()
+    try:
+        from launch.playground.page import Page, launch
+    except ImportError as error:
+        raise ValueError("launch.playground needs gradio: pip install 'diffllm[page]'") from error
+    for line in sorted(lines):
+        print(printable(line), file=sys.stderr)
+    quiet_libraries()
+    model, tokenizer = load_for_sampling(config)
+    presets = Presets(arguments)
+    page = Page(Playground(model, tokenizer, config, address.waiting), presets.names, presets)
+    if not address.is_loopback:
+        print(
+            printable(f"warning: host={address.host}: everyone who reaches this address can use the model"),
+            file=sys.stderr,
+        )
+    blocks = launch(page, address)
+    print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
+    Event().wait()
+
+
+if __name__ == "__main__":
+    with user_errors(debug=False):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            sys.exit(print(__doc__))
+        serve(sys.argv[1:])

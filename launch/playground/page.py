@@ -1,0 +1,295 @@
+"""The page: controls, and the canvas while it fills."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import gradio as gr
+
+from data.chat import Message
+from launch.playground.address import Address
+from launch.playground.fields import FIELDS, MAIN, changed, from_text, help_texts, is_list, is_optional, kind, to_text
+from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
+from sampling import SamplingConfig
+from sampling.config import CHOICES
+from sampling.render.page import asset
+from sampling.render.text import visible
+
+START = "as started"  # the settings of the command line, among the presets
+TEXTS = ("mode", "prompt", "template", "system", "compare")  # of the page, before the settings
+EXAMPLE = "<think>\n<|mask:5|>\n</think>\n<|mask:1|>"
+EMPTY = {"id": 0, "turns": [], "runs": [], "message": "", "link": ""}
+FOLDER = Path(__file__).parent
+PRIVATE = {"api_visibility": "private"}
+
+
+class Page:
+    """The page of a playground.
+
+    Args:
+        presets: choices of `sampling`.
+        preset: returns the settings of a choice.
+    """
+
+    def __init__(self, playground: Playground, presets: Sequence[str], preset: Callable[[str], SamplingConfig]):
+        self.playground, self.presets, self.preset = playground, presets, preset
+        self.config = playground.config.sampling
+        self._ids = itertools.count(1)
+
+    def build(self) -> gr.Blocks:
+        """Return the page, ready to be launched."""
+        with gr.Blocks(title="diffllm playground", analytics_enabled=False) as blocks:
+            gr.HTML(
+                html_template='<div class="diffusion results"><h1>diffllm playground</h1><p>${value}</p></div>',
+                value=escape(visible(str(self.playground.config.model.path))),
+            )
+            with gr.Row():
+                with gr.Column(scale=5, min_width=340):
+                    mode = gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False)
+                    prompt = gr.Textbox(
+                        label="Prompt", lines=3, max_lines=12, max_length=CHARACTERS, elem_id="prompt", autofocus=True
+                    )
+                    template = gr.Textbox(
+                        label="Template",
+                        info="<|mask:12|> is a slot of 12 tokens. With a prompt it is the whole answer, else raw text.",
+                        value=EXAMPLE,
+                        lines=5,
+                        max_lines=20,
+                        max_length=CHARACTERS,
+                        visible=False,
+                        elem_id="template",
+                    )
+                    with gr.Row():
+                        run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=110)
+                        stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=0, min_width=110)
+                        forget = gr.Button("New chat", visible=False, elem_id="forget", scale=0, min_width=110)
+                    result = gr.HTML(
+                        value=EMPTY,
+                        html_template="<div></div>",
+                        js_on_load=asset("canvas.js") + (FOLDER / "playground.js").read_text("utf-8"),
+                        status="",
+                        elem_id="result",
+                        apply_default_css=False,
+                    )
+                with gr.Column(scale=3, min_width=300):
+                    chosen = gr.Dropdown(
+                        [START, *self.presets],
+                        value=START,
+                        label="Preset",
+                        info="settings of conf/sampling",
+                        elem_id="preset",
+                    )
+                    controls = {name: _control(name, getattr(self.config, name)) for name in MAIN}
+                    compare = gr.Textbox(
+                        label="Compare with",
+                        info="changes, such as steps=6 alg=origin or sampling=fast; the same prompt and seed",
+                        elem_id="compare",
+                    )
+                    with gr.Accordion("More settings", open=False):
+                        system = gr.Textbox(
+                            label="System message", max_length=CHARACTERS, lines=1, max_lines=6, elem_id="system"
+                        )
+                        for name in FIELDS:
+                            if name not in controls:
+                                controls[name] = _control(name, getattr(self.config, name))
+            turns = gr.State([])
+            settings = [controls[name] for name in FIELDS]
+            texts = [mode, prompt, template, system, compare]
+            buttons = [run, stop]
+            sampled = gr.on(
+                [run.click, prompt.submit],
+                self.run,
+                [turns, *texts, *settings],
+                [result, turns, prompt, *buttons],
+                concurrency_limit=None,  # the playground lets one sample, and the others wait
+                show_progress="hidden",
+                **PRIVATE,
+            )
+            stop.click(
+                lambda: (gr.HTML(status="stopped"), *_buttons(False)),
+                None,
+                [result, *buttons],
+                cancels=[sampled],
+                queue=False,
+                show_progress="hidden",
+                **PRIVATE,
+            )
+            forget.click(lambda: ([], EMPTY), None, [turns, result], queue=False, **PRIVATE)
+            mode.change(
+                lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
+                mode,
+                [template, forget],
+                queue=False,
+                show_progress="hidden",
+                **PRIVATE,
+            )
+            chosen.input(self.choose, chosen, [result, *settings], show_progress="hidden", **PRIVATE)
+            blocks.load(self.load, None, [result, *texts, *settings], show_progress="hidden", **PRIVATE)
+        return blocks
+
+    def run(self, turns: list[Message], *inputs: Any) -> Iterator[list[Any]]:
+        """Sample, and yield the outputs after each step. An error is shown, too."""
+        view = EMPTY | {"id": next(self._ids)}
+        written = gr.skip()  # the prompt stays
+        try:
+            texts, values = dict(zip(TEXTS, inputs, strict=False)), inputs[len(TEXTS) :]
+            request = Request(
+                texts["mode"], texts["prompt"] or "", texts["template"] or "", texts["system"] or "", turns
+            )
+            first = _config(self.config, values)
+            settings = [("", first)]
+            if line := (texts["compare"] or "").strip():
+                settings = [("these settings", first), (line, changed(first, line, self.preset))]
+            view["link"] = self._link(texts, first)
+            if request.mode == "chat":
+                view["turns"] = [*turns, Message(role="user", content=request.prompt)]
+            for runs in self.playground.run(request, settings):
+                view = view | {"runs": [*map(_shown, runs)]}  # a new one: gradio sends what differs from the last
+                yield [gr.HTML(value=view, status=""), turns, written, *_buttons(True)]
+            if request.mode == "chat":
+                turns = [*view["turns"], Message(role="assistant", content=runs[0].result["text"])]
+                written = ""
+        except Exception as error:  # the page lives on
+            view["message"] = f"error: {message_of(error)}"
+        yield [gr.HTML(value=view, status=""), turns, written, *_buttons(False)]
+
+    def choose(self, name: str) -> list[Any]:
+        """Settings of a preset, for the controls."""
+        try:
+            config = self.config if name == START else replace(self.preset(name), seed=self.config.seed)
+        except Exception as error:  # as in `run`
+            return [gr.HTML(status=f"error: {message_of(error)}"), *(gr.skip() for _ in FIELDS)]
+        return [gr.HTML(status=""), *_values(config)]
+
+    def load(self, request: gr.Request) -> list[Any]:
+        """The texts and settings of a link, for the controls."""
+        query, message = dict(request.query_params), ""
+        if not query:  # a user may write already
+            return [gr.skip() for _ in range(1 + len(TEXTS) + len(FIELDS))]
+        texts = {"mode": "prompt", "prompt": "", "template": EXAMPLE, "system": "", "compare": ""}
+        texts |= {name: query[name] for name in TEXTS if name in query}
+        if texts["mode"] not in MODES:
+            texts["mode"] = "prompt"
+        config = self.config
+        try:
+            config = replace(config, **{name: from_text(name, query[name]) for name in FIELDS if name in query})
+        except ValueError as error:
+            message = f"error: {message_of(error)}"
+        return [gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
+
+    def _link(self, texts: dict[str, str], config: SamplingConfig) -> str:
+        """Query with the texts, and the settings that differ from those of the command line."""
+        kept = {name: text for name, text in texts.items() if text and (name != "template" or texts["mode"] == name)}
+        given = {name: getattr(config, name) for name in FIELDS}
+        differ = {name: to_text(name, value) for name, value in given.items() if value != getattr(self.config, name)}
+        return f"?{urlencode(kept | differ)}"
+
+
+def launch(page: Page, address: Address) -> gr.Blocks:
+    """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
+    blocks = page.build()
+    blocks.launch(
+        server_name=address.host,
+        server_port=address.port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        allowed_paths=[],
+        max_file_size=1,  # byte: nothing is uploaded
+        theme=_theme(),
+        css=f"{asset('canvas.css')}\n{(FOLDER / 'playground.css').read_text('utf-8')}",
+    )
+    return blocks
+
+
+def _theme() -> gr.themes.Base:
+    """The look of the controls, with the colours of canvas.css. Its fonts are those of the system: none is fetched."""
+    theme = gr.themes.Base(
+        primary_hue="blue",
+        neutral_hue="gray",
+        radius_size="sm",
+        spacing_size="sm",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    )
+    line, panel, accent = ("#d9dde2", "#343a42"), ("#ffffff", "#1c2026"), ("#1f5fa8", "#7db4f0")
+    colours = {
+        "body_background_fill": ("#ffffff", "#14171b"),
+        "block_background_fill": ("transparent", "transparent"),
+        "block_border_width": ("0px", "0px"),
+        "border_color_primary": line,
+        "input_background_fill": panel,
+        "input_background_fill_focus": panel,
+        "input_border_width": ("1px", "1px"),
+        "input_border_color": line,
+        "input_border_color_focus": accent,
+        "checkbox_label_background_fill": ("transparent", "transparent"),
+        "checkbox_label_background_fill_hover": ("transparent", "transparent"),
+        "checkbox_label_background_fill_selected": ("transparent", "transparent"),
+        "button_primary_background_fill": ("#1f5fa8", "#1f5fa8"),
+        "button_primary_background_fill_hover": ("#184e8c", "#2a6fbd"),
+    }
+    both = {name: light for name, (light, _) in colours.items()}
+    return theme.set(
+        block_padding="*spacing_lg 0", **both, **{f"{name}_dark": dark for name, (_, dark) in colours.items()}
+    )
+
+
+def _control(name: str, value: Any) -> gr.components.Component:
+    """The control of a setting, with its help."""
+    shown = {"label": name, "info": help_texts()[name], "value": _value(name, value), "elem_id": name}
+    if name in CHOICES:
+        return gr.Dropdown([*CHOICES[name]], **shown)
+    if is_list(name):
+        return gr.Textbox(**shown | {"info": f"{shown['info']}; one a line"}, lines=1, max_lines=6)
+    if kind(name) is bool:
+        return gr.Checkbox(**shown)
+    if is_optional(name):  # an empty Number would show 0
+        return gr.Textbox(**shown, placeholder="null", lines=1, max_lines=1)
+    return gr.Number(**shown, precision=0 if kind(name) is int else None)
+
+
+def _value(name: str, value: Any) -> Any:
+    """The value of a setting in its control."""
+    if is_optional(name):
+        return "" if value is None else to_text(name, value)
+    return to_text(name, value) if is_list(name) else value
+
+
+def _values(config: SamplingConfig) -> list[Any]:
+    return [_value(name, getattr(config, name)) for name in FIELDS]
+
+
+def _config(config: SamplingConfig, values: Sequence[Any]) -> SamplingConfig:
+    """The settings that the controls show.
+
+    Raises:
+        ValueError: a value is missing, or refused.
+    """
+    given = dict(zip(FIELDS, values, strict=True))
+    for name, value in given.items():
+        if is_list(name) or is_optional(name):
+            given[name] = from_text(name, value or "")
+        elif value is None:
+            raise ValueError(f"sampling.{name} is empty: give a value")
+    return replace(config, **given)
+
+
+def _buttons(running: bool) -> tuple[gr.Button, gr.Button]:
+    """Run and Stop."""
+    return gr.Button(interactive=not running), gr.Button(interactive=running)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """A run for the page, which later steps do not change."""
+    return vars(run) | {"steps": [*run.steps]}

@@ -1,0 +1,71 @@
+/* Shows the runs of the component's value, and goes on as their steps arrive. */
+const view = document.createElement("div");
+view.className = "diffusion results";
+element.append(view);
+let drawn = null;
+
+function draw(value) {
+  view.replaceChildren();
+  for (const { role, content } of value.turns) {
+    const turn = make("div", view, "turn");
+    make("b", turn, "", role);
+    turn.append(shownText(content));
+  }
+  const message = make("p", view, "message");
+  message.setAttribute("role", "status");
+  const grid = make("div", view, "runs");
+  const link = make("p", view, "facts link");
+  drawn = { id: value.id, message, grid, link, runs: [], legend: false };
+}
+
+function drawRun(run) {
+  const box = make("section", drawn.grid, "run");
+  if (run.label) make("h3", box, "", run.label);
+  const facts = make("p", box, "facts");
+  const viewer = diffusionViewer(box, run.header);
+  box.addEventListener("keydown", viewer.key);
+  return { viewer, box, facts, count: 0, done: false };
+}
+
+function finish(place, { result, page }) {
+  place.done = true;
+  const speed = (result.tokens / Math.max(result.seconds, 1e-9)).toPrecision(3);
+  const facts = [`${result.tokens} tokens`, `nfe ${result.nfe}`,
+    `${result.tokens_per_forward.toFixed(2)} tokens a forward`, `${Number(speed)} tokens/s`];
+  place.facts.replaceChildren();
+  for (const fact of facts) make("span", place.facts, "", fact);
+  const save = make("a", place.facts, "export", "export as HTML");
+  save.download = "sampling.html";
+  save.href = URL.createObjectURL(new Blob([page], { type: "text/html" }));
+  const details = make("details", place.box, "text");
+  make("summary", details, "", "Text");
+  make("pre", details, "", shownText(result.text));
+}
+
+function update() {
+  const value = props.value;
+  if (!element.contains(view)) element.append(view);
+  if (!value) return;
+  if (drawn?.id !== value.id) draw(value);
+  const text = props.status || value.message || "";
+  drawn.message.textContent = shownText(text);
+  drawn.message.hidden = !text;
+  value.runs.forEach((run, i) => {
+    const place = (drawn.runs[i] ??= drawRun(run));
+    for (; place.count < run.steps.length; place.count += 1) place.viewer.add(run.steps[place.count]);
+    if (run.result && !place.done) finish(place, run);
+    if (!run.result) place.facts.textContent = run.steps.length || !run.before ? "sampling …" : `waiting for ${run.before} other …`;
+  });
+  if (value.runs.length && !drawn.legend) {
+    drawn.legend = true;
+    const legend = make("div", view);
+    view.insertBefore(legend, drawn.link);
+    diffusionLegend(legend, drawn.grid);
+  }
+  if (value.link && !drawn.link.firstChild) {
+    make("a", drawn.link, "", "Link to this prompt and these settings").href = value.link;
+  }
+}
+
+watch(["value", "status"], update);
+update();

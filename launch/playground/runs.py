@@ -1,0 +1,231 @@
+"""Samples for the page: each step while it happens, and no step after the reader has left."""
+
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from data import prompt_ids
+from data.chat import Message
+from data.storage import first_line
+from diffllm import DiffLLM
+from diffllm.generate import check_context, response_of, special_tokens
+from launch.answers import AnswerTemplate, check_template
+from launch.recording import Recorder
+from sampling import Canvas, SamplingConfig, StepEvent, Template, Tokens, fill, infill_templates
+from sampling.render.page import page
+from trainer.config import Config
+
+MODES = ("prompt", "chat", "template")
+CHARACTERS = 100_000  # most of a text that is tokenized
+SECONDS = 0.05  # between two drafts that are sent to the page
+IDLE = 0.5  # seconds
+OnStep = Callable[[StepEvent], None]
+
+
+class Stopped(Exception):  # noqa: N818 — no error
+    """The reader of a sampling has left."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks.
+
+    Raises:
+        ValueError: an unknown mode, no text, or one that is too long.
+    """
+
+    mode: str
+    prompt: str
+    template: str
+    system: str = ""
+    turns: Sequence[Message] = ()  # of a chat so far
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode}: choose one of {', '.join(MODES)}")
+        for name in ("prompt", "template", "system"):
+            if len(text := getattr(self, name)) > CHARACTERS:
+                raise ValueError(f"{name}: its {len(text):,} characters are too many, at most {CHARACTERS:,} can be")
+        if self.mode == "template" and not self.template.strip():
+            raise ValueError("the template is empty: write a text with slots, such as 3x=<|mask:2|>")
+        if self.mode != "template" and not self.prompt.strip():
+            raise ValueError("the prompt is empty: write a question")
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, up to the prompt."""
+        system = [Message(role="system", content=self.system)] if self.system.strip() else []
+        turns = self.turns if self.mode == "chat" else ()
+        return [*system, *turns, Message(role="user", content=self.prompt)]
+
+
+@dataclass
+class Run:
+    """One sampling of a request, as the page shows it."""
+
+    label: str
+    header: dict[str, Any]
+    before: int  # runs that it waits for
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    page: str | None = None  # the export
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A canvas, and the function that fills it and returns text and number of tokens."""
+
+    canvas: Canvas
+    special: Tokens
+    shown_from: int  # tokens before the text that is shown
+    fill: Callable[[OnStep], tuple[str, int]]
+
+
+class Playground:
+    """A model that samples one request at a time.
+
+    Args:
+        config: settings of the command line.
+        waiting: requests that may wait for the one that is sampled.
+    """
+
+    def __init__(self, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: Config, waiting: int):
+        self.model, self.tokenizer, self.config, self.waiting = model, tokenizer, config, waiting
+        self.sampling = Lock()  # held while a request is sampled
+        self._places = set[object]()  # of the requests that are sampled or wait
+
+    def run(self, request: Request, settings: Sequence[tuple[str, SamplingConfig]]) -> Iterator[list[Run]]:
+        """Sample a request with one setting after the other. Yield all runs while they go on.
+
+        Args:
+            settings: each with its label.
+
+        Raises:
+            ValueError: before anything is sampled: a prompt or template that the model cannot take, or too many
+                requests wait.
+        """
+        before, place = len(self._places), object()
+        if before > self.waiting:
+            raise ValueError(f"{before - 1} other requests wait for the model: try again later")
+        self._places.add(place)
+        try:
+            yield from self._run(request, settings, before)
+        finally:
+            self._places.remove(place)
+
+    def _run(
+        self, request: Request, settings: Sequence[tuple[str, SamplingConfig]], before: int
+    ) -> Iterator[list[Run]]:
+        samples = [self._sample(request, config) for _, config in settings]
+        runs: list[Run] = []
+        for (label, config), sample in zip(settings, samples, strict=True):
+            prompt, template = request.prompt or None, request.template if request.mode == "template" else None
+            origin = replace(self.config, sampling=config, prompt=prompt, template=template)
+            recorder = Recorder(origin, self.tokenizer, sample.canvas, sample.special, sample.shown_from)
+            run = Run(label, asdict(recorder.header), before)
+            runs.append(run)
+            yield runs
+            events, sent = events_of(sample.fill, self.sampling), 0.0
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as end:
+                    (text, tokens), seconds = end.value
+                    recording = recorder.recording(text, tokens, seconds)
+                    break
+                if event is not None:
+                    run.steps.append(asdict(recorder.step(event)))
+                if event is None or time.monotonic() - sent > SECONDS:
+                    yield runs
+                    sent = time.monotonic()
+            run.result, run.page = asdict(recording.result), page(recording)
+        yield runs
+
+    def _sample(self, request: Request, config: SamplingConfig) -> Sample:
+        """Check a request, and prepare its canvas."""
+        special = special_tokens(self.model, self.tokenizer, config)
+        prompt = prompt_ids(request.messages, self.tokenizer) if request.prompt.strip() else []
+        if request.mode == "template":
+            return self._fill_template(request, config, special, prompt)
+        check_context(self.model, len(prompt), config)
+        canvas = Canvas.after(prompt, config.max_new_tokens, special.mask, len(request.turns) // 2)
+
+        def respond(on_step: OnStep) -> tuple[str, int]:
+            [filled] = fill(self.model, [canvas], config, special, on_step=on_step)
+            response = response_of(filled, self.tokenizer, config)
+            return response.text, response.tokens
+
+        return Sample(canvas, special, len(prompt), respond)
+
+    def _fill_template(self, request: Request, config: SamplingConfig, special: Tokens, prompt: list[int]) -> Sample:
+        template = Template.parse(request.template)
+        if any(len(lengths) > 1 for lengths in template.slots):
+            raise ValueError("the page fills slots of one length, such as <|mask:12|>; sample.py tries several")
+        if prompt:
+            template = AnswerTemplate(template.pieces, template.slots, tuple(prompt))
+        check_template(template, self.model, self.tokenizer, special)
+        [canvas] = template.canvases(self.tokenizer, special.mask)
+
+        def respond(on_step: OnStep) -> tuple[str, int]:
+            [filled] = infill_templates(self.model, self.tokenizer, [template], config, special, on_step=on_step)
+            return filled.text, filled.length
+
+        return Sample(canvas, special, len(prompt), respond)
+
+
+def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEvent | None, None, Any]:
+    """Yield the events of a sampling that runs in a thread; return its result and its seconds.
+
+    Yields None after each IDLE seconds without an event: a generator can be closed between two values only.
+
+    If the generator is closed, the sampling ends instead of taking its next step.
+
+    Args:
+        lock: held while it samples.
+    """
+    events, stopped, outcome, end = SimpleQueue(), Event(), Future(), object()
+
+    def on_step(event: StepEvent) -> None:
+        if stopped.is_set():
+            raise Stopped
+        events.put(event)
+
+    def work() -> None:
+        try:
+            with lock:
+                if stopped.is_set():
+                    raise Stopped
+                started = time.perf_counter()
+                outcome.set_result((sample(on_step), time.perf_counter() - started))
+        except BaseException as error:  # raised again by `outcome.result`
+            outcome.set_exception(error)
+        events.put(end)
+
+    Thread(target=work, daemon=True).start()  # a process that ends does not wait for it, as it would for an executor
+    try:
+        while (event := _next(events)) is not end:
+            yield event
+        return outcome.result()
+    finally:
+        stopped.set()
+
+
+def _next(events: SimpleQueue) -> Any:
+    try:
+        return events.get(timeout=IDLE)
+    except Empty:
+        return None
+
+
+def message_of(error: Exception) -> str:
+    """One line for the page. An unexpected error goes to the terminal too."""
+    if type(error) is not ValueError:
+        traceback.print_exception(error)
+    return first_line(error)

@@ -1,0 +1,1 @@
+"""Show a recording: as a page, an animation or a picture."""

@@ -1,0 +1,7 @@
+const { header, steps } = JSON.parse(document.getElementById("recording").textContent);
+const root = document.getElementById("viewer");
+root.replaceChildren();
+const viewer = diffusionViewer(root, header);
+diffusionLegend(root, root);
+steps.forEach(viewer.add);
+document.addEventListener("keydown", viewer.key);

@@ -1,0 +1,169 @@
+"""Samples for the page are those of sample.py, and end when nobody reads them."""
+
+import time
+from dataclasses import replace
+from threading import Event, Lock
+
+import pytest
+
+from data import prompt_ids
+from diffllm.generate import generate
+from launch.playground import runs
+from launch.playground.runs import Playground, Request, events_of, message_of
+from sampling import SamplingConfig
+from trainer.config import Config
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(sampling=SamplingConfig(max_new_tokens=12, steps=6, temperature=1.0))
+
+
+@pytest.fixture
+def playground(small_model, tokenizer, config) -> Playground:
+    return Playground(small_model, tokenizer, config, waiting=1)
+
+
+def last(playground, request, *settings):
+    *_, samples = playground.run(request, [("", each) for each in settings])
+    return samples
+
+
+def test_a_response_is_that_of_the_sampler(playground, config, tokenizer):
+    [run] = last(playground, Request("prompt", "Hi", ""), config.sampling)
+    prompt = prompt_ids([{"role": "user", "content": "Hi"}], tokenizer)
+    [response] = generate(playground.model, tokenizer, [prompt], config.sampling)
+    assert (run.result["text"], run.result["nfe"]) == (response.text, response.nfe)
+    assert run.result["tokens_per_forward"] == response.tokens_per_forward
+    assert len(run.steps) == 6
+    assert run.page.startswith("<!DOCTYPE html>")
+
+
+def test_two_settings_have_the_same_prompt_and_seed(playground, config):
+    few = replace(config.sampling, steps=2)
+    first, second = last(playground, Request("prompt", "Hi", ""), config.sampling, few)
+    [alone] = last(playground, Request("prompt", "Hi", ""), few)
+    assert second.result["text"] == alone.result["text"]
+    assert (len(first.steps), len(second.steps)) == (6, 2)
+    assert first.header["given"] == second.header["given"]
+
+
+def test_a_chat_goes_on(playground, config, tokenizer):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    [run] = last(playground, Request("chat", "And?", "", "Be brief.", turns), config.sampling)
+    messages = [{"role": "system", "content": "Be brief."}, *turns, {"role": "user", "content": "And?"}]
+    [response] = generate(playground.model, tokenizer, [prompt_ids(messages, tokenizer)], config.sampling, [1])
+    assert run.result["text"] == response.text
+
+
+@pytest.mark.parametrize("prompt", ["", "Hi"])
+def test_a_template_is_filled(playground, config, prompt):
+    [run] = last(playground, Request("template", prompt, "x = <|mask:3|>!"), config.sampling)
+    assert run.result["text"].startswith("x = ")
+    assert run.result["text"].endswith("!")
+    assert run.header["masked"] == run.result["tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("request_", "changes", "message"),
+    [
+        (lambda: Request("prompt", " ", ""), {}, "the prompt is empty"),
+        (lambda: Request("template", "Hi", " "), {}, "the template is empty"),
+        (lambda: Request("shout", "Hi", ""), {}, "mode=shout: choose one of prompt, chat, template"),
+        (lambda: Request("prompt", "a" * 100_001, ""), {}, "100,001 characters are too many"),
+        (lambda: Request("prompt", "Hi " * 2048, ""), {}, "do not fit the model's context of 2048 tokens"),
+        (lambda: Request("prompt", "Hi", ""), {"max_new_tokens": 2048}, "max_new_tokens=2048 do not fit"),
+        (lambda: Request("template", "", "<|mask:1-3|>"), {}, "slots of one length"),
+        (lambda: Request("template", "", "<|mask:3000|>"), {}, "do not fit the model's context"),
+        (lambda: Request("template", "", "no slot"), {}, "no slot"),
+        (lambda: Request("prompt", "Hi", ""), {"forbidden": ["no token of it"]}, "is not one token"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_the_model_is_asked(
+    playground, config, monkeypatch, request_, changes, message
+):
+    monkeypatch.setattr(playground.model, "hidden", None)
+    with pytest.raises(ValueError, match=message):
+        last(playground, request_(), config.sampling, replace(config.sampling, **changes))
+
+
+def test_no_step_is_taken_after_the_reader_has_left():
+    taken, go = [], Event()
+
+    def sample(on_step):
+        for number in range(100):
+            taken.append(number)
+            on_step(number)
+            assert number or go.wait(60)
+
+    lock = Lock()
+    events = events_of(sample, lock)
+    assert next(events) == 0
+    events.close()
+    go.set()
+    with lock:  # held while it samples
+        assert taken in ([0, 1], [0])
+
+
+def test_a_sampling_waits_for_the_one_before():
+    running, go, lock = [], Event(), Lock()
+
+    def sample(on_step):
+        running.append(1)
+        on_step(0)
+        go.wait(60)
+        assert len(running) == 1
+        running.pop()
+        return "done"
+
+    first, second = events_of(sample, lock), events_of(sample, lock)
+    assert next(first) == 0
+    go.set()
+    assert [*second] == [*first, 0] == [0]
+
+
+def test_a_full_queue_refuses(playground, config):
+    """One that has left makes room."""
+    request, settings = Request("prompt", "Hi", ""), [("", config.sampling)]
+    others = [playground.run(request, settings) for _ in range(2)]
+    assert [next(each)[0].before for each in others] == [0, 1]
+    with pytest.raises(ValueError, match="1 other requests wait for the model: try again later"):
+        next(playground.run(request, settings))
+    others[0].close()
+    assert next(playground.run(request, settings))
+
+
+def test_a_value_comes_while_nothing_happens(monkeypatch):
+    monkeypatch.setattr(runs, "IDLE", 0.01)
+    go = Event()
+    events = events_of(lambda on_step: go.wait(60), Lock())
+    assert next(events) is None
+    go.set()
+    assert {*events} <= {None}
+
+
+def test_an_error_reaches_the_reader():
+    def sample(on_step):
+        on_step(1)
+        raise MemoryError("too large")
+
+    events = events_of(sample, Lock())
+    assert next(events) == 1
+    with pytest.raises(MemoryError, match="too large"):
+        next(events)
+
+
+def test_seconds_do_not_count_the_wait(monkeypatch):
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    events = events_of(lambda on_step: "text", Lock())
+    with pytest.raises(StopIteration) as end:
+        next(events)
+    assert end.value.value == ("text", 2.5)
+
+
+def test_an_unexpected_error_goes_to_the_terminal_too(capsys):
+    assert message_of(ValueError("sampling.steps=0: must be at least 1")) == "sampling.steps=0: must be at least 1"
+    assert capsys.readouterr().err == ""
+    assert message_of(RuntimeError("broken\nlines")) == "broken"
+    assert "RuntimeError: broken" in capsys.readouterr().err
