@@ -64,7 +64,9 @@ class Page:
                         elem_id="template",
                     )
                     with gr.Row():
-                        run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=110)
+                        run = gr.Button(
+                            "Run", variant="primary", interactive=False, elem_id="run", scale=0, min_width=110
+                        )
                         stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=0, min_width=110)
                         forget = gr.Button("New chat", visible=False, elem_id="forget", scale=0, min_width=110)
                     result = gr.HTML(
@@ -128,7 +130,7 @@ class Page:
                 **PRIVATE,
             )
             chosen.input(self.choose, chosen, [result, *settings], show_progress="hidden", **PRIVATE)
-            blocks.load(self.load, None, [result, *texts, *settings], show_progress="hidden", **PRIVATE)
+            blocks.load(self.load, None, [run, result, *texts, *settings], show_progress="hidden", **PRIVATE)
         return blocks
 
     def run(self, turns: list[Message], *inputs: Any) -> Iterator[list[Any]]:
@@ -166,10 +168,11 @@ class Page:
         return [gr.HTML(status=""), *_values(config)]
 
     def load(self, request: gr.Request) -> list[Any]:
-        """The texts and settings of a link, for the controls."""
+        """The texts and settings of a link, for the controls. Run is enabled when they are there."""
+        run = gr.Button(interactive=True)
         query, message = dict(request.query_params), ""
         if not query:  # a user may write already
-            return [gr.skip() for _ in range(1 + len(TEXTS) + len(FIELDS))]
+            return [run, *(gr.skip() for _ in ("result", *TEXTS, *FIELDS))]
         texts = {"mode": "prompt", "prompt": "", "template": EXAMPLE, "system": "", "compare": ""}
         texts |= {name: query[name] for name in TEXTS if name in query}
         if texts["mode"] not in MODES:
@@ -179,7 +182,7 @@ class Page:
             config = replace(config, **{name: from_text(name, query[name]) for name in FIELDS if name in query})
         except ValueError as error:
             message = f"error: {message_of(error)}"
-        return [gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
+        return [run, gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
 
     def _link(self, texts: dict[str, str], config: SamplingConfig) -> str:
         """Query with the texts, and the settings that differ from those of the command line."""

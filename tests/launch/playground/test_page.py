@@ -79,8 +79,7 @@ def page(server, browser):
 
     def open_page(query: str = ""):
         browser.driver.get(server.url + query)
-        browser.one("#run")
-        browser.one("#max_new_tokens input")
+        browser.wait(lambda: browser.one("#run").is_enabled())
         return browser
 
     return open_page
@@ -338,7 +337,7 @@ def test_pictures(browser, server, scheme):
     browser.media(prefers_color_scheme=scheme)
     browser.resize(1120, 700)
     browser.driver.get(server.url)
-    browser.one("#run")
+    browser.wait(lambda: browser.one("#run").is_enabled())
     write(browser, "prompt", "Solve 6x-9=33")
     write(browser, "compare", "steps=6")
     run(browser, 2)
