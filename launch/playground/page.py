@@ -46,7 +46,7 @@ class Page:
                 html_template='<div class="diffusion results"><h1>diffllm playground</h1><p>${value}</p></div>',
                 value=escape(visible(str(self.playground.config.model.path))),
             )
-            with gr.Row():
+            with gr.Row(elem_id="columns"):
                 with gr.Column(scale=5, min_width=340):
                     parts = self._question()
                 with gr.Column(scale=3, min_width=300):
@@ -228,6 +228,7 @@ def _theme() -> gr.themes.Base:
         "block_background_fill": ("transparent", "transparent"),
         "block_border_width": ("0px", "0px"),
         "border_color_primary": line,
+        "block_info_text_color": ("#68707a", "#98a1ac"),
         "input_background_fill": panel,
         "input_background_fill_focus": panel,
         "input_border_width": ("1px", "1px"),
