@@ -140,11 +140,11 @@ def read(path: Path) -> Recording:
             f"{str(path)!r}: a recording of version {first.get('version')!r} by diffllm {first.get('diffllm')!r}; "
             f"this diffllm reads version {VERSION}: record again, or render it with the other"
         )
-    number = 1
+    where = "line 1: "
     try:
         header, steps, result = _as(Header, first), [], None
         for number, line in enumerate(lines[1:], start=2):
-            last = number == len(lines)
+            where, last = f"line {number}: ", number == len(lines)
             if last and not content.endswith(b"\n"):
                 break
             record = _json(line)
@@ -154,11 +154,11 @@ def read(path: Path) -> Recording:
                 steps.append(_as(Step, record))
         if result is None:
             raise ValueError(f"cut short after {len(steps)} steps, before its result")
-        recording = Recording(header, steps, result)
+        where, recording = "", Recording(header, steps, result)  # the errors of steps name them
         for _ in recording.canvases():
             pass
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}, line {number}: {error}; record it again") from error
+        raise ValueError(f"{str(path)!r}: {where}{error}; record it again") from error
     return recording
 
 

@@ -24,7 +24,6 @@ TEXTS = ("mode", "prompt", "template", "system", "compare")  # of the page, befo
 EXAMPLE = "<think>\n<|mask:5|>\n</think>\n<|mask:1|>"
 EMPTY = {"id": 0, "turns": [], "runs": [], "message": "", "link": ""}
 FOLDER = Path(__file__).parent
-PRIVATE = {"api_visibility": "private"}
 
 
 class Page:
@@ -47,89 +46,91 @@ class Page:
                 html_template='<div class="diffusion results"><h1>diffllm playground</h1><p>${value}</p></div>',
                 value=escape(visible(str(self.playground.config.model.path))),
             )
-            with gr.Row():
+            with gr.Row(elem_id="columns"):
                 with gr.Column(scale=5, min_width=340):
-                    mode = gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False)
-                    prompt = gr.Textbox(
-                        label="Prompt", lines=3, max_lines=12, max_length=CHARACTERS, elem_id="prompt", autofocus=True
-                    )
-                    template = gr.Textbox(
-                        label="Template",
-                        info="<|mask:12|> is a slot of 12 tokens. With a prompt it is the whole answer, else raw text.",
-                        value=EXAMPLE,
-                        lines=5,
-                        max_lines=20,
-                        max_length=CHARACTERS,
-                        visible=False,
-                        elem_id="template",
-                    )
-                    with gr.Row():
-                        run = gr.Button("Run", variant="primary", elem_id="run", scale=0, min_width=110)
-                        stop = gr.Button("Stop", interactive=False, elem_id="stop", scale=0, min_width=110)
-                        forget = gr.Button("New chat", visible=False, elem_id="forget", scale=0, min_width=110)
-                    result = gr.HTML(
-                        value=EMPTY,
-                        html_template="<div></div>",
-                        js_on_load=asset("canvas.js") + (FOLDER / "playground.js").read_text("utf-8"),
-                        status="",
-                        elem_id="result",
-                        apply_default_css=False,
-                    )
+                    parts = self._question()
                 with gr.Column(scale=3, min_width=300):
-                    chosen = gr.Dropdown(
-                        [START, *self.presets],
-                        value=START,
-                        label="Preset",
-                        info="settings of conf/sampling",
-                        elem_id="preset",
-                    )
-                    controls = {name: _control(name, getattr(self.config, name)) for name in MAIN}
-                    compare = gr.Textbox(
-                        label="Compare with",
-                        info="changes, such as steps=6 alg=origin or sampling=fast; the same prompt and seed",
-                        elem_id="compare",
-                    )
-                    with gr.Accordion("More settings", open=False):
-                        system = gr.Textbox(
-                            label="System message", max_length=CHARACTERS, lines=1, max_lines=6, elem_id="system"
-                        )
-                        for name in FIELDS:
-                            if name not in controls:
-                                controls[name] = _control(name, getattr(self.config, name))
-            turns = gr.State([])
-            settings = [controls[name] for name in FIELDS]
-            texts = [mode, prompt, template, system, compare]
-            buttons = [run, stop]
-            sampled = gr.on(
-                [run.click, prompt.submit],
-                self.run,
-                [turns, *texts, *settings],
-                [result, turns, prompt, *buttons],
-                concurrency_limit=None,  # the playground lets one sample, and the others wait
-                show_progress="hidden",
-                **PRIVATE,
-            )
-            stop.click(
-                lambda: (gr.HTML(status="stopped"), *_buttons(False)),
-                None,
-                [result, *buttons],
-                cancels=[sampled],
-                queue=False,
-                show_progress="hidden",
-                **PRIVATE,
-            )
-            forget.click(lambda: ([], EMPTY), None, [turns, result], queue=False, **PRIVATE)
-            mode.change(
-                lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
-                mode,
-                [template, forget],
-                queue=False,
-                show_progress="hidden",
-                **PRIVATE,
-            )
-            chosen.input(self.choose, chosen, [result, *settings], show_progress="hidden", **PRIVATE)
-            blocks.load(self.load, None, [result, *texts, *settings], show_progress="hidden", **PRIVATE)
+                    more, controls = self._settings()
+            self._connect(blocks, parts | more, controls)
         return blocks
+
+    def _question(self) -> dict[str, gr.components.Component]:
+        """What is asked, and the result, by name."""
+        parts = {
+            "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False),
+            "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
+            "template": _textbox(
+                "Template",
+                "template",
+                info="<|mask:12|> is a slot of 12 tokens. With a prompt it is the whole answer, else raw text.",
+                value=EXAMPLE,
+                lines=5,
+                max_lines=20,
+                visible=False,
+            ),
+        }
+        with gr.Row():
+            narrow = {"scale": 0, "min_width": 110}
+            parts["run"] = gr.Button("Run", variant="primary", interactive=False, elem_id="run", **narrow)
+            parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop", **narrow)
+            parts["forget"] = gr.Button("New chat", visible=False, elem_id="forget", **narrow)
+        parts["result"] = gr.HTML(
+            value=EMPTY,
+            html_template="<div></div>",
+            js_on_load=asset("canvas.js") + (FOLDER / "playground.js").read_text("utf-8"),
+            status="",
+            elem_id="result",
+            apply_default_css=False,
+        )
+        return parts
+
+    def _settings(self) -> tuple[dict[str, gr.components.Component], dict[str, gr.components.Component]]:
+        """What else a run depends on, and the controls of the settings, both by name."""
+        parts = {
+            "preset": gr.Dropdown(
+                [START, *self.presets], value=START, label="Preset", info="settings of conf/sampling", elem_id="preset"
+            )
+        }
+        controls = {name: _control(name, getattr(self.config, name)) for name in MAIN}
+        changes = "changes, such as steps=6 alg=origin or sampling=fast; the same prompt and seed"
+        parts["compare"] = _textbox("Compare with", "compare", info=changes)
+        with gr.Accordion("More settings", open=False):
+            parts["system"] = _textbox("System message", "system", max_lines=6)
+            controls |= {name: _control(name, getattr(self.config, name)) for name in FIELDS if name not in MAIN}
+        return parts, controls
+
+    def _connect(
+        self,
+        blocks: gr.Blocks,
+        parts: dict[str, gr.components.Component],
+        controls: dict[str, gr.components.Component],
+    ) -> None:
+        """Say what the buttons and choices do."""
+        turns, result, buttons = gr.State([]), parts["result"], [parts["run"], parts["stop"]]
+        texts, settings = [parts[name] for name in TEXTS], [controls[name] for name in FIELDS]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        sampled = gr.on(
+            [parts["run"].click, parts["prompt"].submit],
+            self.run,
+            [turns, *texts, *settings],
+            [result, turns, parts["prompt"], *buttons],
+            concurrency_limit=None,  # the playground lets one sample, and the others wait
+            **quiet,
+        )
+        ends = {"cancels": [sampled], "queue": False, **quiet}
+        parts["stop"].click(lambda: (gr.HTML(status="stopped"), *_buttons(False)), None, [result, *buttons], **ends)
+        parts["forget"].click(
+            lambda: ([], gr.HTML(value=EMPTY, status=""), *_buttons(False)), None, [turns, result, *buttons], **ends
+        )
+        parts["mode"].change(
+            lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
+            parts["mode"],
+            [parts["template"], parts["forget"]],
+            queue=False,
+            **quiet,
+        )
+        parts["preset"].input(self.choose, parts["preset"], [result, *settings], **quiet)
+        blocks.load(self.load, None, [parts["run"], result, *texts, *settings], **quiet)
 
     def run(self, turns: list[Message], *inputs: Any) -> Iterator[list[Any]]:
         """Sample, and yield the outputs after each step. An error is shown, too."""
@@ -137,9 +138,7 @@ class Page:
         written = gr.skip()  # the prompt stays
         try:
             texts, values = dict(zip(TEXTS, inputs, strict=False)), inputs[len(TEXTS) :]
-            request = Request(
-                texts["mode"], texts["prompt"] or "", texts["template"] or "", texts["system"] or "", turns
-            )
+            request = Request(texts["mode"], *(texts[name] or "" for name in ("prompt", "template", "system")), turns)
             first = _config(self.config, values)
             settings = [("", first)]
             if line := (texts["compare"] or "").strip():
@@ -166,10 +165,11 @@ class Page:
         return [gr.HTML(status=""), *_values(config)]
 
     def load(self, request: gr.Request) -> list[Any]:
-        """The texts and settings of a link, for the controls."""
+        """The texts and settings of a link, for the controls. Run is enabled when they are there."""
+        run = gr.Button(interactive=True)
         query, message = dict(request.query_params), ""
         if not query:  # a user may write already
-            return [gr.skip() for _ in range(1 + len(TEXTS) + len(FIELDS))]
+            return [run, *(gr.skip() for _ in ("result", *TEXTS, *FIELDS))]
         texts = {"mode": "prompt", "prompt": "", "template": EXAMPLE, "system": "", "compare": ""}
         texts |= {name: query[name] for name in TEXTS if name in query}
         if texts["mode"] not in MODES:
@@ -179,7 +179,7 @@ class Page:
             config = replace(config, **{name: from_text(name, query[name]) for name in FIELDS if name in query})
         except ValueError as error:
             message = f"error: {message_of(error)}"
-        return [gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
+        return [run, gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
 
     def _link(self, texts: dict[str, str], config: SamplingConfig) -> str:
         """Query with the texts, and the settings that differ from those of the command line."""
@@ -228,6 +228,7 @@ def _theme() -> gr.themes.Base:
         "block_background_fill": ("transparent", "transparent"),
         "block_border_width": ("0px", "0px"),
         "border_color_primary": line,
+        "block_info_text_color": ("#68707a", "#98a1ac"),
         "input_background_fill": panel,
         "input_background_fill_focus": panel,
         "input_border_width": ("1px", "1px"),
@@ -245,9 +246,14 @@ def _theme() -> gr.themes.Base:
     )
 
 
+def _textbox(label: str, name: str, **given: Any) -> gr.Textbox:
+    return gr.Textbox(label=label, elem_id=name, max_length=CHARACTERS, **given)
+
+
 def _control(name: str, value: Any) -> gr.components.Component:
     """The control of a setting, with its help."""
-    shown = {"label": name, "info": help_texts()[name], "value": _value(name, value), "elem_id": name}
+    shown = {"label": name, "info": help_texts()[name], "value": _value(name, value)}
+    shown["elem_id"] = f"sampling_{name}"
     if name in CHOICES:
         return gr.Dropdown([*CHOICES[name]], **shown)
     if is_list(name):

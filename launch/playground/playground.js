@@ -22,7 +22,7 @@ function drawRun(run) {
   const box = make("section", drawn.grid, "run");
   if (run.label) make("h3", box, "", run.label);
   const facts = make("p", box, "facts");
-  const viewer = diffusionViewer(box, run.header);
+  const viewer = diffusionViewer(box, JSON.parse(run.header));
   box.addEventListener("keydown", viewer.key);
   return { viewer, box, facts, count: 0, done: false };
 }
@@ -52,7 +52,9 @@ function update() {
   drawn.message.hidden = !text;
   value.runs.forEach((run, i) => {
     const place = (drawn.runs[i] ??= drawRun(run));
-    for (; place.count < run.steps.length; place.count += 1) place.viewer.add(run.steps[place.count]);
+    const steps = run.steps.slice(place.count).map((line) => JSON.parse(line));
+    place.count += steps.length;
+    place.viewer.add(...steps);
     if (run.result && !place.done) finish(place, run);
     if (!run.result) place.facts.textContent = run.steps.length || !run.before ? "sampling …" : `waiting for ${run.before} other …`;
   });
@@ -67,5 +69,9 @@ function update() {
   }
 }
 
-watch(["value", "status"], update);
+let waits = false;
+watch(["value", "status"], () => {  // drafts that come within a frame are drawn once
+  if (!waits) requestAnimationFrame(() => { waits = false; update(); });
+  waits = true;
+});
 update();

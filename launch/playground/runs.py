@@ -1,5 +1,6 @@
 """Samples for the page: each step while it happens, and no step after the reader has left."""
 
+import json
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -68,12 +69,15 @@ class Request:
 
 @dataclass
 class Run:
-    """One sampling of a request, as the page shows it."""
+    """One sampling of a request, as the page shows it.
+
+    Lines of the recording are JSON: gradio and the browser go through all values at each draft, and texts are cheap.
+    """
 
     label: str
-    header: dict[str, Any]
+    header: str
     before: int  # runs that it waits for
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
     result: dict[str, Any] | None = None
     page: str | None = None  # the export
 
@@ -129,7 +133,7 @@ class Playground:
             prompt, template = request.prompt or None, request.template if request.mode == "template" else None
             origin = replace(self.config, sampling=config, prompt=prompt, template=template)
             recorder = Recorder(origin, self.tokenizer, sample.canvas, sample.special, sample.shown_from)
-            run = Run(label, asdict(recorder.header), before)
+            run = Run(label, json.dumps(asdict(recorder.header)), before)
             runs.append(run)
             yield runs
             events, sent = events_of(sample.fill, self.sampling), 0.0
@@ -141,7 +145,7 @@ class Playground:
                     recording = recorder.recording(text, tokens, seconds)
                     break
                 if event is not None:
-                    run.steps.append(asdict(recorder.step(event)))
+                    run.steps.append(json.dumps(asdict(recorder.step(event))))
                 if event is None or time.monotonic() - sent > SECONDS:
                     yield runs
                     sent = time.monotonic()

@@ -175,11 +175,13 @@ function diffusionViewer(root, header) {
   show(0);
   return {
     show, toggle, key,
-    /* Appends a step, and shows it if the last one was shown. */
-    add(step) {
+    /* Appends steps, and shows the last one if that of before was shown. */
+    add(...added) {
       const follows = shown === steps.length;
-      steps.push(step);
-      canvases.push(after(canvases.at(-1), step, steps.length));
+      for (const step of added) {
+        steps.push(step);
+        canvases.push(after(canvases.at(-1), step, steps.length));
+      }
       show(follows ? steps.length : shown);
     },
   };

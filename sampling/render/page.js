@@ -3,5 +3,5 @@ const root = document.getElementById("viewer");
 root.replaceChildren();
 const viewer = diffusionViewer(root, header);
 diffusionLegend(root, root);
-steps.forEach(viewer.add);
+viewer.add(...steps);
 document.addEventListener("keydown", viewer.key);

@@ -20,6 +20,7 @@ COMMANDS = {
     "replay": ["-m", "trainer.replay", "nowhere"],
     "serve": ["-m", "launch.serve", "model.path=nowhere"],
     "plan": ["-m", "launch.plan", "model=dream_7b", "gpus=8", "gpu_memory=80"],
+    "playground": ["-m", "launch.playground"],
 }
 every_command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

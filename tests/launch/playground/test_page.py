@@ -79,8 +79,7 @@ def page(server, browser):
 
     def open_page(query: str = ""):
         browser.driver.get(server.url + query)
-        browser.one("#run")
-        browser.one("#max_new_tokens input")
+        browser.wait(lambda: browser.one("#run").is_enabled())
         return browser
 
     return open_page
@@ -241,13 +240,13 @@ def test_a_chat_goes_on_until_it_is_forgotten(page):
 def test_a_link_holds_the_settings(page, server):
     browser = page()
     write(browser, "prompt", "a&b=c é")
-    write(browser, "steps", "3")
+    write(browser, "sampling_steps", "3")
     write(browser, "compare", "steps=2")
     run(browser, 2)
     link = browser.one(".link a").get_attribute("href")
     browser = page(link.removeprefix(server.url))
     browser.wait(lambda: browser.one("#prompt textarea").get_property("value") == "a&b=c é")
-    assert browser.one("#steps textarea, #steps input").get_property("value") == "3"
+    assert browser.one("#sampling_steps textarea, #sampling_steps input").get_property("value") == "3"
     run(browser, 2)
     assert [each.text for each in browser.all(".count")] == ["step 3 of 3 · nfe 3", "step 2 of 2 · nfe 2"]
 
@@ -256,16 +255,16 @@ def test_a_preset_sets_the_controls(page):
     browser = page()
     browser.one("#preset input").click()
     browser.one("[role=option][aria-label=few]").click()
-    browser.wait(lambda: browser.one("#steps textarea, #steps input").get_property("value") == "2")
+    browser.wait(lambda: browser.one("#sampling_steps textarea, #sampling_steps input").get_property("value") == "2")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("prompt", " ", "error: the prompt is empty: write a question"),
-        ("steps", "0", "error: sampling.steps=0: must be at least 1"),
-        ("steps", "<i>x</i>", "error: sampling.steps=<i>x</i>: must be a whole number"),
-        ("max_new_tokens", "5000", "do not fit the model's context of 2048 tokens"),
+        ("sampling_steps", "0", "error: sampling.steps=0: must be at least 1"),
+        ("sampling_steps", "<i>x</i>", "error: sampling.steps=<i>x</i>: must be a whole number"),
+        ("sampling_max_new_tokens", "5000", "do not fit the model's context of 2048 tokens"),
         ("compare", "stepps=2", "no such setting of the page; did you mean steps"),
         ("compare", "sampling=<i>", "error: no '<i>'"),
     ],
@@ -277,7 +276,7 @@ def test_a_mistake_is_shown_and_the_page_lives_on(page, name, text, message):
     browser.one("#run").click()
     browser.wait(lambda: message in browser.text(".message"))
     assert browser.all("#result i:not(.legend i)") == []
-    write(browser, name, {"prompt": "Hi", "steps": "2", "max_new_tokens": "4", "compare": ""}[name])
+    write(browser, name, {"prompt": "Hi", "sampling_steps": "2", "sampling_max_new_tokens": "4", "compare": ""}[name])
     run(browser)
 
 
@@ -338,7 +337,7 @@ def test_pictures(browser, server, scheme):
     browser.media(prefers_color_scheme=scheme)
     browser.resize(1120, 700)
     browser.driver.get(server.url)
-    browser.one("#run")
+    browser.wait(lambda: browser.one("#run").is_enabled())
     write(browser, "prompt", "Solve 6x-9=33")
     write(browser, "compare", "steps=6")
     run(browser, 2)
