@@ -1,17 +1,24 @@
 """The settings of train.py for the tools of this package, which have some of their own."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from difflib import get_close_matches
+from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import nearest
 from launch import CONF
-from launch.cli import check_arguments, name_tasks, quote_text, run_name, split_config_dir
+from launch.cli import check_arguments, name_tasks, quote_text, run_name, split_config_dir, warn_of_unread
 from launch.recommended import resolve_recommended
 from trainer.config import Config
 from trainer.schema import field_names, resolve
+
+GROUP = "launch"  # of the settings of tools that load a model
+READS = ("model", "sampling")  # groups of theirs beside it
+Own = TypeVar("Own")
 
 
 def read_settings(
@@ -49,6 +56,31 @@ def read_settings(
             composed.trainer.experiment_name = run_name(hydra.job.override_dirname)
         config = resolve(composed) if recommended is None else resolve_recommended(composed, settings, recommended.add)
     return values, config, hydra.runtime.choices.model
+
+
+def read_own_settings(schema: type[Own], arguments: Sequence[str]) -> tuple[Own, Config, set[str]]:
+    """Settings `launch.NAME` of a tool that loads a model, those of sample.py, and lines on recommended ones.
+
+    Args:
+        schema: dataclass of the tool's settings, which names them as `launch.NAME` in its errors.
+
+    Raises:
+        ValueError: an unknown name, a value outside its range, or see `read_settings`.
+    """
+    lines: set[str] = set()
+    values, config, _ = read_settings(arguments, own_names(schema), lines)
+    warn_of_unread([quote_text(each) for each in arguments if not each.startswith(f"{GROUP}.")], READS)
+    try:
+        own = {name.partition(".")[2]: value for name, value in values.items()}
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), own)), config, lines
+    except OmegaConfBaseException as error:
+        name = f"{GROUP}.{error.full_key}"
+        raise ValueError(f"{name}={values[name]}: {error.msg.splitlines()[0]}") from error
+
+
+def own_names(schema: type) -> list[str]:
+    """Names of a tool's settings as they are written."""
+    return [f"{GROUP}.{item.name}" for item in fields(schema)]
 
 
 def whole_number(name: str, value: str | None, default: int) -> int:

@@ -2,32 +2,26 @@
 
 Takes the settings of sample.py, and of its own
 
-  host=127.0.0.1   another address lets others use the model, such as 0.0.0.0
-  port=7860
-  waiting=8        runs that may wait for the one that is sampled
+  launch.host=127.0.0.1   another address lets others use the model, such as 0.0.0.0
+  launch.port=7860
+  launch.waiting=8        runs that may wait for the one that is sampled
 
 Needs the extra `page`. The page keeps no files, and asks no other host for anything.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from threading import Event, Lock
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from data.terminal import printable
-from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors, warn_of_unread
+from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
 from launch.playground.address import Address
 from launch.playground.runs import Playground
-from launch.settings import read_settings
+from launch.settings import own_names, read_own_settings, read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
 from trainer.distributed import check_alone
-
-READS = ("model", "sampling", *(item.name for item in fields(Address)))
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Address, Config, set[str]]:
@@ -36,15 +30,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Address, Config, set[str]]
     Raises:
         ValueError: an unknown name, a value outside its range, or a setting that asks for a single answer.
     """
-    lines: set[str] = set()
-    values, config, _ = read_settings(arguments, [item.name for item in fields(Address)], lines)
+    address, config, lines = read_own_settings(Address, arguments)
     for name in ("prompt", "template", "input", "output", "record"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: is asked on the page, leave it out")
-    try:
-        address = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Address), values))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}={values[error.full_key]}: {error.msg.splitlines()[0]}") from error
     return address, config, lines
 
 
@@ -63,8 +52,7 @@ class Presets:
             ValueError: no such choice.
         """
         with self._lock:
-            own = [item.name for item in fields(Address)]
-            return read_settings([*self._shared, f"sampling={name}"], own)[1].sampling
+            return read_settings([*self._shared, f"sampling={name}"], own_names(Address))[1].sampling
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -75,7 +63,6 @@ def serve(arguments: Sequence[str]) -> None:
     """
     check_alone("launch.playground", "python -m launch.playground")
     address, config, lines = read_arguments(arguments)
-    warn_of_unread(arguments, READS)
     address.check_free()
     try:
         from launch.playground.page import Page, launch
@@ -89,7 +76,7 @@ def serve(arguments: Sequence[str]) -> None:
     page = Page(Playground(model, tokenizer, config, address.waiting), presets.names, presets)
     if not address.is_loopback:
         print(
-            printable(f"warning: host={address.host}: everyone who reaches this address can use the model"),
+            printable(f"warning: launch.host={address.host}: everyone who reaches this address can use the model"),
             file=sys.stderr,
         )
     blocks = launch(page, address)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from data.settings import check_fields, setting
+from launch.settings import GROUP
 
 LOOPBACK = "127.0.0.1"
 TRIED = 100  # ports after a busy one
@@ -23,7 +24,7 @@ class Address:
     waiting: int = setting(8, at_least=1)  # runs that wait for the one that is sampled; more are refused
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, GROUP)
 
     @property
     def is_loopback(self) -> bool:
@@ -44,8 +45,8 @@ class Address:
             return
         free = next((port for port in range(self.port + 1, self.port + TRIED) if self._refusal(port) is None), None)
         if free is None:
-            raise ValueError(f"host={self.host} port={self.port}: {reason}; give another")
-        raise ValueError(f"port={self.port}: {reason}; port={free} is free")
+            raise ValueError(f"launch.host={self.host} launch.port={self.port}: {reason}; give another")
+        raise ValueError(f"launch.port={self.port}: {reason}; launch.port={free} is free")
 
     def _refusal(self, port: int) -> str | None:
         """Why a port cannot be served; None if it can."""

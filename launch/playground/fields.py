@@ -1,11 +1,9 @@
 """Fields of the sampling settings: their help, and their values as text."""
 
-import inspect
 import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, replace
-from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -17,24 +15,7 @@ AT_LOADING = ("compile", "batch_size")  # decided when the model is loaded; a pa
 FIELDS: dict[str, Field] = {item.name: item for item in fields(SamplingConfig) if item.name not in AT_LOADING}
 TYPES = get_type_hints(SamplingConfig)
 MAIN = ("max_new_tokens", "steps", "alg", "transfer", "temperature", "seed")  # shown first
-_FIELD = re.compile(r"    (\w+): [^#]*(?:#\s*(.*))?")
-_COMMENT = re.compile(r"    #\s*(.*)")
 _ESCAPED = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-
-
-@cache
-def help_texts() -> dict[str, str]:
-    """Comments of the fields of SamplingConfig, those of the lines above first."""
-    texts, above = {}, []
-    for line in inspect.getsource(SamplingConfig).splitlines():
-        if comment := _COMMENT.fullmatch(line):
-            above.append(comment[1])
-        elif field := _FIELD.fullmatch(line):
-            texts[field[1]] = " ".join([*above, *filter(None, [field[2]])])
-            above = []
-        else:
-            above = []
-    return {name: texts[name] for name in FIELDS}
 
 
 def is_optional(name: str) -> bool:

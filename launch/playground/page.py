@@ -12,8 +12,9 @@ import gradio as gr
 
 from data.chat import Message
 from launch.playground.address import Address
-from launch.playground.fields import FIELDS, MAIN, changed, from_text, help_texts, is_list, is_optional, kind, to_text
+from launch.playground.fields import FIELDS, MAIN, changed, from_text, is_list, is_optional, kind, to_text
 from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
+from launch.reference import meanings
 from sampling import SamplingConfig
 from sampling.config import CHOICES
 from sampling.render.page import asset
@@ -252,7 +253,7 @@ def _textbox(label: str, name: str, **given: Any) -> gr.Textbox:
 
 def _control(name: str, value: Any) -> gr.components.Component:
     """The control of a setting, with its help."""
-    shown = {"label": name, "info": help_texts()[name], "value": _value(name, value)}
+    shown = {"label": name, "info": meanings(SamplingConfig)[name], "value": _value(name, value)}
     shown["elem_id"] = f"sampling_{name}"
     if name in CHOICES:
         return gr.Dropdown([*CHOICES[name]], **shown)

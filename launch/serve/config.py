@@ -1,18 +1,9 @@
 """Settings of the server beside those of sample.py: `launch.NAME=VALUE`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass
 
 from data.settings import check_fields, setting
-from launch.cli import quote_text, warn_of_unread
-from launch.settings import read_settings
-from trainer.config import Config
-
-GROUP = "launch"
-READS = ("model", "sampling")
+from launch.settings import GROUP
 
 
 @dataclass
@@ -32,20 +23,3 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, GROUP)
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[ServeConfig, Config, set[str]]:
-    """The server's settings, those of sample.py, and the line that names recommended ones.
-
-    Raises:
-        ValueError: an unknown name, a value outside its range, or see `read_settings`.
-    """
-    lines: set[str] = set()
-    values, config, _ = read_settings(arguments, [f"{GROUP}.{item.name}" for item in fields(ServeConfig)], lines)
-    warn_of_unread([quote_text(each) for each in arguments if not each.startswith(f"{GROUP}.")], READS)
-    try:
-        own = {name.partition(".")[2]: value for name, value in values.items()}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ServeConfig), own)), config, lines
-    except OmegaConfBaseException as error:
-        name = f"{GROUP}.{error.full_key}"
-        raise ValueError(f"{name}={values[name]}: {error.msg.splitlines()[0]}") from error

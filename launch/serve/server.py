@@ -10,10 +10,11 @@ from ipaddress import ip_address
 import uvicorn
 
 from launch.serve.app import create_app
-from launch.serve.config import read_arguments
+from launch.serve.config import ServeConfig
 from launch.serve.engine import tell
 from launch.serve.exchange import WRITING
 from launch.serve.service import Service
+from launch.settings import read_own_settings
 from trainer.build import load_for_sampling
 from trainer.distributed import check_alone
 
@@ -58,7 +59,7 @@ def serve(arguments: Sequence[str]) -> None:
             diffusion model.
     """
     check_alone("launch.serve", "python -m launch.serve")
-    own, config, lines = read_arguments(arguments)
+    own, config, lines = read_own_settings(ServeConfig, arguments)
     with bind(own.host, own.port) as listener:
         for line in sorted(lines):
             tell(line)

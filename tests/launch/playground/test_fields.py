@@ -2,21 +2,10 @@
 
 import pytest
 
-from launch.playground.fields import FIELDS, MAIN, changed, from_text, help_texts, to_text
+from launch.playground.fields import changed, from_text, to_text
 from sampling import SamplingConfig
 
 FAST = SamplingConfig(transfer="threshold", cache="dual", seed=9)
-
-
-def test_every_setting_has_its_help():
-    texts = help_texts()
-    assert texts.keys() == FIELDS.keys()
-    assert all(texts.values())
-    assert texts["temperature"] == "0 takes the most likely token, above 0 samples it"
-    assert texts["steps"] == (
-        "steps of the scheduled transfers, shared out over the blocks; null: one for each masked position"
-    )
-    assert {*MAIN} < {*FIELDS}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 
 from diffllm.tokenizer import builtin_tokenizer
 from launch.serve import server
-from launch.serve.config import read_arguments
+from launch.serve.config import ServeConfig
+from launch.settings import read_own_settings
 from tests.conftest import GOLDEN, ROOT
 from tests.diffllm.decoders import write_decoder
 from tests.launch.serve.serving import ASK, sure_model
@@ -71,18 +72,20 @@ def test_an_address_of_another_machine(host):
 
 
 def test_settings(checkpoint, capsys):
-    own, config, _ = read_arguments([f"model.path={checkpoint}", "launch.port=81", "launch.timeout=5", "sampling=fast"])
+    own, config, _ = read_own_settings(
+        ServeConfig, [f"model.path={checkpoint}", "launch.port=81", "launch.timeout=5", "sampling=fast"]
+    )
     assert (own.host, own.port, own.timeout) == ("127.0.0.1", 81, 5.0)
     assert config.sampling.transfer == "threshold"
     assert capsys.readouterr().err == ""
-    read_arguments([f"model.path={checkpoint}", "optim.lr=1"])
+    read_own_settings(ServeConfig, [f"model.path={checkpoint}", "optim.lr=1"])
     assert "optim.lr" in capsys.readouterr().err
 
 
 def test_recommended_settings():
     """Those of sample.py, where the command line gives none."""
     path = GOLDEN / "dream_tiny"
-    _, config, lines = read_arguments([f"model.path={path}", "sampling.top_p=0.5"])
+    _, config, lines = read_own_settings(ServeConfig, [f"model.path={path}", "sampling.top_p=0.5"])
     assert (config.sampling.temperature, config.sampling.top_p, len(lines)) == (0.2, 0.5, 1)
 
 
