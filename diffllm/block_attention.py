@@ -54,13 +54,14 @@ def flex_mask(seen: Visibility) -> BlockMask:
         own = (q // length == k // length) & (block[b, q] == block[b, k])
         visible = own | ((k < length) & (block[b, q] > block[b, k]))
         if attended is not None:
-            visible &= attended[b, k]
+            visible = visible & attended[b, k].bool()
         if document is not None:
-            visible &= document[b, q] == document[b, k]
+            visible = visible & (document[b, q] == document[b, k])
         return visible
 
     rows, width = block.shape
-    return create_block_mask(sees, rows, None, width, width, device=block.device)
+    create = compiled_mask if block.is_cuda else create_block_mask  # uncompiled it makes the mask of the whole canvas
+    return create(sees, rows, None, width, width, device=block.device)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: BlockMask | list[Chunk], scale: float | None) -> Tensor:
@@ -86,4 +87,4 @@ def _columns(states: Tensor, parts: list[slice]) -> Tensor:
     return states[:, :, parts[0]] if len(parts) == 1 else torch.cat([states[:, :, part] for part in parts], dim=2)
 
 
-compiled_flex = torch.compile(flex_attention)
+compiled_flex, compiled_mask = torch.compile(flex_attention), torch.compile(create_block_mask)

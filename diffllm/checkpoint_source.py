@@ -56,7 +56,7 @@ class CheckpointSource:
             raise ValueError(f"{name}: config.json is not a JSON object")
         check_values(published, name)
         family = family_of(published, name)
-        published = family.defaults | published
+        published |= {key: value for key, value in family.defaults.items() if published.get(key) is None}
         _check_block_length(published, family, name)
         if file:
             published = {key: value for key, value in published.items() if not key.startswith("_")}

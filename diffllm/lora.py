@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from diffllm.config import ModelConfig
 from diffllm.modeling_diffllm import DiffLLM
 
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+FILE = "adapter_model.safetensors"
 _PEFT = "base_model.model."  # begins the names in PEFT's files
 # Settings of PEFT that change more than B·A beside a weight, and their values that do not.
 PLAIN = {
@@ -89,11 +91,14 @@ def merge_lora(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[st
     return merged
 
 
-def write_adapter(directory: Path, state_dict: Mapping[str, Tensor], config: ModelConfig) -> None:
+def write_adapter(
+    directory: Path, state_dict: Mapping[str, Tensor], config: ModelConfig, block_length: int | None = None
+) -> None:
     """Write the adapters of a model in PEFT's files, for the model of Transformers that `import diffllm` registers.
 
     Args:
         state_dict: full tensors by their names in `DiffLLM`.
+        block_length: of the attention that they were trained for, kept in the metadata of the tensors.
     """
     adapters = {name: tensor for name, tensor in state_dict.items() if base_name(name) is None}
     targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in adapters})
@@ -107,7 +112,8 @@ def write_adapter(directory: Path, state_dict: Mapping[str, Tensor], config: Mod
     directory.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(directory)
     named = {_PEFT + name.removeprefix("lm.").replace(".default.", "."): value for name, value in adapters.items()}
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, directory / "adapter_model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(tensors, directory / FILE, metadata={"block_length": str(block_length or 0)})
 
 
 @torch.no_grad()
@@ -140,6 +146,10 @@ def load_adapter(model: DiffLLM, config: ModelConfig) -> None:
         else:
             weight = weights[f"lm.{layer}.weight"]
             weight.copy_(weight.float() + scale * (b.float() @ a.float()))
+    with safe_open(Path(config.adapter) / FILE, "pt") as file:
+        length = (file.metadata() or {}).get("block_length")
+    if length is not None:  # written by `write_adapter`
+        model.block_length = int(length) or None
 
 
 def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], int, float]:
@@ -149,12 +159,12 @@ def _read_adapter(config: ModelConfig) -> tuple[dict[str, Tensor], int, float]:
         ValueError: see `load_adapter`.
     """
     peft, name = _peft("model.adapter"), f"model.adapter={config.adapter}"
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in ("adapter_config.json", FILE):
         if not (Path(config.adapter) / file).is_file():
             raise ValueError(f"{name}: no {file} there; give the directory of a LoRA adapter in PEFT's files")
     try:
         settings = peft.PeftConfig.from_pretrained(config.adapter)
-        weights = load_file(Path(config.adapter) / "adapter_model.safetensors")
+        weights = load_file(Path(config.adapter) / FILE)
     except Exception as error:  # neither library checks its files
         raise ValueError(f"{name}: cannot be read ({first_line(error)})") from error
     if settings.peft_type != "LORA":

@@ -52,6 +52,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self.unnamed_ids: tuple[int, ...] = ()
         self.block_length: int | None = self.published.get(self.family.block_key)
+        if self.block_length is not None and self.block_length >= lm.config.max_position_embeddings:
+            self.block_length = None  # a row is one block
         self.windowed = has_window(lm.config)
         self.flash = "flash" in lm.config._attn_implementation
         self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and has_segments(lm.config))

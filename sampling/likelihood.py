@@ -119,8 +119,8 @@ def score_positions(
     Args:
         rows: tokens [L], which fit the model's context, and the n positions to score. Masks at other positions stay.
         samples: masks drawn for a row; even, because pairs of draws give the standard error (see `_Masks`).
-        seed: a row's masks depend on (seed, samples, n) alone. The first positions of all rows share their noise, so
-            that differences between alternatives are less noisy than their scores.
+        seed: a row's masks depend on (seed, samples, n) alone, those of a block on its place too. The first positions
+            of all rows share their noise, so that differences between alternatives are less noisy than their scores.
         batch_size: masks forwarded together.
 
     Raises:
@@ -137,7 +137,11 @@ def score_positions(
     rows = [_checked(number, tokens, at, special.mask) for number, (tokens, at) in enumerate(rows)]
     parts = [_by_blocks(*row, attention_block_of(model)) for row in rows]
     rows = [part for parts_of_row in parts for part in parts_of_row]
-    draws = [_every(len(at)) if 2 ** len(at) - 1 <= samples else _drawn(len(at), samples, seed) for _, at in rows]
+    keys = [[seed, place] if place else seed for parts_of_row in parts for place in range(len(parts_of_row))]
+    draws = [
+        _every(len(at)) if 2 ** len(at) - 1 <= samples else _drawn(len(at), samples, key)
+        for (_, at), key in zip(rows, keys, strict=True)
+    ]
     noised = [(tokens, at[m]) for (tokens, at), draw in zip(rows, draws, strict=True) for m in draw.masks]
     log_p = np.empty(len(noised))
     for start in range(0, len(noised), batch_size):
@@ -194,7 +198,7 @@ def _every(n: int) -> _Masks:
     return _Masks(masks, np.array([1 / (m * comb(n, m)) for m in masks.sum(1).tolist()]), exact=True)
 
 
-def _drawn(n: int, samples: int, seed: int) -> _Masks:
+def _drawn(n: int, samples: int, seed: int | list[int]) -> _Masks:
     """Masks of the l = ⌈t·n⌉ positions with the lowest noise. Draws 2h and 2h+1 have t in (2h, 2h+2]/samples."""
     noise = np.random.default_rng(seed).random((1 + n, samples))
     t = (np.arange(samples) // 2 + 1 - noise[0]) / (samples // 2)

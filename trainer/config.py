@@ -156,6 +156,11 @@ class Config:
                 f"trainer.val_samples={self.trainer.val_samples} with diffusion.objective={self.diffusion.objective}: "
                 "answers are sampled by unmasking, which a causal model does not learn; set it to 0"
             )
+        blocks, parts = self.diffusion.block_length, self.sampling.block_length
+        if blocks is not None and parts is not None and blocks % parts:
+            raise ValueError(
+                f"sampling.block_length={parts}: must divide diffusion.block_length={blocks}; null fills whole blocks"
+            )
         if self.optim.name == "adamw_8bit" and self.trainer.async_checkpoints:
             raise ValueError(
                 "optim.name=adamw_8bit: torchao's moments cannot be copied for a background save; set "

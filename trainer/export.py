@@ -24,6 +24,7 @@ def load_trained(source: Path, config: Config) -> tuple[DiffLLM, PreTrainedToken
     """
     config.model.quantize = "none"
     model, tokenizer = build_model(config.model, config.seed)
+    model.block_length = config.diffusion.block_length
     if config.model.lora_rank:
         add_lora(model, config.model, config.seed)
     trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

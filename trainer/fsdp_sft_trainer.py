@@ -116,7 +116,7 @@ class FSDPSFTTrainer(TrainingLoop):
                 self.model.save_pretrained(unfinished, merged, self.tokenizer, **settings)
             if self.config.model.lora_rank:
                 with whole_directory(directory.with_name(f"{directory.name}_adapter"), replace=True) as unfinished:
-                    write_adapter(unfinished, full, self.config.model)
+                    write_adapter(unfinished, full, self.config.model, self.model.block_length)
 
     def _beside_whole_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replace 4-bit weights by those of the source, which were quantized."""

@@ -35,6 +35,15 @@ def published(request, tmp_path):
     return request.param, tmp_path, lm
 
 
+def test_null_is_no_value(published):
+    name, directory, _ = published
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(
+        json.dumps(content | {"block_size": None, "bd_size": None, "mask_token_id": None})
+    )
+    assert load_model(directory).block_length == {"sdar": 4, "fast_dllm_v2": 32}[name]
+
+
 def test_mask_shift_and_block_length_are_those_of_the_published_code(published):
     name, directory, lm = published
     model = load_model(directory)
@@ -58,7 +67,7 @@ def test_the_export_has_the_key_of_the_family(published, tmp_path):
         model.save_pretrained(out)
         content = json.loads((out / "config.json").read_text())
         assert (content[key], content["model_type"]) == (written, PUBLISHED[name][2]["model_type"])
-        assert load_model(out).block_length == written
+        assert load_model(out).block_length == length
 
 
 @pytest.mark.parametrize("model_type", ["sdar_moe", "llada2_moe"])

@@ -120,6 +120,17 @@ def test_finished_blocks_are_kept_exactly(by_blocks, rows, kind, **changes):
         assert kept.nfe == computed_anew.nfe
 
 
+def test_a_kept_block_never_holds_a_mask(by_blocks, monkeypatch):
+    """Though the model prefers the mask, and the published schedules may commit it."""
+    head, mask = by_blocks.head, by_blocks.mask_token_id
+    preferring = torch.nn.functional.one_hot(torch.tensor(mask), by_blocks.vocab_size) * 100.0
+    monkeypatch.setattr(by_blocks, "head", lambda hidden: head(hidden) + preferring)
+    cached, plain = (fill_rows(by_blocks, ROWS, cache=cache) for cache in ("block", "none"))
+    for kept, computed_anew in zip(cached, plain, strict=True):
+        assert mask not in kept.tokens
+        np.testing.assert_array_equal(kept.history, computed_anew.history)
+
+
 def test_a_block_is_computed_with_the_one_before_it_and_then_alone(by_blocks):
     """Prompt 5, so that the first block has three masks; then blocks of 4 and 1. Left neighbours are computed too."""
     widths = []

@@ -254,3 +254,14 @@ def test_by_blocks_it_is_the_sum_of_the_blocks_each_given_the_clean_ones_before(
     one_block = score(decoder, row[:3], row[3:], special)
     decoder.block_length = None
     assert one_block.mean == pytest.approx(score(decoder, row[:3], row[3:], special).mean, rel=1e-9)
+
+
+def test_blocks_draw_their_own_masks_so_that_their_errors_are_independent():
+    """Ten equal blocks: the spread over seeds is the error that is reported, not √10 times it."""
+    model = Counting()
+    model.block_length = 16
+    row = [1] * 16 + [3] * 160
+    found = [score(model, row[:16], row[16:], SPECIAL, samples=16, seed=seed) for seed in range(60)]
+    spread = np.std([each.mean for each in found])
+    reported = np.mean([each.standard_error for each in found])
+    assert 0.6 < spread / reported < 1.6

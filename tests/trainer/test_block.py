@@ -13,6 +13,8 @@ from sampling import SamplingConfig
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, metrics, train
 from trainer.build import load_for_sampling
+from trainer.config import Config
+from trainer.export import export
 from trainer.schema import resolve
 
 COMPLEMENTARY = {"complementary": True, "t_sampler": "stratified", "time_reweighting": "none", "loss_norm": "masked"}
@@ -61,6 +63,26 @@ def test_it_resumes_and_learns(block_run):
 def test_adapters_are_trained(block_run, pretrained):
     run = train(block_run(model__path=str(pretrained), model__lora_rank=2, trainer__max_steps=2))
     assert json.loads((run / "hf" / "config.json").read_text())["block_length"] == 4
+
+
+def test_an_adapter_keeps_the_blocks_that_it_was_trained_for(block_run, small_run, pretrained):
+    lora = {"model__path": str(pretrained), "model__lora_rank": 2, "trainer__max_steps": 1}
+    by_blocks, by_masks = train(block_run("blocks", **lora)), train(small_run("masks", **lora))
+    for run, base, length in ((by_blocks, pretrained, 4), (by_masks, by_blocks / "hf", None)):
+        settings = {"path": str(base), "adapter": str(run / "hf_adapter")}
+        assert load_for_sampling(resolve(OmegaConf.create({"model": settings})))[0].block_length == length
+
+
+def test_an_exported_checkpoint_says_its_block_length(block_run, tmp_path):
+    run = train(block_run(trainer__max_steps=1))
+    export(run / "checkpoints" / "step_00000001", tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["block_length"] == 4
+
+
+def test_blocks_that_sampling_cannot_divide_are_refused_at_the_start(block_run):
+    config = block_run()
+    with pytest.raises(ValueError, match=r"sampling\.block_length=32: must divide diffusion\.block_length=4"):
+        Config(diffusion=config.diffusion, sampling=SamplingConfig(block_length=32))
 
 
 @pytest.mark.slow
