@@ -96,7 +96,12 @@ def _steps(config: Config, source: BatchSource, rows: int, steps: int) -> str:
 
 
 def _loss(config: Config) -> str:
-    settings = {name: value for name, value in vars(config.diffusion).items() if isinstance(value, str)}
+    default = type(config.diffusion)()
+    settings = {
+        name: value
+        for name, value in vars(config.diffusion).items()
+        if isinstance(value, str) or name == "block_length" or value != getattr(default, name)
+    }
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 

@@ -271,10 +271,10 @@ def test_runs_are_named_by_their_command_line():
 
 
 def test_train_sample_evaluate(script, tmp_path):
-    code, _, err = script("train.py", "trainer.experiment_name=run", *SMALL)
+    code, out, err = script("train.py", "trainer.experiment_name=run", *SMALL)
     assert code == 0, err
-    assert "loss" in err
-    assert "tokens/s" in err
+    assert "loss" in out
+    assert "tokens/s" in out
     model = "model.path=outputs/run/hf"
     quick = ["sampling.max_new_tokens=4", "sampling.steps=2"]
 
