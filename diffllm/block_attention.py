@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 def attention_plan(seen: Visibility) -> BlockMask | list[Chunk]:
-    """What `attend` needs of a visibility with copies, made once for all layers."""
+    """Tiles or parts of a visibility with copies, for `attend` in every layer."""
     return flex_mask(seen) if seen.block.is_cuda else chunks(seen)
 
 

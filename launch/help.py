@@ -17,7 +17,7 @@ hydra/sweeper=optuna."""
 
 
 def help_text(documentation: str, script: str, reads: Sequence[str], choices: Mapping[str, Sequence[str]]) -> str:
-    """What a script does, and the settings and groups that it reads, with their meanings.
+    """Describe a script, and the groups and settings that it reads.
 
     Args:
         documentation: docstring of the script.

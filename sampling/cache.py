@@ -4,9 +4,9 @@ Attention in both directions makes every position depend on every other, so a ca
 refreshed. The kinds differ only in which positions a step computes:
 
 `prefix` the open block and all that follows (Fast-dLLM, arXiv 2505.22618) · `dual` the open block alone (ibid.) ·
-`delayed` all masked positions (dKV-Cache, arXiv 2505.15781). The first forward
-of a block and every `cache_refresh`-th forward compute all positions; with 1 every forward does, which is exact.
-All kinds compute candidates and their left neighbours, and positions that the step before changed.
+`delayed` all masked positions (dKV-Cache, arXiv 2505.15781). The first forward of a block and every
+`cache_refresh`-th forward compute all positions; with 1 every forward does, which is exact. All kinds compute
+candidates and their left neighbours, and positions that the step before changed.
 
 In a model that attends by blocks a finished block never changes. `block` computes the open block of attention, and the
 one before it once more when its tokens are clean: exact (BD3-LM, arXiv 2503.09573). The other kinds are approximate
@@ -71,12 +71,12 @@ def computed(row: RowState) -> np.ndarray:
 
     The left neighbour of each candidate is among them: models with shifted logits predict from it.
     """
+    if row.config.cache == "block":
+        return refreshed(row)
     step, active = row.step, np.zeros(len(row), dtype=bool)
     active[row.masked(step.end)] = True
     active[row.committed] = active[row.remasked] = True  # their keys and values are older than their tokens
     match row.config.cache:
-        case "block":
-            return refreshed(row)
         case "prefix":
             active[step.start :] = True
         case "dual":

@@ -59,7 +59,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step did, see `StepEvent`."""
+    """A step of the canvas, see `StepEvent`."""
 
     step: int
     nfe: int

@@ -79,7 +79,7 @@ class RowState:
         return (self.tokens[:end] == self.special.mask).nonzero()[0]
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """Start and end of each block with masks. Masks inside the prompt belong to the first block.
+        """Start and end of each block with masks. Without attention by blocks, those in the prompt are of the first.
 
         If `block_length` does not divide the response, the last block is shorter. Blocks begin after the prompt; those
         of a model that attends by blocks at multiples of their length.

@@ -40,7 +40,7 @@ class BlockConfig(DiffusionConfig):
 
     @property
     def copies(self) -> int:
-        """x_0 and the noised copies."""
+        """Number of x_0 and its noised copies together."""
         return 3 if self.complementary else 2
 
     def __post_init__(self) -> None:
@@ -57,12 +57,12 @@ class BlockConfig(DiffusionConfig):
             )
         if self.mask_ratio is not None and not (len(self.mask_ratio) == 2 and self.mask_ratio[0] < self.mask_ratio[1]):
             raise ValueError(f"diffusion.mask_ratio={self.mask_ratio}: must be two rising numbers in (0, 1]")
-        named = {"mask_ratio": self.mask_ratio is not None, "complementary": self.complementary}
-        if (name := next((name for name in named if named[name]), None)) and self.t_sampler in ("importance", "cosine"):
-            raise ValueError(
-                f"diffusion.{name}={getattr(self, name)}: needs even draws of t, diffusion.t_sampler=stratified or "
-                f"uniform, not {self.t_sampler}"
-            )
+        for name in ("mask_ratio", "complementary"):
+            if getattr(self, name) and self.t_sampler in ("importance", "cosine"):
+                raise ValueError(
+                    f"diffusion.{name}={getattr(self, name)}: needs even draws of t, diffusion.t_sampler=stratified or "
+                    f"uniform, not {self.t_sampler}"
+                )
 
 
 class BlockDiffusion(MaskedDiffusion):

@@ -1,4 +1,4 @@
-"""Where the page is served."""
+"""Address of the page."""
 
 import socket
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Address:
         raise ValueError(f"launch.port={self.port}: {reason}; launch.port={free} is free")
 
     def _refusal(self, port: int) -> str | None:
-        """Why a port cannot be served; None if it can."""
+        """Return the reason if a port cannot be served."""
         try:
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
             with socket.create_server((self.host, port), family=family):

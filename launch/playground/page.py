@@ -56,7 +56,7 @@ class Page:
         return blocks
 
     def _question(self) -> dict[str, gr.components.Component]:
-        """What is asked, and the result, by name."""
+        """Make the inputs of a run and its result, by name."""
         parts = {
             "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False),
             "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
@@ -86,7 +86,7 @@ class Page:
         return parts
 
     def _settings(self) -> tuple[dict[str, gr.components.Component], dict[str, gr.components.Component]]:
-        """What else a run depends on, and the controls of the settings, both by name."""
+        """Make the other inputs of a run, and the controls of the settings, both by name."""
         parts = {
             "preset": gr.Dropdown(
                 [START, *self.presets], value=START, label="Preset", info="settings of conf/sampling", elem_id="preset"

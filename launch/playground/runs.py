@@ -36,7 +36,7 @@ class Stopped(Exception):  # noqa: N818 — no error
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks.
+    """A request of a user.
 
     Raises:
         ValueError: an unknown mode, no text, or one that is too long.

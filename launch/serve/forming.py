@@ -41,7 +41,7 @@ class FinalText:
         return self._send(without_stop(text, self.config.stop))
 
     def rest(self, text: str) -> str:
-        """What is left of the whole response's text."""
+        """Return the part of the whole text that was not sent yet."""
         return self._send(text)
 
     def _send(self, text: str) -> str:
