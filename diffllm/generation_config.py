@@ -40,6 +40,6 @@ def recommended_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "alg" not in generation:
         return {}
-    # A model without a cache may have learnt to attend by blocks since, which keep one exactly.
+    # Older exports say cache: none, their default. A model that attends by blocks has an exact cache.
     given = {name: value for name, value in generation.items() if (name, value) != ("cache", "none")}
     return {name: given[name] for name in RECOMMENDED if given.get(name) is not None}

@@ -101,8 +101,8 @@ class RowBatch:
         self.at_once = positions_at_once(model)
         self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
         self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
-        # Adaptive transfer must never commit the mask token, or it would loop. Nor may a block that is kept hold one.
-        # Else the published schedules may commit it.
+        # Adaptive transfer must never commit the mask token, or it would loop. Kept blocks must not hold it. Otherwise
+        # the published schedules may commit it.
         unmasks = config.adaptive or attention_block_of(model) is not None
         never = (*special.forbidden, special.mask) if unmasks else special.forbidden
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
