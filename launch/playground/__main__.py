@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from threading import Event, Lock
 
 from data.terminal import printable
+from launch.address import bind
 from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
-from launch.playground.address import Address
+from launch.playground.config import PlaygroundConfig
 from launch.playground.runs import Playground
 from launch.settings import own_names, read_own_settings, read_settings
 from sampling import SamplingConfig
@@ -24,17 +25,17 @@ from trainer.config import Config
 from trainer.distributed import check_alone
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Address, Config, set[str]]:
-    """The address, the settings, and lines on recommended settings.
+def read_arguments(arguments: Sequence[str]) -> tuple[PlaygroundConfig, Config, set[str]]:
+    """The settings of the page, those of sample.py, and lines on recommended settings.
 
     Raises:
         ValueError: an unknown name, a value outside its range, or a setting that asks for a single answer.
     """
-    address, config, lines = read_own_settings(Address, arguments)
+    own, config, lines = read_own_settings(PlaygroundConfig, arguments)
     for name in ("prompt", "template", "input", "output", "record"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"{name}={value}: is asked on the page, leave it out")
-    return address, config, lines
+    return own, config, lines
 
 
 class Presets:
@@ -52,18 +53,18 @@ class Presets:
             ValueError: no such choice.
         """
         with self._lock:
-            return read_settings([*self._shared, f"sampling={name}"], own_names(Address))[1].sampling
+            return read_settings([*self._shared, f"sampling={name}"], own_names(PlaygroundConfig))[1].sampling
 
 
 def serve(arguments: Sequence[str]) -> None:
     """Serve the page until SIGINT.
 
     Raises:
-        ValueError: see `read_arguments`, `Address.check_free` and `load_for_sampling`; or gradio is missing.
+        ValueError: see `read_arguments`, `bind` and `load_for_sampling`; or gradio is missing.
     """
     check_alone("launch.playground", "python -m launch.playground")
-    address, config, lines = read_arguments(arguments)
-    address.check_free()
+    own, config, lines = read_arguments(arguments)
+    bind(own.host, own.port).close()  # gradio binds it again
     try:
         from launch.playground.page import Page, launch
     except ImportError as error:
@@ -73,13 +74,8 @@ def serve(arguments: Sequence[str]) -> None:
     quiet_libraries()
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)
-    page = Page(Playground(model, tokenizer, config, address.waiting), presets.names, presets)
-    if not address.is_loopback:
-        print(
-            printable(f"warning: launch.host={address.host}: everyone who reaches this address can use the model"),
-            file=sys.stderr,
-        )
-    blocks = launch(page, address)
+    page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
+    blocks = launch(page, own.host, own.port)
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     Event().wait()
 

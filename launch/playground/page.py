@@ -11,7 +11,6 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from data.chat import Message
-from launch.playground.address import Address
 from launch.playground.fields import FIELDS, MAIN, changed, from_text, is_list, is_optional, kind, to_text
 from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
 from launch.reference import meanings
@@ -190,12 +189,12 @@ class Page:
         return f"?{urlencode(kept | differ)}"
 
 
-def launch(page: Page, address: Address) -> gr.Blocks:
+def launch(page: Page, host: str, port: int) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
     blocks.launch(
-        server_name=address.host,
-        server_port=address.port,
+        server_name=host,
+        server_port=port,
         share=False,
         quiet=True,
         prevent_thread_lock=True,

@@ -1,14 +1,13 @@
 """The process of the server: its socket, its start, its end."""
 
 import asyncio
-import errno
 import signal
 import socket
 from collections.abc import Sequence
-from ipaddress import ip_address
 
 import uvicorn
 
+from launch.address import bind
 from launch.serve.app import create_app
 from launch.serve.config import ServeConfig
 from launch.serve.engine import tell
@@ -87,46 +86,3 @@ def start_line(service: Service, host: str, port: int) -> str:
     shown = f"[{host}]" if ":" in host else host
     chats = "" if service.tokenizer.chat_template else "; no chat template: completions only"
     return f"serving {service.name} at http://{shown}:{port}/v1, {service.engine.batch_size} rows at once{chats}"
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address, before the model is loaded. Nobody can connect to it yet.
-
-    Raises:
-        ValueError: there is no such address, or its port is taken.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ValueError(f"launch.host={host}: no address of this machine ({error.strerror})") from error
-    try:
-        listener = _bound(family, kind, address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"launch.port={port}: in use; {_next_free(family, kind, address)}") from error
-        raise ValueError(f"launch.host={host} launch.port={port}: {error.strerror}") from error
-    if not ip_address(address[0]).is_loopback:
-        tell(f"warning: launch.host={host}: whoever reaches this machine can use the model; there is no password")
-    return listener
-
-
-def _bound(family: int, kind: int, address: tuple) -> socket.socket:
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # right after another server has ended
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _next_free(family: int, kind: int, address: tuple) -> str:
-    host, port, *others = address
-    for free in range(port + 1, 2**16):
-        try:
-            _bound(family, kind, (host, free, *others)).close()
-        except OSError:
-            continue
-        return f"launch.port={free} is free"
-    return "and so are those above it; name a lower one"

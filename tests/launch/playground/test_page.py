@@ -16,7 +16,6 @@ import pytest
 from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
-from launch.playground.address import Address
 from launch.playground.runs import Playground
 from sampling import SamplingConfig
 from tests.conftest import small_shape
@@ -35,7 +34,7 @@ class Server:
         from launch.playground.page import Page, launch
 
         with socket.create_server(("127.0.0.1", 0)) as free:
-            address = Address(port=free.getsockname()[1])
+            port = free.getsockname()[1]
         config = Config(sampling=SamplingConfig(**{"max_new_tokens": 16, "steps": STEPS, "temperature": 1.0} | changes))
         config.model.path = name
         self.forwards, self.slow, forward = 0, SLOW, model.hidden
@@ -51,8 +50,8 @@ class Server:
         model.hidden = slow
         few = replace(config.sampling, steps=2)
         self.playground = Playground(model, tokenizer, config, waiting=1)
-        self.blocks = launch(Page(self.playground, ["few"], {"few": few}.__getitem__), address)
-        self.url = f"http://127.0.0.1:{address.port}/"
+        self.blocks = launch(Page(self.playground, ["few"], {"few": few}.__getitem__), "127.0.0.1", port)
+        self.url = f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")

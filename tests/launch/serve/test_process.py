@@ -3,7 +3,6 @@
 import re
 import runpy
 import signal
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,29 +45,6 @@ def test_a_process(checkpoint, tmp_path):
             assert rest.exception().code == "server_stops"
         assert run.process.wait(60) == 0
         assert [line.split()[0] for line in run.text.splitlines()] == ["sampling", "serving", "stopping:"]
-
-
-def test_a_port_in_use():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = other.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"launch\.port={taken}: .*launch\.port=(\d+)") as error:
-            server.bind("127.0.0.1", taken)
-    named = int(str(error.value).rpartition("launch.port=")[2].split()[0])
-    assert named > taken
-    server.bind("127.0.0.1", named).close()
-
-
-def test_another_address_is_warned_of(capsys):
-    server.bind("127.0.0.1", 0).close()
-    assert capsys.readouterr().err == ""
-    server.bind("0.0.0.0", 0).close()
-    assert capsys.readouterr().err.startswith("warning: launch.host=0.0.0.0:")
-
-
-@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1"])
-def test_an_address_of_another_machine(host):
-    with pytest.raises(ValueError, match=rf"launch\.host={host}"):
-        server.bind(host, 0)
 
 
 def test_settings(checkpoint, capsys):
