@@ -83,6 +83,9 @@ class FSDPSFTTrainer(TrainingLoop):
     def denominator(self, batch: Batch) -> Tensor:
         return self.objective.denominator(batch)
 
+    def tokens_in_loss(self, batch: Batch) -> int:
+        return len(self.objective.positions(batch)[0])
+
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:
         output = self.objective.loss(self.model, batch)
         return output._replace(loss=output.loss / denominator)

@@ -83,6 +83,10 @@ class TrainingLoop(ABC):
         """The batch's part of the step's loss denominator; parts add up."""
 
     @abstractmethod
+    def tokens_in_loss(self, batch: Batch) -> int:
+        """Number of tokens in the loss of a micro-batch."""
+
+    @abstractmethod
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:
         """A micro-batch's part of the step's loss.
 
@@ -264,7 +268,7 @@ class TrainingLoop(ABC):
         lr = set_lr(self.optimizer, self.config.optim, self.steps, step - 1)
         micro_batches = self.prepare(step, micro_batches)
         losses, sums, metrics, grad_norm = [], [], {"train/loss": 0.0}, 0.0
-        if counts["masked"]:
+        if counts["in_loss"]:
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 self.model.set_requires_gradient_sync(last or self.config.trainer.reduce_each_micro_batch)
@@ -273,7 +277,7 @@ class TrainingLoop(ABC):
                 losses.append(output.loss.detach())
                 sums.append(self.measure(batch, output))
             metrics, grad_norm = self._reduce(losses, sums, self._clip())
-        if not counts["masked"]:
+        if not counts["in_loss"]:
             self.progress.skipped_steps += 1
         elif math.isfinite(metrics["train/loss"]) and math.isfinite(grad_norm):
             self.checkpoints.wait_for_copy()
@@ -288,7 +292,7 @@ class TrainingLoop(ABC):
             "train/epoch": self.source.epoch(step),
             "train/skipped_steps": self.progress.skipped_steps,
             "train/nonfinite_steps": self.progress.nonfinite_steps,
-            "data/masked_share": counts["masked"] / max(counts["maskable"], 1),
+            "data/masked_share": counts["in_loss"] / max(counts["maskable"], 1),
             "data/padding_share": 1 - counts["row_tokens"] / counts["positions"],
         }
 
@@ -300,7 +304,7 @@ class TrainingLoop(ABC):
         lengths = torch.cat([row_lengths(batch) for batch in micro_batches])
         counts = {
             "denominator": sum(self.denominator(batch) for batch in micro_batches),
-            "masked": sum(batch["masked"].sum() for batch in micro_batches),
+            "in_loss": sum(self.tokens_in_loss(batch) for batch in micro_batches),
             "maskable": sum(batch["maskable"].sum() for batch in micro_batches),
             "attended": lengths.sum(),
             "pairs": lengths.square().sum(),

@@ -49,7 +49,7 @@ def _run(model: DiffLLM, objective: Objective, row: Batch, denominator: float) -
     return {
         "sample_index": int(row["sample_index"]),
         **({"t": float(row["t"].amax())} if "t" in row else {}),  # not every objective has times
-        "masked": int(row["masked"].sum()),
+        "masked": len(objective.positions(row)[0]),
         "loss": float(loss.detach()),
         "largest_nll": float(output.nll.amax()) if len(output.nll) else 0.0,
         "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),

@@ -67,7 +67,7 @@ class Speed:
         self.distributed = distributed
         self.peak = peak_tflops or _data_sheet(distributed.device, dtype)
         self.per_token = copies * sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
-        self.per_masked = _flops(model.lm.lm_head.weight)
+        self.per_loss_token = _flops(model.lm.lm_head.weight)
         # Scores and weighted values, two products of 2·L²·D each forward and twice that backward, in every layer.
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
@@ -77,7 +77,7 @@ class Speed:
         """Return the `perf/` metrics of a step.
 
         Args:
-            counts: sums over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and masked.
+            counts: sums over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and in_loss.
             seconds: duration of the step.
             waited: seconds of them that this rank waited for data.
 
@@ -98,7 +98,9 @@ class Speed:
     def flops(self, counts: dict[str, float]) -> float:
         """FLOPs that the model needs for a step, recomputed activations not counted (arXiv 2204.02311, appendix B)."""
         return (
-            self.per_token * counts["attended"] + self.per_pair * counts["pairs"] + self.per_masked * counts["masked"]
+            self.per_token * counts["attended"]
+            + self.per_pair * counts["pairs"]
+            + self.per_loss_token * counts["in_loss"]
         )
 
 

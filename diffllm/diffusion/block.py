@@ -43,6 +43,11 @@ class BlockConfig(DiffusionConfig):
         """Number of x_0 and its noised copies together."""
         return 3 if self.complementary else 2
 
+    @property
+    def loss_share(self) -> float:
+        """Share of the response tokens that a step has in its loss on average."""
+        return 1.0 if self.complementary else sum(self.mask_ratio or (0, 1)) / 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attention_annealing_steps:

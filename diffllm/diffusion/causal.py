@@ -23,6 +23,7 @@ class CausalConfig(ObjectiveConfig):
     """
 
     causal: ClassVar[bool] = True
+    loss_share: ClassVar[float] = 1.0
     objective: str = "causal"
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Causal(Objective):
         """Σ nll of the response tokens."""
         device = model.device
         x_0, masked, position_ids = (to_device(batch[name], device) for name in ("input_ids", "masked", "position_ids"))
-        where = tuple(to_device(index, device) for index in batch["masked"].nonzero(as_tuple=True))
+        where = tuple(to_device(index, device) for index in self.positions(batch))
         seen = {"position_ids": position_ids, "visibility": visibility_of(batch), "where": where}
         return model(x_0, x_0, masked, masked.float(), **seen)
 

@@ -155,10 +155,6 @@ class MaskedDiffusion(Objective):
             case norm:
                 raise NotImplementedError(f"diffusion.loss_norm={norm}")
 
-    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rows and columns [N] of the tokens in the loss, in its order."""
-        return batch["masked"].nonzero(as_tuple=True)
-
     def tokens(self, batch: Batch) -> Tensor:
         """Number of tokens whose likelihood the loss bounds, a scalar."""
         return batch["maskable"].sum()

@@ -60,6 +60,13 @@ def test_it_resumes_and_learns(block_run):
     assert whole[-1] < whole[0]
 
 
+def test_a_step_whose_first_copies_mask_nothing_trains_on_the_second_ones(block_run):
+    rows = metrics(train(block_run("run", COMPLEMENTARY | {"mask_ratio": [1e-6, 2e-6]}, trainer__max_steps=2)))
+    assert [row["data/masked_share"] for row in rows] == [1, 1]
+    assert rows[-1]["train/skipped_steps"] == 0
+    assert rows[0]["train/grad_norm"] > 0
+
+
 def test_adapters_are_trained(block_run, pretrained):
     run = train(block_run(model__path=str(pretrained), model__lora_rank=2, trainer__max_steps=2))
     assert json.loads((run / "hf" / "config.json").read_text())["block_length"] == 4
