@@ -279,7 +279,8 @@ def _cost_lines(plan: Plan) -> Iterator[str]:
     tokens, step = layout.global_batch_size * config.data.max_length, step_time(plan.model, config, layout, plan.gpus)
     yield (
         f"time: {duration_text(step.total)} a step, {tokens / step.total:,.0f} tokens/s, with mfu={plan.gpus.mfu:g} "
-        f"and {config.diffusion.loss_share:.0%} of the tokens in the loss{'; too little work to keep a GPU busy' if step.is_launching else ''}"
+        f"and {config.diffusion.loss_share:.0%} of the tokens in the loss"
+        f"{'; too little work to keep a GPU busy' if step.is_launching else ''}"
     )
     if step.offload:
         yield (

@@ -97,11 +97,8 @@ class Speed:
 
     def flops(self, counts: dict[str, float]) -> float:
         """FLOPs that the model needs for a step, recomputed activations not counted (arXiv 2204.02311, appendix B)."""
-        return (
-            self.per_token * counts["attended"]
-            + self.per_pair * counts["pairs"]
-            + self.per_loss_token * counts["in_loss"]
-        )
+        in_decoder = self.per_token * counts["attended"] + self.per_pair * counts["pairs"]
+        return in_decoder + self.per_loss_token * counts["in_loss"]
 
 
 def _flops(weight: torch.Tensor) -> int:
