@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +178,8 @@ def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> 
 
 
 def quiet_libraries() -> None:
-    """Switch off the progress bars and warnings of Transformers and the hub."""
+    """Switch off the progress bars and warnings of Transformers and the hub. Other warnings take a line."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # without it Hydra shows the hub's attempts

@@ -7,12 +7,13 @@ blocks begin.
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from sampling.batch import Denoiser
+from sampling.batch import Denoiser, attention_block_of
 from sampling.canvas import Canvas, Tokens, ids_without_token
 from sampling.config import SamplingConfig
 from sampling.events import StepEvent
@@ -157,6 +158,8 @@ def infill_templates(
     sampler's own order. A slot that is too long scores low, because the model expects an end-of-sequence token in it.
     The bound ignores how likely a length is, and scores easily guessed text such as a run of blanks high.
 
+    Warns if the model attends by blocks and text stands in a later block than a slot.
+
     Args:
         templates: each fits the model's context with its slots at their longest.
         config: `max_new_tokens`, `min_new_tokens` and settings about ends are not used.
@@ -174,6 +177,10 @@ def infill_templates(
     tried = [
         template.canvases(tokenizer, special.mask, row_id) for template, row_id in zip(templates, row_ids, strict=True)
     ]
+    if (block := attention_block_of(model)) and any(_hides_text(canvas, block) for canvas in itertools.chain(*tried)):
+        warnings.warn(
+            f"the model attends by blocks of {block}: slots do not see the text of later blocks", stacklevel=2
+        )
     filled = {id(row.canvas): row for row in fill(model, itertools.chain(*tried), config, inside, on_step=on_step)}
 
     infilled = []
@@ -189,6 +196,12 @@ def infill_templates(
         nfe = sum(filled[id(canvas)].nfe for canvas in canvases) + sum(score.nfe for score in scores)
         infilled.append(Infilled(text, texts, tokens, len(at), nfe, {score.tokens: score for score in scores}))
     return infilled
+
+
+def _hides_text(canvas: SlottedCanvas, block: int) -> bool:
+    """Whether text stands in a later block than the first slot's first token."""
+    text = {*range(len(canvas.tokens))}.difference(*canvas.slots)
+    return max(text, default=0) // block > canvas.slots[0].start // block
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], slot: range) -> str:

@@ -56,13 +56,16 @@ class Page:
 
     def _question(self) -> dict[str, gr.components.Component]:
         """Make the inputs of a run and its result, by name."""
+        slots = "<|mask:12|> is a slot of 12 tokens. With a prompt it is the whole answer, else raw text."
+        if block := self.playground.model.block_length:
+            slots += f" Slots do not see the text of later blocks; a block has {block} tokens."
         parts = {
             "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False),
             "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
             "template": _textbox(
                 "Template",
                 "template",
-                info="<|mask:12|> is a slot of 12 tokens. With a prompt it is the whole answer, else raw text.",
+                info=slots,
                 value=EXAMPLE,
                 lines=5,
                 max_lines=20,

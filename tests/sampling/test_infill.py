@@ -1,5 +1,6 @@
 """Slots in texts: what is given stays, what is missing is filled in, and an unknown length is found."""
 
+import warnings
 from dataclasses import replace
 from math import log
 
@@ -104,6 +105,16 @@ def test_every_policy_fills_slots_and_nothing_else(small_model, tokenizer, chang
     canvas = template.canvases(tokenizer, tokenizer.mask_token_id)[0].tokens
     assert all(before in (after, tokenizer.mask_token_id) for before, after in zip(canvas, result.tokens, strict=True))
     assert not set(result.tokens) & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize(("block", "after", "hidden"), [(4, "c", True), (4, "", False), (8, "c", False)])
+def test_text_that_blocks_hide_is_warned_of(tokenizer, special, block, after, hidden):
+    model = Known(*ids(tokenizer, "x"))
+    model.block_length = block
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        infill(model, tokenizer, "ab", after, 3, SamplingConfig(steps=2, cache="none"), special)
+    assert [f"blocks of {block}" in str(each.message) for each in caught] == [True] * hidden
 
 
 def test_nothing_ends_an_infill(tokenizer, special):
