@@ -79,7 +79,7 @@ def running() -> Iterator[None]:
 @contextmanager
 def announced(work: str, seconds: float = 2.0) -> Iterator[None]:
     """Name the work of the block on rank 0's terminal, if it takes longer than some seconds."""
-    timer = Timer(seconds, lambda: print(printable(f"{work} …"), file=sys.stderr, flush=True))
+    timer = Timer(seconds, _print_above_bars, [f"{work} …"])
     timer.daemon = True
     if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
         timer.start()
@@ -87,6 +87,13 @@ def announced(work: str, seconds: float = 2.0) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _print_above_bars(line: str) -> None:
+    from tqdm import tqdm  # rarely needed
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _unread(descriptor: int) -> bool:

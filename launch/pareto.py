@@ -66,13 +66,14 @@ def _draw(figure: Any, points: Sequence[Point], names: Sequence[str], title: str
         best = front(points, axis)
         x, y = [getattr(each, axis) for each in best], [100 * each.accuracy for each in best]
         panel.plot(x, y, color="0.6", zorder=1)
-        for point in points:
-            x, y = getattr(point, axis), 100 * point.accuracy
+        places = [(getattr(each, axis), 100 * each.accuracy) for each in points]
+        for number, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
             colour = colours[_value(point, 0)]
             bounds = [100 * bound for bound in point.interval]
             panel.plot([x, x], bounds, color=colour, alpha=0.25, linewidth=1, zorder=2)
             face, marker = colour if point in best else "white", markers[_value(point, 1)]
-            panel.scatter(x, y, s=42, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
+            size = 42 * places[number:].count((x, y))  # around those of later points at the same place
+            panel.scatter(x, y, s=size, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
         _scale(panel, [getattr(each, axis) for each in points])
         panel.set_xlabel(AXES[axis])
         panel.margins(x=0.1)

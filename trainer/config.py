@@ -53,7 +53,7 @@ class TrainerConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    project_name: str = "diffllm"  # wandb project
+    project_name: str = "diffllm"  # of wandb and trackio
     experiment_name: str = "default"  # names the run and its directory
     # all files of the run
     output_dir: str = setting("outputs/${trainer.experiment_name}", path=True)

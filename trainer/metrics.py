@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,13 @@ from typing import Any
 import yaml
 
 from data.storage import AppendedRecords, read_records, whole_file
-from data.terminal import printable
 from trainer.config import TrainerConfig
 from trainer.console import Console, shows_bars, write
 from trainer.distributed import Distributed
 from trainer.progress import Progress
 from trainer.trackers import TRACKERS, TrackedRun, Tracker, ValSample
 
-FINISH_SECONDS = 4  # for the trackers when a run has failed
+FAILED_SECONDS, STOPPED_SECONDS = 4, 30  # for the trackers when a run has failed, or was stopped by a signal
 ID_FILE, SETTINGS_FILE = "tracker_id", "settings.yaml"
 
 
@@ -110,8 +110,8 @@ class MetricsLog:
         try:
             for name in names:
                 self._trackers[name] = TRACKERS[name](run)
-        except ValueError:
-            self._each(lambda tracker: tracker.close(failed=True))
+        except BaseException:
+            self.__exit__(*sys.exc_info())
             raise
 
     def __enter__(self) -> "MetricsLog":
@@ -122,10 +122,11 @@ class MetricsLog:
             self._console.close()
         if self._file is not None:
             self._file.close()
-        ended, failed = error[0] is None, error[0] not in (None, SystemExit)
+        limit = {None: None, SystemExit: STOPPED_SECONDS}.get(error[0], FAILED_SECONDS)
+        ended = error[0] is None
         close = threading.Thread(target=self._each, args=(lambda each: each.close(failed=not ended),), daemon=True)
         close.start()
-        close.join(FINISH_SECONDS if failed else None)  # without a network wandb takes minutes
+        close.join(limit)  # without a network wandb takes minutes
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a step.
@@ -161,7 +162,7 @@ class MetricsLog:
         """Print the sampled answers of a validation, and send them to the trackers as the table `val/samples`."""
         for number, sample in enumerate(samples, 1):
             parts = [f"{name}:\n{indent(text, '  ')}" for name, text in sample._asdict().items()]
-            write("\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts]))
+            self.print("\n".join([f"step {step}, validation sample {number} of {len(samples)}", *parts]))
         if samples:
             self._each(lambda tracker: tracker.table(step, samples))
 
@@ -172,4 +173,4 @@ class MetricsLog:
                 call(tracker)
             except Exception as error:
                 del self._trackers[name]
-                print(printable(f"{name} gets no more of this run ({error}); metrics.jsonl does"), flush=True)
+                write(f"{name} gets no more of this run ({error}); metrics.jsonl does")

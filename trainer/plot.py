@@ -52,8 +52,8 @@ PANELS = (
 )
 
 
-def draw(groups: Sequence[Group]) -> Any:
-    """A figure of matplotlib with the panels that have values.
+def draw(groups: Sequence[Group], panels: Sequence[Panel] = PANELS) -> Any:
+    """A figure of matplotlib with those of the panels that have values.
 
     Raises:
         ValueError: none has.
@@ -62,7 +62,7 @@ def draw(groups: Sequence[Group]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [(panel, names) for panel in PANELS if (names := _names(panel, groups))]
+    drawn = [(panel, names) for panel in panels if (names := _names(panel, groups))]
     if not drawn:
         raise ValueError(f"{groups[0].runs[0].directory}: none of its metrics has a panel")
     rows = -(-len(drawn) // WIDE)
@@ -167,37 +167,47 @@ def png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def page(figure: Any, groups: Sequence[Group]) -> str:
-    """A page with a figure and a table of the runs. It has no other files, and follows the browser's dark or light."""
+def svg(figure: Any) -> str:
+    """A figure as an SVG element, whose texts and grid follow the browser's dark or light."""
     from matplotlib import rc_context
 
     file = io.StringIO()
     with rc_context({"svg.hashsalt": "curves", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    return PAGE.format(svg=svg, points=POINTS, table=_table(groups))
+    head, end, rest = file.getvalue().partition("<defs>")
+    style = f"<style>{COLOUR_SCHEMES}</style>"
+    element = head[head.index("<svg") :] + style + end + rest
+    return element.replace(INK, "currentColor").replace(GRID, "var(--grid)")
 
 
+def page(figure: Any, groups: Sequence[Group]) -> str:
+    """A page with a figure and a table of the runs, and without other files."""
+    return PAGE.format(colours=COLOUR_SCHEMES, svg=svg(figure), points=POINTS, table=_table(groups))
+
+
+COLOUR_SCHEMES = """
+:root { color-scheme: light dark; color: #222; --grid: #ddd; --paper: #fff }
+@media (prefers-color-scheme: dark) { :root { color: #ddd; --grid: #3a3a3a; --paper: #161616 } }
+"""
 PAGE = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>Training</title>
-<style>
-:root {{ color-scheme: light dark; --grid: #ddd; --ink: #222; --paper: #fff }}
-@media (prefers-color-scheme: dark) {{ :root {{ --grid: #3a3a3a; --ink: #ddd; --paper: #161616 }} }}
-body {{ color: var(--ink); background: var(--paper); font: 14px/1.4 sans-serif }}
+<style>{colours}
+body {{ background: var(--paper); font: 14px/1.4 sans-serif }}
 body {{ max-width: 1100px; margin: 1em auto; padding: 0 1em }}
-svg {{ width: 100%; height: auto }}
+svg {{ width: 100%; min-width: 720px; height: auto }}
 svg text {{ font-family: sans-serif !important }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse; margin: 1em 0 }}
 th, td {{ text-align: left; padding: .2em .8em .2em 0; border-bottom: 1px solid var(--grid) }}
 td {{ font-variant-numeric: tabular-nums }}
 </style>
+<div>
 {svg}
+</div>
 <p>A point of a curve with more than {points} steps is the mean of the steps around it.</p>
 <div>
 {table}
@@ -207,11 +217,11 @@ td {{ font-variant-numeric: tabular-nums }}
 
 
 def _table(groups: Sequence[Group]) -> str:
-    """A row for each run: the settings that differ, what it has reached, its directory."""
+    """A row for each run: its directory, the settings that differ, what it has reached."""
     axes = list(dict.fromkeys(name for each in groups for name in each.settings))
-    head = [*axes, *_reached(groups[0].runs[0]), "directory"]
+    head = ["directory", *axes, *_reached(groups[0].runs[0])]
     rows = [
-        [*(each.settings.get(axis, "") for axis in axes), *_reached(run).values(), str(run.directory)]
+        [str(run.directory), *(each.settings.get(axis, "") for axis in axes), *_reached(run).values()]
         for each in groups
         for run in each.runs
     ]
@@ -253,7 +263,8 @@ def main(arguments: list[str]) -> None:
         for name, content in files.items():
             with whole_file(output / name, "wb") as file:
                 file.write(content)
-        print(printable(f"{len(places)} runs: {output / 'curves.png'}, {output / 'curves.html'}"))
+        runs = "1 run" if len(places) == 1 else f"{len(places)} runs"
+        print(printable(f"{runs}: {output / 'curves.png'}, {output / 'curves.html'}"))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,9 @@ def _device(config: Config, distributed: Distributed, model: DiffLLM, passes: in
 
 def _batch(config: Config, source: BatchSource) -> str:
     layout, length = source.layout, config.data.max_length
+    ranks = "1 rank" if layout.ranks == 1 else f"{layout.ranks} ranks"
     return (
-        f"{layout.micro_batch_size} rows a forward × {layout.micro_batches} accumulated × {layout.ranks} ranks = "
+        f"{layout.micro_batch_size} rows a forward × {layout.micro_batches} accumulated × {ranks} = "
         f"{layout.global_batch_size} rows a step, up to {layout.global_batch_size * length:,} tokens "
         f"(data.max_length={length})"
     )

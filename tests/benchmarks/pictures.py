@@ -1,30 +1,29 @@
 """Draw the pictures of the README from a finished run: `python -m tests.benchmarks.pictures outputs/quickstart`.
 
-In `launch/pictures`, forming.svg is an answer after some of its steps, curve.svg the bound in training and validation.
+In `launch/pictures`, forming.svg is an answer after some of its steps, curves.svg the first panels of `trainer.plot`.
 """
 
 import io
 import sys
 from pathlib import Path
 
-import numpy as np
-from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from data import prompt_ids
-from data.storage import read_records, whole_file
+from data.storage import whole_file
 from diffllm import load_model
 from diffllm.generate import special_tokens
 from diffllm.tokenizer import load_tokenizer
 from launch.drawing import draft
 from sampling import Canvas, SamplingConfig, fill
+from trainer.curves import group, read_run
+from trainer.plot import PANELS, draw, svg
 
 PICTURES = Path(__file__).parents[2] / "launch" / "pictures"
 QUESTION = "Solve 6x-9=33"
 SHOWN = (2, 6, 10, 14, 17)  # steps
-WINDOW = 50  # steps of the mean in the curve
 
 
 def forming(run: Path) -> str:
@@ -47,35 +46,17 @@ def forming(run: Path) -> str:
     chosen = [number for number in SHOWN if number <= len(drafts)]
     grid.add_row(*(Text(f"step {number}", style="dim italic") for number in chosen))
     grid.add_row(*(drafts[number - 1] for number in chosen))
-    console = Console(record=True, width=92, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
     console.print(grid)
     return console.export_svg(title=QUESTION, unique_id="forming")
-
-
-def curve(run: Path) -> bytes:
-    """The bound by step, as SVG."""
-    records = read_records(run / "metrics.jsonl").objects
-    trained = np.array([record["train/elbo"] for record in records])
-    mean = np.convolve(trained, np.ones(WINDOW) / WINDOW, mode="valid")
-    validated = {record["step"]: record["val/elbo"] for record in records if "val/elbo" in record}
-    pyplot.rcParams["svg.hashsalt"] = "curve"  # the same picture from the same numbers
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    steps = np.arange(WINDOW, len(trained) + 1)
-    axes.plot(steps[::10], mean[::10], label=f"training, mean of {WINDOW} steps")
-    axes.plot(list(validated), list(validated.values()), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="elbo, nats a token", yscale="log", title=run.name)
-    axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
 
 
 def main(run: Path) -> None:
     PICTURES.mkdir(exist_ok=True)
     with whole_file(PICTURES / "forming.svg") as file:
         file.write(forming(run))
-    with whole_file(PICTURES / "curve.svg", "wb") as file:
-        file.write(curve(run))
+    with whole_file(PICTURES / "curves.svg") as file:
+        file.write(svg(draw(group([read_run(run)]), PANELS[:4])))
 
 
 if __name__ == "__main__":
