@@ -55,15 +55,15 @@ def generate(
 
 
 def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, what: str = "a prompt") -> None:
-    """Refuse a prompt or a cache that the model cannot take.
+    """Refuse a prompt or settings that the model cannot take.
 
     Args:
         what: names the prompt in the error.
 
     Raises:
-        ValueError: prompt and `max_new_tokens` exceed the model's context, or see `DiffLLM.check_cache`.
+        ValueError: prompt and `max_new_tokens` exceed the model's context, or see `DiffLLM.check_sampling`.
     """
-    model.check_cache(config)
+    model.check_sampling(config)
     context = model.lm.config.max_position_embeddings
     if prompt_length + config.max_new_tokens > context:
         raise ValueError(

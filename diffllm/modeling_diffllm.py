@@ -218,12 +218,15 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self._lent.append((weakref.ref(borrower), CanvasCache(round_to=self.width_multiple)))
         return self._lent[-1][1]
 
-    def check_cache(self, config: SamplingConfig) -> None:
-        """Refuse a cache or blocks that the attention does not support.
+    def check_sampling(self, config: SamplingConfig) -> None:
+        """Refuse a cache or blocks that the attention does not support, and more steps than the context has tokens.
 
         Raises:
             ValueError: the message names the setting to change.
         """
+        context = self.lm.config.max_position_embeddings
+        if (config.steps or 0) > context:  # those that commit nothing take time and memory too
+            raise ValueError(f"sampling.steps={config.steps}: at most one for each of the context's {context} tokens")
         if with_cache(config, self.block_length).cache != "none":
             self._check_kept()
 

@@ -19,7 +19,7 @@ from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
 from launch.drawing import respond
 from launch.recording import Recorder, check_record
-from sampling import Canvas, StepEvent, Template, Tokens, infill_templates
+from sampling import Canvas, SamplingConfig, StepEvent, Template, Tokens, infill_templates
 from sampling.infill import SlottedCanvas
 from trainer.build import load_for_sampling
 from trainer.config import Config
@@ -116,7 +116,7 @@ def fill_template(config: Config) -> None:
     if config.prompt is not None:
         template = AnswerTemplate(template.pieces, template.slots, tuple(tokens_of_prompt(config, tokenizer)))
     special = special_tokens(model, tokenizer, config.sampling)
-    check_template(template, model, tokenizer, special)
+    check_template(template, model, tokenizer, config.sampling, special)
     recorders = {}
     if config.record is not None:
         start = 0 if config.prompt is None else len(template.prompt)
@@ -135,14 +135,19 @@ def fill_template(config: Config) -> None:
         recorders[len(filled.tokens)].save(filled.text, filled.length, seconds)
 
 
-def check_template(template: Template, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, special: Tokens) -> None:
-    """Refuse a template that is too long for the model.
+def check_template(
+    template: Template, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig, special: Tokens
+) -> None:
+    """Refuse a template or settings that the model cannot take.
 
     Raises:
-        ValueError: it is, or the mask token is in its text.
+        ValueError: the template is too long, the mask token is in its text, or see `DiffLLM.check_sampling`.
     """
-    length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
-    if length > (context := model.lm.config.max_position_embeddings):
+    model.check_sampling(config)
+    length, context = sum(map(max, template.slots)), model.lm.config.max_position_embeddings
+    if length <= context:  # else its canvases could fill the memory
+        length = max(len(canvas.tokens) for canvas in template.canvases(tokenizer, special.mask))
+    if length > context:
         raise ValueError(f"template: its {length} tokens do not fit the model's context of {context} tokens")
 
 

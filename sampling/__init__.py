@@ -1,5 +1,11 @@
 """The reverse process, for any model that gives logits."""
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and "sampling.render" in sys.orig_argv:  # while its imports, which take seconds, could fail
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from sampling.batch import Denoiser
 from sampling.cache import CanvasCache, with_cache
 from sampling.canvas import Canvas, Tokens, ids_without_token, left_pad, trim

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 FORMAT, VERSION = "diffllm recording", 1
+LONGEST = 2**20  # tokens of a canvas
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class Recording:
         Raises:
             ValueError: a step contradicts the canvas before it.
         """
-        header, canvas = self.header, [Cell()] * self.header.length
+        header = self.header
+        if not 0 <= header.length <= LONGEST:
+            raise ValueError(f"a canvas of {header.length} tokens, where at most {LONGEST:,} can be")
+        canvas = [Cell()] * header.length
         for given in header.given:
             canvas[_place(given.position, canvas)] = Cell(given.text, given.id)
         masked = sum(cell.text is None for cell in canvas)
@@ -189,9 +193,11 @@ def _place(position: int, canvas: Sequence[Cell]) -> int:
 
 
 def _json(line: bytes) -> Any:
-    """A JSON value; None if it is none."""
+    """A JSON value; None if it is none, or has numbers that JSON has not."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
+        json.dumps(value, allow_nan=False)
+        return value
     except (ValueError, RecursionError):
         return None
 
@@ -213,9 +219,16 @@ def _as(kind: Any, value: Any) -> Any:
         return [_as(get_args(kind)[0], each) for each in value]
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return value
+    if kind is dict and type(value) is dict and not all(map(_is_setting, value.values())):
+        raise ValueError("damaged, a setting is neither a plain value nor a list of them")
     if kind is not float and type(value) is kind:
         return value
     raise ValueError(f"damaged, {value!r:.40} is no {getattr(kind, '__name__', kind)}")
+
+
+def _is_setting(value: Any) -> bool:
+    parts = value if type(value) is list else [value]
+    return all(part is None or type(part) in (bool, int, float, str) for part in parts)
 
 
 @cache

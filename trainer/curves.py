@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 
 from data.storage import read_records
+from data.terminal import printable
 from trainer.metrics import SETTINGS_FILE, check_steps
 
 POINTS = 200  # of a curve; each is the mean of the steps around it
@@ -69,13 +71,18 @@ def read_run(directory: Path) -> Run:
     """
     path, points = directory / "metrics.jsonl", {}
     for record in check_steps(path, read_records(path).objects):
-        for name, value in record.items():
-            if name != "step" and type(value) in (int, float) and math.isfinite(value):
-                points.setdefault(name, []).append((record["step"], value))
+        if _is_number(step := record.pop("step")):
+            for name in filter(lambda name: _is_number(record[name]), record):
+                points.setdefault(name, []).append((step, record[name]))
     if not points:
         raise ValueError(f"{path}: no metric with a number, nothing to draw")
     arrays = {name: tuple(np.array(pairs, dtype=float).T) for name, pairs in points.items()}
     return Run(directory, _read_settings(directory / SETTINGS_FILE), arrays)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be drawn."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # nor NaN
 
 
 def _read_settings(file: Path) -> dict[str, Any] | None:
@@ -89,7 +96,9 @@ def _read_settings(file: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file}: no settings; delete it")
     flat = {}
     for name, value in tree.items():
-        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= (
+            {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {str(name): value}
+        )
     return flat
 
 
@@ -118,7 +127,7 @@ def _compared(run: Run) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _label(values: Mapping[str, str]) -> str:

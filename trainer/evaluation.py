@@ -258,7 +258,7 @@ def _check_context(question: Question, model: DiffLLM, config: SamplingConfig) -
     if not question.options and question.template is None:
         check_context(model, len(question.ids), config, f"{place}: a prompt")
         return
-    model.check_cache(config)
+    model.check_sampling(config)
     length = len(question.ids) + max((len(option.ids) for option in question.options), default=0)
     if length > (context := model.lm.config.max_position_embeddings):
         what = "a template" if question.template else "a prompt with its longest option"

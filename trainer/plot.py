@@ -37,7 +37,7 @@ class Panel(NamedTuple):
 
 
 BY_T = "nll by t, validation"
-BUCKET = re.compile(r"val/nll_t_([\d.]+)_([\d.]+)")  # its metrics
+BUCKET = re.compile(r"val/nll_t_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")  # its metrics
 PANELS = (
     Panel("loss", ("train/loss",), log=True),
     Panel("bound", ("train/elbo", "val/elbo", "train/nll", "val/nll"), "nats a response token", log=True),

@@ -174,7 +174,7 @@ class Playground:
             raise ValueError("the page fills slots of one length, such as <|mask:12|>; sample.py tries several")
         if prompt:
             template = AnswerTemplate(template.pieces, template.slots, tuple(prompt))
-        check_template(template, self.model, self.tokenizer, special)
+        check_template(template, self.model, self.tokenizer, config, special)
         [canvas] = template.canvases(self.tokenizer, special.mask)
 
         def respond(on_step: OnStep) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 The page shows the canvas after each step, and needs no server. The animation and the picture need the extra `plot`.
 """
 
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -47,13 +48,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("recording", type=Path, help="the .jsonl file")
     parser.add_argument("output", type=Path, help="a new file; its suffix chooses the kind")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        render(given.recording, given.output)
+        render(options.recording, options.output)
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

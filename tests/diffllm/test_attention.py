@@ -89,7 +89,7 @@ def test_what_has_no_segments_is_padded(varlen):
     pairs = torch.ones(2, 6, 6, dtype=torch.bool).tril()
     seen = states(varlen, x, count_positions(attended), Visibility(attended=attended, pairs=pairs))
     assert seen.isfinite().all()
-    varlen.check_cache(SamplingConfig(cache="dual"))
+    varlen.check_sampling(SamplingConfig(cache="dual"))
 
 
 @pytest.mark.parametrize(

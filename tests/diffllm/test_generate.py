@@ -20,7 +20,7 @@ class Scripted:
     device, mask_token_id, pad_token_id = torch.device("cpu"), None, None
     lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
 
-    def check_cache(self, config):
+    def check_sampling(self, config):
         pass
 
     def __init__(self, tokenizer, tokens, prompt_length):
