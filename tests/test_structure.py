@@ -75,7 +75,7 @@ def test_every_setting_is_read():
     [
         (("diffllm", "trainer"), "diffusion.eps"),
         (("sampling",), "sampling.eps"),
-        (("sampling", "trainer", "launch"), "sampling.steps"),
+        (("sampling", "diffllm", "trainer", "launch"), "sampling.steps"),
         (("trainer", "launch"), "optim.name"),
     ],
 )

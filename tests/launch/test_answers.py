@@ -286,6 +286,8 @@ def test_a_response_in_which_nothing_is_seen(config, small_model, tokenizer, mon
         ({"template": "no slot", "output": None}, "the template has no slot: write"),
         ({"template": "<|mask:0|>", "output": None}, "slot <|mask:0|>: write"),
         ({"template": "<|mask:3000|>", "output": None}, "template: its 3000 tokens do not fit the model's context of"),
+        ({"template": f"<|mask:{10**11}|>", "output": None}, f"template: its {10**11} tokens do not fit"),
+        ({"prompt": "Hi", "output": None, "sampling": SamplingConfig(steps=10**11)}, "sampling.steps=100000000000"),
         ({"template": "<|mask:3|>"}, "goes with input=FILE; template=… is answered on the terminal"),
         ({"template": "<|mask:3|>", "prompt": " ", "output": None}, "prompt= is empty"),
         ({"template": "<|mask:3|>", "input": "a.jsonl"}, "give prompt=…, template=… or both, or input="),

@@ -42,6 +42,19 @@ def test_only_finite_numbers_are_points(write):
     assert run.settings is None
 
 
+def test_numbers_beyond_those_of_a_float_are_no_points(write):
+    run = read_run(write("run", [*steps(1.0), {"step": 10**400, "train/loss": 2.0}, *steps(10**400, 3.0, first=2)]))
+    assert run.points["train/loss"][1].tolist() == [1, 3]
+
+
+def test_settings_and_metrics_of_any_text(write, tmp_path):
+    odd = {"train/loss": 1.0, "val/nll_t_1.2.3_4": 1.0}
+    for name, text in (("one", 'lr: "\\ud800"\n1: a\n'), ("two", "lr: 1\nnull: b\n")):
+        (write(name, [{"step": step} | odd for step in (1, 2)]) / "settings.yaml").write_text(text)
+    plot.main([str(tmp_path), "--output", str(tmp_path / "drawn")])
+    assert "\\ud800" in (tmp_path / "drawn" / "curves.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("lines", "place"),
     [
