@@ -75,7 +75,6 @@ def test_every_setting_is_read():
     [
         (("diffllm", "trainer"), "diffusion.eps"),
         (("sampling",), "sampling.eps"),
-        (("sampling", "diffllm", "trainer", "launch"), "sampling.steps"),
         (("trainer", "launch"), "optim.name"),
     ],
 )
