@@ -6,7 +6,7 @@ from itertools import groupby
 from shutil import get_terminal_size
 from textwrap import fill
 
-from launch.reference import EXPERIMENT, meanings
+from launch.meanings import EXPERIMENT, meanings
 from trainer.config import Config
 
 MORE = """\

@@ -3,17 +3,13 @@
 Types, defaults, ranges and meanings are those of the dataclasses: the meaning is the comment above or beside a field.
 """
 
-import ast
 import inspect
-import io
 import re
 import sys
-import tokenize
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import yaml
@@ -24,6 +20,7 @@ from data.terminal import Parser, ending_in_one_line
 from diffllm.diffusion import OBJECTIVES, ObjectiveConfig
 from launch import CONF, ROOT
 from launch.experiments.page import markdown
+from launch.meanings import EXPERIMENT, meanings
 from launch.reads import Reads
 from sampling import SamplingConfig
 from sampling.config import CHOICES, RANGES
@@ -40,34 +37,6 @@ the command line wins. `python train.py --cfg job` prints the settings of a comm
 
 `null` is no value. *Read in* names the files that act on a field; tools of `launch/` only if no other file does. A
 dataclass checks its fields, and rules over several of them, in `__post_init__`."""
-EXPERIMENT = "settings of several groups that belong together; several are joined: 'experiment=[dream_s1k_80gb,quick]'"
-
-
-def meanings(schema: type) -> dict[str, str]:
-    """The comment above and beside each field of a dataclass; an empty text without one."""
-    found: dict[str, str] = {}
-    for owner in reversed([each for each in schema.__mro__ if is_dataclass(each)]):
-        source = dedent(inspect.getsource(owner))
-        beside, above = _comments(source)
-        for node in ast.parse(source).body[0].body:
-            if not isinstance(node, ast.AnnAssign) or "ClassVar" in ast.unparse(node.annotation):
-                continue
-            first = node.lineno
-            while first - 1 in above:
-                first -= 1
-            own = [above.get(line) or beside.get(line, "") for line in range(first, node.end_lineno + 1)]
-            name = ast.unparse(node.target)
-            found[name] = " ".join(filter(None, own)) or found.get(name, "")
-    return found
-
-
-def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Comments by line: those beside code, and those alone on their line."""
-    beside, alone = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            (beside if token.line[: token.start[1]].strip() else alone)[token.start[0]] = token.string.lstrip("# ")
-    return beside, alone
 
 
 def choice_meaning(file: Path) -> str:

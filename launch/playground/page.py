@@ -11,9 +11,9 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from data.chat import Message
+from launch.meanings import meanings
 from launch.playground.fields import FIELDS, MAIN, changed, from_text, is_list, is_optional, kind, to_text
 from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
-from launch.reference import meanings
 from sampling import SamplingConfig
 from sampling.config import CHOICES
 from sampling.render.page import asset
