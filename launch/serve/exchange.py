@@ -201,7 +201,7 @@ class Exchange:
             ApiError: the job or the time has ended.
         """
         service, job, query = self.service, self.job, self.query
-        final, shown = FinalText(service.tokenizer, query.config, self.service.eos), None
+        final, shown = await service.read(FinalText, service.tokenizer, query.config, service.eos), None
         while True:
             ended = job.outcome is not None
             if (event := job.event) is not shown:
