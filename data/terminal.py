@@ -34,6 +34,11 @@ def printable(text: object) -> str:
     return str(text).translate(_ESCAPES)
 
 
+def print_stderr(text: object) -> None:
+    """Print text on stderr, escaped, at once."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 def for_stdout(text: str) -> str:
     """Text for stdout: escaped on a terminal, exact in a file or pipe."""
     return printable(text) if sys.stdout.isatty() else text
@@ -79,7 +84,7 @@ def running() -> Iterator[None]:
 @contextmanager
 def announced(work: str, seconds: float = 2.0) -> Iterator[None]:
     """Name the work of the block on rank 0's terminal, if it takes longer than some seconds."""
-    timer = Timer(seconds, lambda: print(printable(f"{work} …"), file=sys.stderr, flush=True))
+    timer = Timer(seconds, print_stderr, [f"{work} …"])
     timer.daemon = True
     if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
         timer.start()

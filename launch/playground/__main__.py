@@ -2,7 +2,7 @@
 
 Takes the settings of sample.py, and of its own
 
-  launch.host=127.0.0.1   another address lets others use the model, such as 0.0.0.0
+  launch.host=127.0.0.1   0.0.0.0 lets other machines use the model
   launch.port=7860
   launch.waiting=8        runs that may wait for the one that is sampled
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from threading import Event, Lock
 
 from data.terminal import printable
-from launch.address import bind
+from launch.address import bind, listen
 from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
 from launch.playground.config import PlaygroundConfig
 from launch.playground.runs import Playground
@@ -60,11 +60,11 @@ def serve(arguments: Sequence[str]) -> None:
     """Serve the page until SIGINT.
 
     Raises:
-        ValueError: see `read_arguments`, `bind` and `load_for_sampling`; or gradio is missing.
+        ValueError: see `read_arguments`, `bind`, `listen` and `load_for_sampling`; or gradio is missing.
     """
     check_alone("launch.playground", "python -m launch.playground")
     own, config, lines = read_arguments(arguments)
-    bind(own.host, own.port).close()  # gradio binds it again
+    bind(own.host, own.port).close()  # a port in use is an error before the model is loaded
     try:
         from launch.playground.page import Page, launch
     except ImportError as error:
@@ -75,6 +75,8 @@ def serve(arguments: Sequence[str]) -> None:
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)
     page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
+    with bind(own.host, own.port) as bound:
+        listen(bound)  # gradio binds it again, with an error that names neither setting
     blocks = launch(page, own.host, own.port)
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     Event().wait()

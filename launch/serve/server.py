@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from launch.address import bind
+from launch.address import bind, listen
 from launch.serve.app import create_app
 from launch.serve.config import ServeConfig
 from launch.serve.engine import tell
@@ -63,7 +63,9 @@ def serve(arguments: Sequence[str]) -> None:
         for line in sorted(lines):
             tell(line)
         model, tokenizer = load_for_sampling(config)
-        run(Server(Service(config.model.path, model, tokenizer, config.sampling, own)), listener)
+        server = Server(Service(config.model.path, model, tokenizer, config.sampling, own))
+        listen(listener)
+        run(server, listener)
 
 
 def run(server: Server, listener: socket.socket) -> None:

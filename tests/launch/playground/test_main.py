@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from launch.address import bind, listen
 from launch.playground import __main__ as command
 from launch.playground.__main__ import Presets, read_arguments, serve
 from launch.playground.config import PlaygroundConfig
@@ -49,6 +50,15 @@ def test_a_causal_model_ends_the_command_in_one_line(tmp_path, capsys):
         port = server.getsockname()[1]
     with pytest.raises(ValueError, match="a causal model, which has not learnt to restore masked tokens"):
         serve([f"model.path={tmp_path}", f"launch.port={port}"])
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded(small_model, tokenizer, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'diffllm[page]'")
+    with bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(command, "load_for_sampling", lambda _: listen(other) or (small_model, tokenizer))
+        with pytest.raises(ValueError, match=rf"launch\.port={port}: in use"):
+            serve([f"launch.port={port}"])
 
 
 def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from diffllm.tokenizer import builtin_tokenizer
+from launch.address import bind, listen
 from launch.serve import server
 from launch.serve.config import ServeConfig
 from launch.settings import read_own_settings
@@ -83,6 +84,14 @@ def test_wrong_arguments(argument, words):
     with pytest.raises(ValueError, match=r".") as error:
         server.serve(["launch.port=0", argument])
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded(checkpoint, monkeypatch):
+    with bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(server, "load_for_sampling", lambda _: listen(other) or (sure_model(), builtin_tokenizer()))
+        with pytest.raises(ValueError, match=rf"launch\.port={port}: in use"):
+            server.serve([f"model.path={checkpoint}", f"launch.port={port}"])
 
 
 def test_a_causal_model(tmp_path):
