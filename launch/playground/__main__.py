@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from threading import Event, Lock
 
-from data.terminal import printable
+from data.terminal import print_stderr
 from launch.address import bind, listen
 from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
 from launch.playground.config import PlaygroundConfig
@@ -21,21 +21,7 @@ from launch.playground.runs import Playground
 from launch.settings import own_names, read_own_settings, read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
-from trainer.config import Config
 from trainer.distributed import check_alone
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[PlaygroundConfig, Config, set[str]]:
-    """The settings of the page, those of sample.py, and lines on recommended settings.
-
-    Raises:
-        ValueError: an unknown name, a value outside its range, or a setting that asks for a single answer.
-    """
-    own, config, lines = read_own_settings(PlaygroundConfig, arguments)
-    for name in ("prompt", "template", "input", "output", "record"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name}={value}: is asked on the page, leave it out")
-    return own, config, lines
 
 
 class Presets:
@@ -60,17 +46,17 @@ def serve(arguments: Sequence[str]) -> None:
     """Serve the page until SIGINT.
 
     Raises:
-        ValueError: see `read_arguments`, `bind`, `listen` and `load_for_sampling`; or gradio is missing.
+        ValueError: see `read_own_settings`, `bind`, `listen` and `load_for_sampling`; or gradio is missing.
     """
     check_alone("launch.playground", "python -m launch.playground")
-    own, config, lines = read_arguments(arguments)
+    own, config, lines = read_own_settings("launch.playground", PlaygroundConfig, arguments)
     bind(own.host, own.port).close()  # a port in use is an error before the model is loaded
     try:
         from launch.playground.page import Page, launch
     except ImportError as error:
         raise ValueError("launch.playground needs gradio: pip install 'diffllm[page]'") from error
     for line in sorted(lines):
-        print(printable(line), file=sys.stderr)
+        print_stderr(line)
     quiet_libraries()
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)

@@ -58,7 +58,7 @@ def serve(arguments: Sequence[str]) -> None:
             diffusion model.
     """
     check_alone("launch.serve", "python -m launch.serve")
-    own, config, lines = read_own_settings(ServeConfig, arguments)
+    own, config, lines = read_own_settings("launch.serve", ServeConfig, arguments)
     with bind(own.host, own.port) as listener:
         for line in sorted(lines):
             print_stderr(line)

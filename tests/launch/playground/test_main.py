@@ -1,20 +1,24 @@
 """The command line of the page."""
 
 import socket
+from functools import partial
 
 import pytest
 
 from launch.address import bind, listen
 from launch.playground import __main__ as command
-from launch.playground.__main__ import Presets, read_arguments, serve
+from launch.playground.__main__ import Presets, serve
 from launch.playground.config import PlaygroundConfig
+from launch.settings import read_own_settings
+
+read = partial(read_own_settings, "launch.playground", PlaygroundConfig)
 
 
 def test_own_arguments_stand_beside_the_settings():
-    own, config, _ = read_arguments(["launch.host=0.0.0.0", "launch.port=7999", "sampling.steps=4"])
+    own, config, _ = read(["launch.host=0.0.0.0", "launch.port=7999", "sampling.steps=4"])
     assert own == PlaygroundConfig("0.0.0.0", 7999)
     assert config.sampling.steps == 4
-    assert read_arguments([])[0] == PlaygroundConfig("127.0.0.1", 7860, 8)
+    assert read([])[0] == PlaygroundConfig("127.0.0.1", 7860, 8)
 
 
 @pytest.mark.parametrize(
@@ -24,13 +28,13 @@ def test_own_arguments_stand_beside_the_settings():
         ("launch.port=x", r"launch\.port=x"),
         ("launch.waiting=0", r"launch\.waiting=0: must be at least 1"),
         ("launch.hosst=a", r"launch\.hosst=a: no such setting; did you mean launch\.host"),
-        ("prompt=Hi", "prompt=Hi: is asked on the page"),
+        ("record=run.jsonl", r"record=run\.jsonl: launch\.playground does not read it"),
         ("sampling.steps=0", "sampling.steps=0"),
     ],
 )
 def test_arguments_that_are_refused(argument, message):
     with pytest.raises(ValueError, match=message):
-        read_arguments([argument])
+        read([argument])
 
 
 def test_presets_are_the_choices_of_sampling():
