@@ -34,6 +34,11 @@ def printable(text: object) -> str:
     return str(text).translate(_ESCAPES)
 
 
+def print_stderr(text: object) -> None:
+    """Print text on stderr, escaped, at once."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 def for_stdout(text: str) -> str:
     """Text for stdout: escaped on a terminal, exact in a file or pipe."""
     return printable(text) if sys.stdout.isatty() else text
@@ -93,7 +98,7 @@ def _print_above_bars(line: str) -> None:
     from tqdm import tqdm  # rarely needed
 
     with tqdm.external_write_mode(file=sys.stderr):
-        print(printable(line), file=sys.stderr, flush=True)
+        print_stderr(line)
 
 
 def _unread(descriptor: int) -> bool:

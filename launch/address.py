@@ -2,34 +2,48 @@
 
 import errno
 import socket
-import sys
 from ipaddress import ip_address
 
-from data.terminal import printable
+from data.terminal import print_stderr
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address, to which nobody can connect yet.
-
-    Prints a warning if other machines reach it.
+    """A socket with an address, to which nobody can connect before `listen`.
 
     Raises:
         ValueError: there is no such address, or its port is taken; the message names the next free one.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ValueError(f"launch.host={host}: no address of this machine ({error.strerror})") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part between dots is empty or over 63 characters
+        reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
+        raise ValueError(f"launch.host={host}: no address of this machine ({reason})") from error
     try:
-        bound = _bound(family, kind, address)
+        return _bound(family, kind, address)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"launch.port={port}: in use; {_next_free(family, kind, address)}") from error
-        raise ValueError(f"launch.host={host} launch.port={port}: {error.strerror}") from error
+        raise _refused(error, family, kind, address) from error
+
+
+def listen(bound: socket.socket) -> None:
+    """Let clients connect. Prints a warning if other machines can.
+
+    Raises:
+        ValueError: another process has begun to listen on the port; the message names the next free one.
+    """
+    address = bound.getsockname()
+    try:
+        bound.listen()
+    except OSError as error:
+        raise _refused(error, bound.family, bound.type, address) from error
     if not ip_address(address[0]).is_loopback:
-        warning = f"warning: launch.host={host}: whoever reaches this machine can use the model; there is no password"
-        print(printable(warning), file=sys.stderr)
-    return bound
+        print_stderr(f"warning: launch.host={address[0]}: other machines can use the model; there is no password")
+
+
+def _refused(error: OSError, family: int, kind: int, address: tuple) -> ValueError:
+    host, port = address[:2]
+    if error.errno == errno.EADDRINUSE:
+        return ValueError(f"launch.port={port}: in use; {_next_free(family, kind, address)}")
+    return ValueError(f"launch.host={host} launch.port={port}: {error.strerror}")
 
 
 def _bound(family: int, kind: int, address: tuple) -> socket.socket:

@@ -21,6 +21,7 @@ from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
 from launch.drawing import respond
+from launch.settings import refuse_one_answer
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
 from trainer.config import Config
@@ -42,11 +43,9 @@ def chat(config: Config) -> None:
     """Chat with the checkpoint of `model.path` on the terminal, or answer the lines of a pipe.
 
     Raises:
-        ValueError: a prompt, template, input, output or record, several ranks, or no checkpoint.
+        ValueError: see `refuse_one_answer`; several ranks, or no checkpoint.
     """
-    for name in ("prompt", "template", "input", "output", "record"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name}={value}: mode=chat asks on the terminal, leave it out")
+    refuse_one_answer("mode=chat", config)
     check_alone("mode=chat", "python sample.py")
     model, tokenizer = load_for_sampling(config)
     typed = sys.stdin.isatty()

@@ -29,7 +29,7 @@ from yaml import YAMLError
 
 from data.errors import nearest, twice
 from data.storage import find_full_disk, first_line
-from data.terminal import STOPPED, printable, running
+from data.terminal import STOPPED, print_stderr, printable, running
 from diffllm.diffusion import OBJECTIVES
 from launch import CONF
 from launch.help import help_text
@@ -124,17 +124,18 @@ def entry(
             Deadline.armed = run.__module__ == "__main__"  # not in a caller's process
             try:
                 with Deadline.on_error(), user_errors(debug), reported():
+                    script = Path(sys.argv[0]).name
                     directory, others = split_config_dir([*map(quote_text, sys.argv[1:])])
                     if {"-h", "--help"} & set(others):
                         if ranks_from_environment()[0] == 0:
-                            text, script = sys.modules[run.__module__].__doc__, Path(sys.argv[0]).name
+                            text = sys.modules[run.__module__].__doc__
                             print(help_text(text, script, reads, group_choices(directory)))
                         return
                     # Hydra reads no options between settings.
                     others.sort(key=lambda argument: argument not in ("-m", "--multirun"))
                     sys.argv[1:] = [*([f"--config-dir={directory}"] if directory else []), *others]
                     check_arguments(sys.argv[1:])
-                    warn_of_unread(sys.argv[1:], reads)
+                    warn_of_unread(script, sys.argv[1:], reads)
                     sys.argv[1:] = name_tasks(sys.argv[1:])
                     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
                     composed()
@@ -155,11 +156,11 @@ def settings_of(config: DictConfig) -> Config:
         ValueError: see `resolve_recommended`.
     """
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         if ranks_from_environment()[0] == 0:
-            print(printable(line), file=sys.stderr, flush=True)
+            print_stderr(line)
 
-    return resolve_recommended(config, HydraConfig.get().overrides.task, tell)
+    return resolve_recommended(config, HydraConfig.get().overrides.task, show)
 
 
 def job_here(run: Callable[[Config], None], config: DictConfig, debug: bool) -> None:
@@ -326,8 +327,8 @@ def refuse_directory(overrides: Sequence[str]) -> None:
             raise ValueError(f"{override}: a sweep's jobs would share it; name the sweep's by hydra.sweep.dir=DIR")
 
 
-def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
-    """Name the groups and settings of a command line that its script does not read. Experiments may hold such ones."""
+def warn_of_unread(command: str, arguments: Sequence[str], reads: Sequence[str]) -> None:
+    """Name the groups and settings of a command line that a command does not read. Experiments may hold such ones."""
 
     def within(name: str, group: str) -> bool:
         return name == group or name.startswith((f"{group}.", f"{group}/"))
@@ -336,8 +337,7 @@ def warn_of_unread(arguments: Sequence[str], reads: Sequence[str]) -> None:
     keys, known = [re.split("[=@]", argument.lstrip("+~"))[0] for argument in given], ("experiment", "hydra", *reads)
     unread = [key for key in keys if not any(within(key, name) or within(name, key) for name in known)]
     if unread and os.environ.get("RANK", "0") == "0":
-        script = Path(sys.argv[0]).name
-        print(printable(f"warning: {script} does not read {', '.join(unread)}"), file=sys.stderr, flush=True)
+        print_stderr(f"warning: {command} does not read {', '.join(unread)}")
 
 
 def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

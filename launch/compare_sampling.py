@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from data.errors import differences, twice
 from data.storage import lock_file, read_object, write_object
 from data.tasks.base import Task
-from data.terminal import printable
+from data.terminal import print_stderr, printable
 from diffllm import DiffLLM
 from diffllm.generate import generate
 from diffllm.static_forward import prepare_sampling
@@ -205,7 +205,7 @@ def compare_strategies(arguments: Sequence[str]) -> bool:
     if region:
         split_at(region, PAGE)
     check_arguments([quote_text(each) for each in settings])
-    warn_of_unread(settings, READS)
+    warn_of_unread("launch.compare_sampling", settings, READS)
     fixed, names, grid = split_grid(settings)
     shared = [each for each in fixed if each.startswith(ONCE) or not each.startswith("sampling")]
     config: Config = read_settings(shared)[1]
@@ -218,7 +218,7 @@ def compare_strategies(arguments: Sequence[str]) -> bool:
     if all(each.error for each in combinations):
         raise ValueError(combinations[0].error)
     for line in sorted(lines):
-        print(printable(line), file=sys.stderr)
+        print_stderr(line)
     transformers_logging.disable_progress_bar()
     model, tokenizer = load_for_sampling(config)
     questions = questions_of(task, tokenizer, config.seed)

@@ -1,7 +1,6 @@
 """evaluate.py: score the responses of a model to the questions of tasks."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import differences, listed
 from data.storage import read_object, whole_file
 from data.tasks.base import Task
-from data.terminal import printable
+from data.terminal import print_stderr, printable
 from diffllm.generate import Response
 from launch.results import FILE, identity, interval, read_result, score_table
 from trainer.build import load_for_sampling
@@ -230,6 +229,6 @@ def _print(scores: Mapping[str, Mapping[str, Any]], config: Config) -> None:
     for name, each in scores.items():
         cut = f"{each['not_ended']:.0%} were cut at sampling.max_new_tokens={config.sampling.max_new_tokens}"
         if each["no_answer"] == 1:
-            print(printable(f"warning: {name}: no response has an answer; {cut}"), file=sys.stderr)
+            print_stderr(f"warning: {name}: no response has an answer; {cut}")
         elif each["not_ended"] > MANY_CUT:
-            print(printable(f"warning: {name}: of the responses {cut}; a higher one may help"), file=sys.stderr)
+            print_stderr(f"warning: {name}: of the responses {cut}; a higher one may help")

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.chat import Chat, Message
 from data.template import check_for_chats, render_prompt
-from data.terminal import printable
+from data.terminal import print_stderr
 from diffllm.generate import Response, generate, special_tokens
 from diffllm.static_forward import prepare_sampling
 from launch.cli import user_errors
@@ -75,7 +75,7 @@ class HarnessModel(TemplateLM):
         own, settings = split_arguments(arguments)
         self.harness, (config, line) = typed(HarnessConfig(), own), compose_settings(settings)
         if line and self.distributed.is_main:
-            print(printable(line), file=sys.stderr, flush=True)
+            print_stderr(line)
         self.sampling, self.given = config.sampling, {name.removeprefix("sampling.") for name in settings}
         self.model, self.tokenizer = load_for_sampling(config, device_of(self.harness, self.distributed))
         self._rank, self._world_size = self.distributed.rank, self.distributed.size

@@ -17,19 +17,19 @@ from trainer.schema import resolve
 BY_FAMILY = {"Dream": "dream", "llada": "llada"}  # choices of `sampling` by model_type, for published checkpoints
 
 
-def resolve_recommended(config: DictConfig, overrides: Iterable[str], tell: Callable[[str], object]) -> Config:
+def resolve_recommended(config: DictConfig, overrides: Iterable[str], show: Callable[[str], object]) -> Config:
     """Resolve a composed tree with the sampling settings that its checkpoint recommends.
 
     Args:
         overrides: of the command line.
-        tell: takes the line that names the recommended settings, if there are some, before they are checked.
+        show: takes the line that names the recommended settings, if there are some, before they are checked.
 
     Raises:
         ValueError: see `recommend` and `resolve`.
     """
     line, lists = recommend(config, overrides)
     if line:
-        tell(line)
+        show(line)
     resolved = resolve(config)
     return replace(resolved, sampling=replace(resolved.sampling, **lists))
 

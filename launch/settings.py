@@ -58,24 +58,37 @@ def read_settings(
     return values, config, hydra.runtime.choices.model
 
 
-def read_own_settings(schema: type[Own], arguments: Sequence[str]) -> tuple[Own, Config, set[str]]:
+def read_own_settings(command: str, schema: type[Own], arguments: Sequence[str]) -> tuple[Own, Config, set[str]]:
     """Settings `launch.NAME` of a tool that loads a model, those of sample.py, and lines on recommended ones.
 
     Args:
+        command: the tool's module.
         schema: dataclass of the tool's settings, which names them as `launch.NAME` in its errors.
 
     Raises:
-        ValueError: an unknown name, a value outside its range, or see `read_settings`.
+        ValueError: an unknown name, a value outside its range, or see `read_settings` and `refuse_one_answer`.
     """
     lines: set[str] = set()
     values, config, _ = read_settings(arguments, own_names(schema), lines)
-    warn_of_unread([quote_text(each) for each in arguments if not each.startswith(f"{GROUP}.")], READS)
+    refuse_one_answer(command, config)
+    warn_of_unread(command, [quote_text(each) for each in arguments if not each.startswith(f"{GROUP}.")], READS)
     try:
         own = {name.partition(".")[2]: value for name, value in values.items()}
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), own)), config, lines
     except OmegaConfBaseException as error:
         name = f"{GROUP}.{error.full_key}"
         raise ValueError(f"{name}={values[name]}: {error.msg.splitlines()[0]}") from error
+
+
+def refuse_one_answer(command: str, config: Config) -> None:
+    """Refuse settings of sample.py for one answer, which a chat, page or server does not read.
+
+    Raises:
+        ValueError: one is given.
+    """
+    for name in ("prompt", "template", "input", "output", "record"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"{name}={value}: {command} does not read it, leave it out")
 
 
 def own_names(schema: type) -> list[str]:

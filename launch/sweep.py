@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from data.storage import read_object, read_records, whole_file, write_object, writing
-from data.terminal import printable, table
+from data.terminal import print_stderr, table
 from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
@@ -225,4 +225,4 @@ def report(rows: list[dict[str, Any]], file: Path) -> None:
     print(f"also in {file}; `python -m launch.experiments.sweep {file.parent}` compares and draws them", flush=True)
     for row in rows:
         if row["error"]:
-            print(printable(f"error: job {row['job']}: {row['error']}"), file=sys.stderr)
+            print_stderr(f"error: job {row['job']}: {row['error']}")

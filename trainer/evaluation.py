@@ -8,7 +8,6 @@ resumes only if `run.json` in that directory has the digests and settings of thi
 import itertools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,7 +30,7 @@ from data.errors import differences, listed
 from data.storage import AppendedRecords, digest_bytes, read_object, read_records, refuse_links, whole_file
 from data.tasks import tasks_of
 from data.tasks.base import Task
-from data.terminal import printable
+from data.terminal import print_stderr
 from data.token_cache import tokenizer_digest
 from diffllm import DiffLLM
 from diffllm.answers import Option, choose_options, fill_templates
@@ -230,7 +229,7 @@ def answer_all(
             done, seconds = distributed.on_main(begin), {}
             if distributed.is_main and (count := sum(map(len, done.values()))):
                 every = sum(map(len, tasks.values()))
-                print(printable(f"{directory}: {count} of {every} rows are done"), file=sys.stderr)
+                print_stderr(f"{directory}: {count} of {every} rows are done")
             for name, questions in tasks.items():
                 started, given = time.perf_counter(), (model, tokenizer, config, directory, distributed)
                 _sample(name, questions, done[name], *given, so_far, samples)

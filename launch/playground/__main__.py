@@ -2,7 +2,7 @@
 
 Takes the settings of sample.py, and of its own
 
-  launch.host=127.0.0.1   another address lets others use the model, such as 0.0.0.0
+  launch.host=127.0.0.1   0.0.0.0 lets other machines use the model
   launch.port=7860
   launch.waiting=8        runs that may wait for the one that is sampled
 
@@ -13,29 +13,15 @@ import sys
 from collections.abc import Sequence
 from threading import Event, Lock
 
-from data.terminal import printable
-from launch.address import bind
+from data.terminal import print_stderr
+from launch.address import bind, listen
 from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
 from launch.playground.config import PlaygroundConfig
 from launch.playground.runs import Playground
 from launch.settings import own_names, read_own_settings, read_settings
 from sampling import SamplingConfig
 from trainer.build import load_for_sampling
-from trainer.config import Config
 from trainer.distributed import check_alone
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[PlaygroundConfig, Config, set[str]]:
-    """The settings of the page, those of sample.py, and lines on recommended settings.
-
-    Raises:
-        ValueError: an unknown name, a value outside its range, or a setting that asks for a single answer.
-    """
-    own, config, lines = read_own_settings(PlaygroundConfig, arguments)
-    for name in ("prompt", "template", "input", "output", "record"):
-        if (value := getattr(config, name)) is not None:
-            raise ValueError(f"{name}={value}: is asked on the page, leave it out")
-    return own, config, lines
 
 
 class Presets:
@@ -60,21 +46,23 @@ def serve(arguments: Sequence[str]) -> None:
     """Serve the page until SIGINT.
 
     Raises:
-        ValueError: see `read_arguments`, `bind` and `load_for_sampling`; or gradio is missing.
+        ValueError: see `read_own_settings`, `bind`, `listen` and `load_for_sampling`; or gradio is missing.
     """
     check_alone("launch.playground", "python -m launch.playground")
-    own, config, lines = read_arguments(arguments)
-    bind(own.host, own.port).close()  # gradio binds it again
+    own, config, lines = read_own_settings("launch.playground", PlaygroundConfig, arguments)
+    bind(own.host, own.port).close()  # a port in use is an error before the model is loaded
     try:
         from launch.playground.page import Page, launch
     except ImportError as error:
         raise ValueError("launch.playground needs gradio: pip install 'diffllm[page]'") from error
     for line in sorted(lines):
-        print(printable(line), file=sys.stderr)
+        print_stderr(line)
     quiet_libraries()
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)
     page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
+    with bind(own.host, own.port) as bound:
+        listen(bound)  # gradio binds it again, with an error that names neither setting
     blocks = launch(page, own.host, own.port)
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     Event().wait()

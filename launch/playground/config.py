@@ -14,7 +14,7 @@ class PlaygroundConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    host: str = "127.0.0.1"  # address to listen on; another one than this machine's own lets others in
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines use the model
     port: int = setting(7860, at_least=1, at_most=65535)
     waiting: int = setting(8, at_least=1)  # runs that wait for the one that is sampled; more are refused
 

@@ -1,20 +1,18 @@
 """The addresses of the server."""
 
-import traceback
-
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from launch.serve.engine import tell
+from launch.serve.engine import print_traceback
 from launch.serve.exchange import answer, error_response
 from launch.serve.protocol import CHAT, TEXT, ApiError
 from launch.serve.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
-    """The HTTP application of a service. It has no pages, which would load scripts of others."""
+    """The HTTP application of a service. Interactive docs are off: they would load scripts from a CDN."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     model = {
         "id": service.name,
@@ -58,7 +56,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
-        tell("".join(traceback.format_exception(error)))
+        print_traceback(error)
         return error_response(ApiError(500, "the server failed: its log says why", connection="close"))
 
     return app

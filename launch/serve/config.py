@@ -14,7 +14,7 @@ class ServeConfig:
         ValueError: a value outside its range; the message names the field, the value and the rule.
     """
 
-    host: str = "127.0.0.1"  # address to listen on; another one than this machine's own lets others in
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines use the model
     port: int = setting(8000, at_least=0, at_most=65535)  # 0 takes a free one
     queue: int = setting(256, at_least=0)  # requests that wait for a place in the batch; others are refused
     timeout: float = setting(600.0, above=0, at_most=1e6)  # seconds for a request

@@ -4,7 +4,6 @@ Requests with equal settings share a `Sampler`, whatever their seeds and lengths
 row's tokens do not depend on who shares its batch, so an answer is that of `sample.py prompt=…`.
 """
 
-import sys
 import threading
 import traceback
 from collections import deque
@@ -14,17 +13,21 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from data.terminal import printable
+from data.terminal import print_stderr
 from diffllm import DiffLLM
 from diffllm.generate import special_tokens
 from sampling import Canvas, SampledRow, Sampler, SamplingConfig, StepEvent, Tokens
 
 OF_A_ROW = ("seed", "max_new_tokens")  # settings that rows of one sampler need not share
-EXPECTED = (ValueError, MemoryError, FloatingPointError)  # their message is enough
+EXPLAINED = (ValueError, MemoryError, FloatingPointError)  # errors whose message goes to the client
 
 
 class QueueFullError(Exception):
     """No place is left in the queue."""
+
+
+class EngineEndedError(Exception):
+    """The thread that samples has ended."""
 
 
 @dataclass(eq=False)
@@ -46,12 +49,19 @@ class Job:
     def step(self, event: StepEvent) -> None:
         """Take a step of the canvas."""
         self.event = event
-        self.notify()
+        self._wake()
 
     def end(self, outcome: SampledRow | Exception) -> None:
         """Take the filled canvas, or an error."""
         self.outcome = outcome
-        self.notify()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Call `notify`. Its error must not end other jobs, or the thread."""
+        try:
+            self.notify()
+        except Exception as error:
+            print_traceback(error)
 
 
 @dataclass
@@ -77,7 +87,7 @@ class Engine:
         self._groups: dict[str, Group] = {}  # by settings
         self._stopped: Exception | None = None
         self._closing = False
-        self._changed = threading.Condition()  # guards the moves between the attributes above
+        self._changed = threading.Condition()  # held while a job is queued, cancelled or admitted
         self._special = lru_cache(maxsize=64)(self._special_tokens)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -105,7 +115,10 @@ class Engine:
 
         Raises:
             QueueFullError: as many jobs wait as may.
+            EngineEndedError: the thread has ended.
         """
+        if self._thread.ident and not self.alive:  # a thread that has not started yet has no ident
+            raise EngineEndedError
         with self._changed:
             if len(self._waiting) + self.running >= self.queue + self.batch_size:
                 raise QueueFullError
@@ -119,7 +132,7 @@ class Engine:
             self._changed.notify()
 
     def stop(self, reason: Exception) -> None:
-        """End all jobs with an error before the next step, and those that still come."""
+        """End all jobs with an error before the next step, and each job that is submitted later."""
         with self._changed:
             self._stopped = reason
             self._changed.notify()
@@ -142,8 +155,9 @@ class Engine:
                 return
             try:
                 self._turn()
-            except Exception as error:  # of this class: requests end, and the thread lives
-                self._end_all(told(error))
+            except Exception as error:  # a bug of this class: without the thread later jobs would wait for ever
+                print_traceback(error)
+                self._end_all(error)
 
     def _turn(self) -> None:
         """Take a step of each sampler, after jobs have left and come."""
@@ -184,7 +198,8 @@ class Engine:
                 group.sampler.add(job.canvas, job.step if job.watched else None, job.config.seed)
             except Exception as error:
                 self._waiting.popleft()
-                job.end(told(error))
+                print_unexpected(error)
+                job.end(error)
                 continue
             with self._changed:
                 self._waiting.popleft()
@@ -213,7 +228,8 @@ class Engine:
         try:
             filled = group.sampler.step()
         except Exception as error:
-            self._fail(key, told(error))
+            print_unexpected(error)
+            self._fail(key, error)
             return
         for row in filled:
             group.jobs.pop(id(row.canvas)).end(row)
@@ -229,13 +245,12 @@ class Engine:
             del self._groups[key]
 
 
-def tell(line: str) -> None:
-    """Print a line of the log."""
-    print(printable(line), file=sys.stderr, flush=True)
+def print_unexpected(error: Exception) -> None:
+    """Print an error with its traceback, unless its message is enough for the client."""
+    if not isinstance(error, EXPLAINED):
+        print_traceback(error)
 
 
-def told(error: Exception) -> Exception:
-    """The error, printed with its traceback if its message is not enough."""
-    if not isinstance(error, EXPECTED):
-        tell("".join(traceback.format_exception(error)))
-    return error
+def print_traceback(error: Exception) -> None:
+    """Print an error with its traceback."""
+    print_stderr("".join(traceback.format_exception(error)))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
@@ -12,7 +13,7 @@ from starlette.responses import Response as HTTPResponse
 from starlette.types import Receive, Scope, Send
 
 from diffllm.generate import Response, response_of
-from launch.serve.engine import Job, QueueFullError
+from launch.serve.engine import EngineEndedError, Job, QueueFullError
 from launch.serve.forming import FinalText, draft
 from launch.serve.protocol import ApiError, Endpoint, parse_body, read_query, setting_error
 from launch.serve.replies import Reply
@@ -81,7 +82,7 @@ class Exchange:
 
     @property
     def deadline(self) -> float:
-        """When the loop's time is too late for an answer."""
+        """The time of the event loop at which the request times out."""
         return self.started + self.service.config.timeout
 
     def _late(self) -> ApiError:
@@ -114,7 +115,7 @@ class Exchange:
         """Queue the canvas.
 
         Raises:
-            ApiError: the queue is full.
+            ApiError: the queue is full, or nothing is sampled any more.
         """
         config = self.query.config
         canvas = Canvas.after(prompt, config.max_new_tokens, self.service.model.mask_token_id)
@@ -126,11 +127,13 @@ class Exchange:
             raise ApiError(
                 429, f"{waiting} requests wait already (launch.queue): try again", code="queue_full", retry_after="1"
             ) from error
+        except EngineEndedError as error:
+            raise ApiError(503, "the sampler has ended: start the server again", code="sampler_ended") from error
         return job
 
     def _notify(self) -> None:
         """Wake this exchange up, from the engine's thread."""
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.changed.set)
 
     async def _change(self) -> None:
@@ -201,7 +204,7 @@ class Exchange:
             ApiError: the job or the time has ended.
         """
         service, job, query = self.service, self.job, self.query
-        final, shown = FinalText(service.tokenizer, query.config, self.service.eos), None
+        final, shown = await service.read(FinalText, service.tokenizer, query.config, service.eos), None
         while True:
             ended = job.outcome is not None
             if (event := job.event) is not shown:

@@ -20,7 +20,7 @@ SETTINGS = {item.name: item for item in fields(SamplingConfig)}
 CONFIG = TypeAdapter(SamplingConfig)
 OF_THE_SERVER = ("batch_size", "compile")
 IN_BOTH = ("temperature", "top_p", "seed", "stop")  # null means the server's setting, as in the API
-OWN = ("model", "stream", "stream_options", "drafts", *LENGTHS, *SETTINGS)
+OWN = [*dict.fromkeys(("model", "stream", "stream_options", "drafts", *LENGTHS, *SETTINGS))]
 # Fields that do not change an answer.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that are refused unless they have one of these values, with which they change nothing.
@@ -115,12 +115,12 @@ def read_query(body: Mapping[str, Any], endpoint: Endpoint, model: str, server: 
 
     Args:
         model: name of the served model.
-        server: the server's settings, which hold for what the body leaves.
+        server: settings of the server, for fields that the body lacks.
 
     Raises:
         ApiError: a field is unknown, not supported or wrong.
     """
-    known = (endpoint.prompt, *OWN, *endpoint.neutral, *IGNORED)
+    known = [endpoint.prompt, *OWN, *endpoint.neutral, *IGNORED]
     for name in body:
         if name not in known:
             raise ApiError(400, f"{name}: no such field; {nearest(name, known)}", name, "unknown_field")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from launch.address import bind
+from data.terminal import print_stderr
+from launch.address import bind, listen
 from launch.serve.app import create_app
 from launch.serve.config import ServeConfig
-from launch.serve.engine import tell
 from launch.serve.exchange import WRITING
 from launch.serve.service import Service
 from launch.settings import read_own_settings
@@ -39,9 +39,9 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections, and tell where."""
+        """Accept connections, and print the address."""
         await super().startup(sockets)
-        tell(start_line(self.service, *sockets[0].getsockname()[:2]))
+        print_stderr(start_line(self.service, *sockets[0].getsockname()[:2]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting connections, and wait for the requests."""
@@ -58,12 +58,14 @@ def serve(arguments: Sequence[str]) -> None:
             diffusion model.
     """
     check_alone("launch.serve", "python -m launch.serve")
-    own, config, lines = read_own_settings(ServeConfig, arguments)
+    own, config, lines = read_own_settings("launch.serve", ServeConfig, arguments)
     with bind(own.host, own.port) as listener:
         for line in sorted(lines):
-            tell(line)
+            print_stderr(line)
         model, tokenizer = load_for_sampling(config)
-        run(Server(Service(config.model.path, model, tokenizer, config.sampling, own)), listener)
+        server = Server(Service(config.model.path, model, tokenizer, config.sampling, own))
+        listen(listener)
+        run(server, listener)
 
 
 def run(server: Server, listener: socket.socket) -> None:

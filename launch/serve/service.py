@@ -10,10 +10,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data import prompt_ids
+from data.terminal import print_stderr
 from diffllm import DiffLLM
 from diffllm.generate import check_context, special_tokens
 from launch.serve.config import ServeConfig
-from launch.serve.engine import Engine, tell
+from launch.serve.engine import Engine
 from launch.serve.metrics import Metrics
 from launch.serve.protocol import CHAT, ApiError, Endpoint, Query, setting_error
 from sampling import SamplingConfig
@@ -86,6 +87,7 @@ class Service:
     async def end_within(self, seconds: float) -> None:
         """End requests that are not answered after some seconds."""
         if running := self.engine.running + self.engine.waiting:
-            tell(f"stopping: {running} requests have {seconds:g} seconds (launch.shutdown); another SIGINT ends them")
+            limit = f"{seconds:g} seconds (launch.shutdown)"
+            print_stderr(f"stopping: {running} requests have {limit}; another SIGINT ends them")
         await asyncio.sleep(seconds)
         self.engine.stop(ApiError(503, "the server stops", code="server_stops", retry_after="30"))

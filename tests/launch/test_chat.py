@@ -258,7 +258,7 @@ def test_lines_of_a_pipe(small_model, tokenizer, config, monkeypatch, capsys):
 def test_what_does_not_go_with_a_chat(monkeypatch):
     with pytest.raises(ValueError, match=r"mode=talk: choose one of answer, chat"):
         Config(mode="talk")
-    with pytest.raises(ValueError, match=r"input=in\.jsonl: mode=chat asks on the terminal, leave it out"):
+    with pytest.raises(ValueError, match=r"input=in\.jsonl: mode=chat does not read it"):
         chat(Config(mode="chat", input="in.jsonl"))
     with pytest.raises(ValueError, match=r"model\.path is not given"):
         chat(Config(mode="chat"))

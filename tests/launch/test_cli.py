@@ -247,11 +247,10 @@ def test_several_tasks_reach_the_other_tools():
 )  # fmt: skip
 def test_settings_without_a_reader_are_named(monkeypatch, capsys, reads, arguments, unread):
     assert {*reads} <= {*cli.group_choices(), *field_names()}
-    monkeypatch.setattr(sys, "argv", ["some.py"])
-    cli.warn_of_unread(arguments, reads)
+    cli.warn_of_unread("some.py", arguments, reads)
     assert capsys.readouterr().err == (f"warning: some.py does not read {unread}\n" if unread else "")
     monkeypatch.setenv("RANK", "1")
-    cli.warn_of_unread(arguments, reads)
+    cli.warn_of_unread("some.py", arguments, reads)
     assert capsys.readouterr().err == ""
 
 

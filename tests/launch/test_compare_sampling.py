@@ -152,7 +152,7 @@ def test_a_damaged_file_of_results_is_named(run, runs):
 
 def test_settings_that_are_not_read_are_named(run, capsys):
     run("sampling.steps=3,6", "optim.lr=5", "prompt=hi")
-    assert "does not read optim.lr, prompt" in capsys.readouterr().err
+    assert "launch.compare_sampling does not read optim.lr, prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,24 @@
 """The command line of the page."""
 
 import socket
+from functools import partial
 
 import pytest
 
+from launch.address import bind, listen
 from launch.playground import __main__ as command
-from launch.playground.__main__ import Presets, read_arguments, serve
+from launch.playground.__main__ import Presets, serve
 from launch.playground.config import PlaygroundConfig
+from launch.settings import read_own_settings
+
+read = partial(read_own_settings, "launch.playground", PlaygroundConfig)
 
 
 def test_own_arguments_stand_beside_the_settings():
-    own, config, _ = read_arguments(["launch.host=0.0.0.0", "launch.port=7999", "sampling.steps=4"])
+    own, config, _ = read(["launch.host=0.0.0.0", "launch.port=7999", "sampling.steps=4"])
     assert own == PlaygroundConfig("0.0.0.0", 7999)
     assert config.sampling.steps == 4
-    assert read_arguments([])[0] == PlaygroundConfig("127.0.0.1", 7860, 8)
+    assert read([])[0] == PlaygroundConfig("127.0.0.1", 7860, 8)
 
 
 @pytest.mark.parametrize(
@@ -23,13 +28,13 @@ def test_own_arguments_stand_beside_the_settings():
         ("launch.port=x", r"launch\.port=x"),
         ("launch.waiting=0", r"launch\.waiting=0: must be at least 1"),
         ("launch.hosst=a", r"launch\.hosst=a: no such setting; did you mean launch\.host"),
-        ("prompt=Hi", "prompt=Hi: is asked on the page"),
+        ("record=run.jsonl", r"record=run\.jsonl: launch\.playground does not read it"),
         ("sampling.steps=0", "sampling.steps=0"),
     ],
 )
 def test_arguments_that_are_refused(argument, message):
     with pytest.raises(ValueError, match=message):
-        read_arguments([argument])
+        read([argument])
 
 
 def test_presets_are_the_choices_of_sampling():
@@ -49,6 +54,15 @@ def test_a_causal_model_ends_the_command_in_one_line(tmp_path, capsys):
         port = server.getsockname()[1]
     with pytest.raises(ValueError, match="a causal model, which has not learnt to restore masked tokens"):
         serve([f"model.path={tmp_path}", f"launch.port={port}"])
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded(small_model, tokenizer, monkeypatch):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'diffllm[page]'")
+    with bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(command, "load_for_sampling", lambda _: listen(other) or (small_model, tokenizer))
+        with pytest.raises(ValueError, match=rf"launch\.port={port}: in use"):
+            serve([f"launch.port={port}"])
 
 
 def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Answers of the server are those of sample.py, in one piece and as streams."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -132,6 +133,28 @@ def test_html_is_text(served, monkeypatch):
     assert "\x00" not in stream.text
 
 
+def test_one_thread_uses_the_tokenizer(served, monkeypatch):
+    """Some of its calls change it: another thread would find it changed."""
+    own, threads = served.service.tokenizer, set()
+
+    def watched(method):
+        def call(tokenizer, *given, **more):
+            if tokenizer is own:
+                threads.add((method.__name__, threading.current_thread().name))
+            return method(tokenizer, *given, **more)
+
+        return call
+
+    names = ("__call__", "decode", "convert_ids_to_tokens", "apply_chat_template")
+    for name in names:
+        monkeypatch.setattr(type(own), name, watched(getattr(type(own), name)))
+    asked(served, "2+3=", {})
+    parts = [*asked(served, ASK, {"alg": "left_to_right"}, stream=True, extra={"drafts": True})]
+    assert parts[-1].choices[0].finish_reason
+    assert {name for name, _ in threads} == {*names}
+    assert {thread for _, thread in threads} == {"reader_0"}
+
+
 def test_token_ids_are_a_prompt(served):
     ids = served.service.tokenizer("2+3=", add_special_tokens=False)["input_ids"]
     texts = {asked(served, "2+3=", {}).choices[0].text}
@@ -147,7 +170,7 @@ def test_models_and_health(served):
     assert served.http.get("/health").json() == {"status": "ok"}
 
 
-def test_a_null_is_the_servers_setting_or_none(served):
+def test_a_null_is_the_servers_setting_or_none():
     """As the API says for its own fields, and as SamplingConfig says for the others."""
     with serving(SamplingConfig(max_new_tokens=8, steps=2, temperature=1.0, seed=7)) as other:
         settings = {"temperature": None, "top_p": None, "seed": None, "stop": None, "max_tokens": None}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.serve.engine import Engine, Job, QueueFullError
+from launch.serve.engine import Engine, EngineEndedError, Job, QueueFullError
 from sampling import Canvas, SampledRow
 from tests.launch.serve.serving import SMALL, sure_model, until
 
@@ -93,18 +93,37 @@ def test_a_running_job_is_dropped(engine, monkeypatch):
     assert engine.running == engine.waiting == 0
 
 
-def test_an_error_of_its_own_ends_jobs_and_not_the_thread(engine, capfd):
-    ended, broken = [], job(engine, [], max_new_tokens=1)
-    broken.notify = None
-    for each in (broken, job(engine, ended)):
-        engine.submit(each)
+@pytest.mark.parametrize("method", ["_admit", "_drop_empty"], ids=["waiting", "running"])
+def test_an_error_of_its_own_ends_jobs_and_not_the_thread(engine, monkeypatch, capfd, method):
+    ended, first = [], job(engine, [])
+    first.notify = lambda: monkeypatch.undo() or ended.append(first)
+    monkeypatch.setattr(engine, method, lambda *_: {}["secret"])
+    engine.submit(first)
     engine.start()
     until(lambda: len(ended) == 1)
-    assert type(ended[0].outcome) is TypeError
+    assert type(first.outcome) is KeyError
     engine.submit(job(engine, ended))
     until(lambda: len(ended) == 2)
     assert type(ended[1].outcome) is SampledRow
-    assert engine.running == engine.waiting == 0
+    until(lambda: engine.running == engine.waiting == 0)
+    assert "KeyError: 'secret'" in capfd.readouterr().err
+
+
+def test_a_client_that_cannot_be_woken_disturbs_no_other(engine, capfd):
+    """Neither by a step, nor by its end, nor by the end of all jobs."""
+    ended, broken = [], [job(engine, []) for _ in range(2)]
+    for each in broken:
+        each.notify, each.watched = None, True
+    for each in (broken[0], job(engine, ended)):
+        engine.submit(each)
+    engine.start()
+    until(lambda: len(ended) == 1)
+    assert type(ended[0].outcome) is type(broken[0].outcome) is SampledRow
+    engine.stop(ValueError("the end"))
+    for each in (broken[1], job(engine, ended)):
+        engine.submit(each)
+    until(lambda: len(ended) == 2)
+    assert engine.alive
     assert "TypeError" in capfd.readouterr().err
 
 
@@ -132,3 +151,5 @@ def test_the_end(engine):
     until(lambda: len(ended) == 5)
     engine.close()
     assert not engine.alive
+    with pytest.raises(EngineEndedError):
+        engine.submit(job(engine, ended))

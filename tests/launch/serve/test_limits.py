@@ -1,5 +1,6 @@
 """A full queue, time-outs, clients that leave, models that fail, the end of the server."""
 
+import asyncio
 import itertools
 import json
 import socket
@@ -11,7 +12,8 @@ import pytest
 
 from data import prompt_ids
 from launch.serve import exchange
-from launch.serve.protocol import ApiError
+from launch.serve.exchange import Exchange
+from launch.serve.protocol import CHAT, ApiError
 from tests.launch.serve.serving import ASK, NAME, SMALL, Served, serving, until
 
 REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
@@ -212,10 +214,23 @@ def test_the_end_does_not_wait_for_ever():
         assert (reply.result().status_code, reply.result().json()["error"]["code"]) == (503, "server_stops")
 
 
-def test_a_sampler_that_has_ended_is_no_health():
+def test_a_sampler_that_has_ended():
     with serving() as served:
         served.service.engine.close()
         assert served.http.get("/health").status_code == 503
+        for body in ({"messages": ASK}, STREAM):
+            reply = served.post(body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "sampler_ended")
+
+
+def test_a_step_after_the_end_of_the_loop():
+    async def exchange_of_a_loop() -> Exchange:
+        return Exchange(None, None, CHAT)
+
+    exchange = asyncio.run(exchange_of_a_loop())
+    assert exchange.loop.is_closed()
+    exchange._notify()
+    assert not exchange.changed.is_set()
 
 
 def test_errors_are_of_the_api():

@@ -5,12 +5,14 @@ import runpy
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
 
 from diffllm.tokenizer import builtin_tokenizer
+from launch.address import bind, listen
 from launch.serve import server
 from launch.serve.config import ServeConfig
 from launch.settings import read_own_settings
@@ -18,6 +20,8 @@ from tests.conftest import GOLDEN, ROOT
 from tests.diffllm.decoders import write_decoder
 from tests.launch.serve.serving import ASK, sure_model
 from tests.trainer.processes import Run
+
+read = partial(read_own_settings, "launch.serve", ServeConfig)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +52,18 @@ def test_a_process(checkpoint, tmp_path):
 
 
 def test_settings(checkpoint, capsys):
-    own, config, _ = read_own_settings(
-        ServeConfig, [f"model.path={checkpoint}", "launch.port=81", "launch.timeout=5", "sampling=fast"]
-    )
+    own, config, _ = read([f"model.path={checkpoint}", "launch.port=81", "launch.timeout=5", "sampling=fast"])
     assert (own.host, own.port, own.timeout) == ("127.0.0.1", 81, 5.0)
     assert config.sampling.transfer == "threshold"
     assert capsys.readouterr().err == ""
-    read_own_settings(ServeConfig, [f"model.path={checkpoint}", "optim.lr=1"])
-    assert "optim.lr" in capsys.readouterr().err
+    read([f"model.path={checkpoint}", "optim.lr=1"])
+    assert "launch.serve does not read optim.lr" in capsys.readouterr().err
 
 
 def test_recommended_settings():
     """Those of sample.py, where the command line gives none."""
     path = GOLDEN / "dream_tiny"
-    _, config, lines = read_own_settings(ServeConfig, [f"model.path={path}", "sampling.top_p=0.5"])
+    _, config, lines = read([f"model.path={path}", "sampling.top_p=0.5"])
     assert (config.sampling.temperature, config.sampling.top_p, len(lines)) == (0.2, 0.5, 1)
 
 
@@ -77,12 +79,21 @@ def test_recommended_settings():
         ("sampling.steps=0", ["sampling.steps=0"]),
         ("sampling.stepps=1", ["sampling.stepps=1", "sampling.steps"]),
         ("model.path=nowhere", ["nowhere"]),
+        ("prompt=Hi", ["prompt=Hi", "launch.serve does not read it"]),
     ],
 )
 def test_wrong_arguments(argument, words):
     with pytest.raises(ValueError, match=r".") as error:
         server.serve(["launch.port=0", argument])
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded(checkpoint, monkeypatch):
+    with bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(server, "load_for_sampling", lambda _: listen(other) or (sure_model(), builtin_tokenizer()))
+        with pytest.raises(ValueError, match=rf"launch\.port={port}: in use"):
+            server.serve([f"model.path={checkpoint}", f"launch.port={port}"])
 
 
 def test_a_causal_model(tmp_path):
