@@ -34,7 +34,8 @@ from data.terminal import print_stderr, printable
 from diffllm import DiffLLM
 from diffllm.generate import generate
 from diffllm.static_forward import prepare_sampling
-from launch.cli import EXPECTED, check_arguments, describe, quote_text, user_errors, warn_of_unread
+from launch.arguments import check_arguments, quote_text, warn_of_unread
+from launch.cli import EXPECTED, describe, user_errors
 from launch.experiments.page import PAGE, split_at
 from launch.results import READS
 from launch.sampling_page import Combination, report

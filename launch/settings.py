@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import nearest
 from launch import CONF
-from launch.cli import check_arguments, name_tasks, quote_text, run_name, split_config_dir, warn_of_unread
+from launch.arguments import check_arguments, name_tasks, quote_text, split_config_dir, warn_of_unread
+from launch.cli import run_name
 from launch.recommended import resolve_recommended
 from trainer.config import Config
 from trainer.schema import field_names, resolve

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.terminal import Parser, ending_in_one_line, printable
 from launch import ROOT
-from launch.cli import check_arguments, quote_text, task_choices
+from launch.arguments import check_arguments, quote_text, task_choices
 from launch.experiments.sweep import add_options, check_options, summarise
 
 # Options of the summary by the names of the experiments that need some.

@@ -15,7 +15,8 @@ from threading import Event, Lock
 
 from data.terminal import print_stderr
 from launch.address import bind, listen
-from launch.cli import group_choices, quiet_libraries, split_config_dir, user_errors
+from launch.arguments import group_choices, split_config_dir
+from launch.cli import quiet_libraries, user_errors
 from launch.playground.config import PlaygroundConfig
 from launch.playground.runs import Playground
 from launch.settings import own_names, read_own_settings, read_settings

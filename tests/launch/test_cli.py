@@ -9,10 +9,6 @@ import sys
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 import evaluate
 import sample
@@ -21,7 +17,6 @@ from launch import cli
 from launch.settings import read_settings
 from tests.conftest import GOLDEN, ROOT
 from tests.trainer.runs import metrics
-from trainer.schema import field_names, resolve
 
 SMALL = [
     "data.max_length=64", "data.num_workers=0", "data.train_batch_size=8", "trainer.max_steps=3",
@@ -187,27 +182,6 @@ def test_the_tree_is_shown(script):
     assert "time_reweighting: original" in out
 
 
-PARTS = ["\\", "$", "${", "{", "}", '"', "'", "a", " ", "\n", "\r", ":", "=", ",", "[", "#", "é"]
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join) | st.text())
-@example("Solve 3x+5=20")
-@example("a, b (c) [d] {e}?")
-@example(r"a\${x}")
-@example(r"\\${a}\\")
-@example('"Hi," she said, "bye"')
-@example("'")
-@example("'quoted'")
-@example("back\\\n")
-@example("${oc.env:HOME}")
-@pytest.mark.parametrize("name", ["prompt", "template"])
-def test_a_prompt_is_any_text(name, text):
-    value = OverridesParser.create().parse_override(cli.quote_text(f"{name}={text}")).value()
-    assume(text not in ("null", "???"))  # which are settings that are not given
-    assert getattr(resolve(OmegaConf.create({name: value})), name) == text
-
-
 @pytest.mark.parametrize("text", ["a\\${x}", '"${seed}\\"', "\\\\${a}'"])
 def test_any_prompt_gets_through_the_whole_command_line(script, monkeypatch, text):
     seen = []
@@ -233,32 +207,6 @@ def test_several_tasks_reach_the_other_tools():
     GlobalHydra.instance().clear()
     _, config, _ = read_settings(["task=[rows,equations]", "task.files.rows=a.jsonl"])
     assert (config.task.name, config.task.files) == (["rows", "equations"], {"rows": "a.jsonl"})
-
-
-@pytest.mark.parametrize(
-    ("reads", "arguments", "unread"),
-    [
-        (evaluate.READS, ["optim.lr=1", "data.subset=9", "+data.packing=true", "~task"], "optim.lr, data.packing"),
-        (evaluate.READS, ["data=s1k", "experiment=quickstart", "hydra/launcher=joblib", "hydra.verbose=true"], None),
-        (evaluate.READS, ["diffusion=dream", "prompt=Hi"], "diffusion, prompt"),
-        (sample.READS, ["seed=1", "sampling.seed=1", "data.columns={prompt: a}"], "seed"),
-        (sample.READS, ["-m", "sampling.steps=9", "task=rows", "task.name=rows"], "task, task.name"),
-    ],
-)  # fmt: skip
-def test_settings_without_a_reader_are_named(monkeypatch, capsys, reads, arguments, unread):
-    assert {*reads} <= {*cli.group_choices(), *field_names()}
-    cli.warn_of_unread("some.py", arguments, reads)
-    assert capsys.readouterr().err == (f"warning: some.py does not read {unread}\n" if unread else "")
-    monkeypatch.setenv("RANK", "1")
-    cli.warn_of_unread("some.py", arguments, reads)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_mask_token_needs_no_quotes():
-    override = OverridesParser.create().parse_override(cli.quote_text("model.mask_token=<|fim_pad|>"))
-    assert override.value() == "<|fim_pad|>"
-    assert cli.quote_text('model.mask_token="<|fim_pad|>"') == 'model.mask_token="<|fim_pad|>"'  # of a sweep
-    assert cli.quote_text("prompt=null") == "prompt=null"
 
 
 def test_runs_are_named_by_their_command_line():
@@ -431,18 +379,3 @@ def test_mistakes_with_own_choices(script, own_choices, tmp_path, arguments, wor
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / f"{name}.yaml").write_text("optim:\n  lr: 1\n")
     assert_one_error(script("train.py", *arguments), *words)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["optim.lr=1,2", "optim.lr=3"], ["optim.lr=1", "optim.lr=2,3"], ["optim.lr=1,2,1"]], ids=str
-)
-def test_a_sweep_names_each_value_once(arguments):
-    with pytest.raises(ValueError, match=r"optim\.lr.* given twice"):
-        cli.check_arguments(arguments)
-
-
-@pytest.mark.parametrize(("theirs", "ours"), cli.OTHER_NAMES.items())
-def test_names_of_other_frameworks(theirs, ours):
-    assert ours in field_names()
-    with pytest.raises(ValueError, match=rf"optim\.{theirs}=1: .* {re.escape(ours)}\?"):
-        cli.check_arguments([f"optim.{theirs}=1"])

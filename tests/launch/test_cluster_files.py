@@ -11,7 +11,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from launch.cli import check_arguments
+from launch.arguments import check_arguments
 from tests.conftest import ROOT
 
 SKYPILOT, TRAINJOB = ROOT / "launch" / "skypilot.yaml", ROOT / "launch" / "trainjob.yaml"

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from diffllm import ModelConfig, new_model
 from diffllm.adapt import adapt
 from diffllm.tokenizer import builtin_tokenizer
+from launch import CONF
 from launch.activations import pass_memory
-from launch.cli import CONF
 from launch.plan import largest_micro_batch, memory_table, read_arguments
 from launch.shapes import meta_model
 from tests.benchmarks.measure import peak_bytes

@@ -9,8 +9,8 @@ import pytest
 
 from data import Report
 from data.quantities import duration_text, size_text
+from launch import CONF
 from launch.budget import count_steps, step_time
-from launch.cli import CONF
 from launch.machine import Machine, complete
 from launch.plan import make_plan
 from tests.conftest import ROOT

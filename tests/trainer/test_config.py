@@ -6,7 +6,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import launch.cli  # noqa: F401 - registers the defaults
-from launch.cli import CONF, group_choices
+from launch import CONF
+from launch.arguments import group_choices
 from trainer.config import Config, batch_layout, to_dict
 from trainer.config import DataConfig as DataSettings
 from trainer.schema import differences, resolve, tree

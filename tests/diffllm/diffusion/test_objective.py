@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from diffllm.attention import visibility_of
 from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig
-from launch.cli import CONF, check_arguments
+from launch import CONF
+from launch.arguments import check_arguments
 from tests.trainer.runs import metrics, train
 from trainer.config import to_dict
 from trainer.nonfinite import FailedStep
@@ -108,7 +109,7 @@ def test_its_fields_are_known_and_those_of_others_refused():
 def test_a_choice_with_the_name_of_an_objective_would_include_itself(monkeypatch, tmp_path):
     (tmp_path / "diffusion").mkdir()
     (tmp_path / "diffusion" / "by_place.yaml").write_text("defaults: [by_place]\n")
-    monkeypatch.setattr("launch.cli.CONF", tmp_path)
+    monkeypatch.setattr("launch.arguments.CONF", tmp_path)
     with pytest.raises(ValueError, match=r"conf/diffusion/by_place\.yaml: .*another name"):
         check_arguments([])
 

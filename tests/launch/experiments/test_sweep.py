@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 
 import pytest
 
-from launch.cli import check_arguments
+from launch.arguments import check_arguments
 from launch.experiments import __main__ as experiments
 from launch.experiments import page as page_of
 from launch.experiments import sweep
