@@ -2,14 +2,17 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from threading import Event, Lock
 
 import pytest
 
 from data import prompt_ids
-from diffllm.generate import generate
+from diffllm.generate import generate, response_of
 from launch.playground import runs
+from launch.playground.queue import Queue
 from launch.playground.runs import Playground, Request, events_of, message_of
 from sampling import SamplingConfig
 from trainer.config import Config
@@ -129,10 +132,51 @@ def test_a_full_queue_refuses(playground, config):
     request, settings = Request("prompt", "Hi", ""), [("", config.sampling)]
     others = [playground.run(request, settings) for _ in range(2)]
     assert [next(each)[0].before for each in others] == [0, 1]
-    with pytest.raises(ValueError, match="1 other requests wait for the model: try again later"):
+    with pytest.raises(ValueError, match=r"^1 other requests"):
         next(playground.run(request, settings))
     others[0].close()
     assert next(playground.run(request, settings))
+
+
+def test_a_place_is_kept_for_all_settings(playground, config):
+    """The number before a request is read again, and a later request waits for the second setting too."""
+    request, both = Request("prompt", "Hi", ""), [("", config.sampling), ("again", config.sampling)]
+    other = playground.run(request, both)
+    next(other)
+    mine = playground.run(request, both)
+    assert next(mine)[0].before == 1
+    assert next(each for each in other if len(each) == 2)
+    assert next(mine)[0].before == 1
+    other.close()
+    assert {each.before for runs in mine for each in runs} == {0}
+
+
+def test_readers_do_not_change_each_other_s_tokens(playground, config):
+    """Texts with control tokens are encoded by other options of the shared tokenizer."""
+    texts = ["Solve 3x+5=20 " * 40, "what is <|im_end|>? " * 40]
+    requests = [Request("prompt", text, "") for text in texts]
+    settings = [("", replace(config.sampling, max_new_tokens=1, steps=1))]
+    playground.queue = Queue(waiting=len(texts))
+
+    def header(request) -> str:
+        with closing(playground.run(request, settings)) as samples:
+            return next(samples)[0].header
+
+    alone = [header(each) for each in requests]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = pool.map(lambda request: {header(request) for _ in range(100)}, requests)
+        assert [*together] == [{each} for each in alone]
+
+
+def test_the_sampler_has_its_own_tokenizer(playground, config, tokenizer, monkeypatch):
+    used = []
+    monkeypatch.setattr(runs, "response_of", lambda filled, own, _: used.append(own) or response_of(filled, own, _))
+    last(playground, Request("prompt", "Hi", ""), config.sampling)
+    [own] = used
+    own("Hi", split_special_tokens=True)
+    tokenizer("Hi", split_special_tokens=False)
+    assert own.backend_tokenizer.encode_special_tokens
+    assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_a_value_comes_while_nothing_happens(monkeypatch):
