@@ -66,8 +66,10 @@ def serve(arguments: Sequence[str]) -> None:
     own, config, lines = read_arguments(arguments)
     bind(own.host, own.port).close()  # gradio binds it again
     try:
-        from launch.playground.page import Page, launch
+        from launch.playground.page import Page, serve_page
     except ImportError as error:
+        if error.name != "gradio":
+            raise
         raise ValueError("launch.playground needs gradio: pip install 'diffllm[page]'") from error
     for line in sorted(lines):
         print(printable(line), file=sys.stderr)
@@ -75,7 +77,7 @@ def serve(arguments: Sequence[str]) -> None:
     model, tokenizer = load_for_sampling(config)
     presets = Presets(arguments)
     page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
-    blocks = launch(page, own.host, own.port)
+    blocks = serve_page(page, own.host, own.port)
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     Event().wait()
 

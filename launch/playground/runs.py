@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -10,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
+from time import monotonic, perf_counter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -156,9 +156,9 @@ class Playground:
                 if event is not None:
                     with self._reading:
                         run.steps.append(json.dumps(asdict(recorder.step(event))))
-                if event is None or time.monotonic() - sent > SECONDS:
+                if event is None or monotonic() - sent > SECONDS:
                     yield runs
-                    sent = time.monotonic()
+                    sent = monotonic()
         recording = recorder.recording(text, tokens, seconds)
         run.result, run.page = asdict(recording.result), page(recording)
 
@@ -217,8 +217,8 @@ def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEven
             with lock:
                 if stopped.is_set():
                     raise Stopped
-                started = time.perf_counter()
-                outcome.set_result((sample(on_step), time.perf_counter() - started))
+                started = perf_counter()
+                outcome.set_result((sample(on_step), perf_counter() - started))
         except BaseException as error:  # raised again by `outcome.result`
             outcome.set_exception(error)
         events.put(end)

@@ -1,6 +1,7 @@
 """The command line of the page."""
 
 import socket
+import sys
 
 import pytest
 
@@ -51,8 +52,13 @@ def test_a_causal_model_ends_the_command_in_one_line(tmp_path, capsys):
         serve([f"model.path={tmp_path}", f"launch.port={port}"])
 
 
-def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(command.sys.modules, "launch.playground.page", None)
+@pytest.mark.parametrize(
+    ("missing", "error", "named"), [("gradio", ValueError, r"diffllm\[page\]"), ("launch.reference", ImportError, None)]
+)
+def test_an_import_that_fails(monkeypatch, missing, error, named):
+    """Only a missing gradio is a missing extra."""
+    monkeypatch.delitem(sys.modules, "launch.playground.page", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(command, "bind", lambda host, port: socket.socket())
-    with pytest.raises(ValueError, match=r"pip install 'diffllm\[page\]'"):
+    with pytest.raises(error, match=named):
         serve([])
