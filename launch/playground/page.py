@@ -21,8 +21,9 @@ from sampling.render.text import visible
 
 START = "as started"  # the settings of the command line, among the presets
 TEXTS = ("mode", "prompt", "template", "system", "compare")  # of the page, before the settings
-EXAMPLE = "<think>\n<|mask:5|>\n</think>\n<|mask:1|>"
-EMPTY = {"id": 0, "turns": [], "runs": [], "message": "", "link": ""}
+EXAMPLE = "<think>\n<|mask:5|>\n<|mask:5|>\n</think>\n<|mask:1|>"
+EMPTY = {"turns": [], "runs": [], "message": "", "link": ""}
+STOPPED = "stopped"  # status, which playground.js reads
 FOLDER = Path(__file__).parent
 
 
@@ -37,7 +38,7 @@ class Page:
     def __init__(self, playground: Playground, presets: Sequence[str], preset: Callable[[str], SamplingConfig]):
         self.playground, self.presets, self.preset = playground, presets, preset
         self.config = playground.config.sampling
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(1)  # of results: the browser ignores drafts of one that it has left
 
     def build(self) -> gr.Blocks:
         """Return the page, ready to be launched."""
@@ -78,7 +79,7 @@ class Page:
             parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop", **narrow)
             parts["forget"] = gr.Button("New chat", visible=False, elem_id="forget", **narrow)
         parts["result"] = gr.HTML(
-            value=EMPTY,
+            value=EMPTY | {"id": 0},
             html_template="<div></div>",
             js_on_load=asset("canvas.js") + (FOLDER / "playground.js").read_text("utf-8"),
             status="",
@@ -108,7 +109,7 @@ class Page:
         parts: dict[str, gr.components.Component],
         controls: dict[str, gr.components.Component],
     ) -> None:
-        """Say what the buttons and choices do."""
+        """Connect buttons and choices with their functions."""
         turns, result, buttons = gr.State([]), parts["result"], [parts["run"], parts["stop"]]
         texts, settings = [parts[name] for name in TEXTS], [controls[name] for name in FIELDS]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
@@ -121,10 +122,8 @@ class Page:
             **quiet,
         )
         ends = {"cancels": [sampled], "queue": False, **quiet}
-        parts["stop"].click(lambda: (gr.HTML(status="stopped"), *_buttons(False)), None, [result, *buttons], **ends)
-        parts["forget"].click(
-            lambda: ([], gr.HTML(value=EMPTY, status=""), *_buttons(False)), None, [turns, result, *buttons], **ends
-        )
+        parts["stop"].click(lambda: (gr.HTML(status=STOPPED), *_buttons(False)), None, [result, *buttons], **ends)
+        gr.on([parts["forget"].click, parts["mode"].input], self.forget, None, [turns, result, *buttons], **ends)
         parts["mode"].change(
             lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
             parts["mode"],
@@ -149,15 +148,21 @@ class Page:
             view["link"] = self._link(texts, first)
             if request.mode == "chat":
                 view["turns"] = [*turns, Message(role="user", content=request.prompt)]
+            yield [gr.HTML(value=view, status=""), gr.skip(), written, *_buttons(True)]
             for runs in self.playground.run(request, settings):
                 view = view | {"runs": [*map(_shown, runs)]}  # a new one: gradio sends what differs from the last
-                yield [gr.HTML(value=view, status=""), turns, written, *_buttons(True)]
+                # Drafts change nothing else: one that comes after Stop would undo it.
+                yield [gr.HTML(value=view), *(gr.skip() for _ in ("turns", "prompt", "run", "stop"))]
             if request.mode == "chat":
                 turns = [*view["turns"], Message(role="assistant", content=runs[0].result["text"])]
                 written = ""
         except Exception as error:  # the page lives on
             view["message"] = f"error: {message_of(error)}"
-        yield [gr.HTML(value=view, status=""), turns, written, *_buttons(False)]
+        yield [gr.HTML(value=view), turns, written, *_buttons(False)]
+
+    def forget(self) -> tuple[Any, ...]:
+        """Outputs without a chat and a result."""
+        return [], gr.HTML(value=EMPTY | {"id": next(self._ids)}, status=""), *_buttons(False)
 
     def choose(self, name: str) -> list[Any]:
         """Settings of a preset, for the controls."""
@@ -185,14 +190,12 @@ class Page:
         return [run, gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
 
     def _link(self, texts: dict[str, str], config: SamplingConfig) -> str:
-        """Query with the texts, and the settings that differ from those of the command line."""
+        """Query with the texts, and all settings: the server may have others when the link is opened."""
         kept = {name: text for name, text in texts.items() if text and (name != "template" or texts["mode"] == name)}
-        given = {name: getattr(config, name) for name in FIELDS}
-        differ = {name: to_text(name, value) for name, value in given.items() if value != getattr(self.config, name)}
-        return f"?{urlencode(kept | differ)}"
+        return f"?{urlencode(kept | {name: to_text(name, getattr(config, name)) for name in FIELDS})}"
 
 
-def launch(page: Page, host: str, port: int) -> gr.Blocks:
+def serve_page(page: Page, host: str, port: int) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
     blocks.launch(

@@ -2,9 +2,10 @@
 const view = document.createElement("div");
 view.className = "diffusion results";
 element.append(view);
-let drawn = null;
+let drawn = null, status = "";
 
 function draw(value) {
+  for (const { url } of drawn?.runs ?? []) URL.revokeObjectURL(url);
   view.replaceChildren();
   for (const { role, content } of value.turns) {
     const turn = make("div", view, "turn");
@@ -15,7 +16,7 @@ function draw(value) {
   message.setAttribute("role", "status");
   const grid = make("div", view, "runs");
   const link = make("p", view, "facts link");
-  drawn = { id: value.id, message, grid, link, runs: [], legend: false };
+  drawn = { id: value.id, message, grid, link, runs: [], legend: false, stopped: false };
 }
 
 function drawRun(run) {
@@ -24,11 +25,12 @@ function drawRun(run) {
   const facts = make("p", box, "facts");
   const viewer = diffusionViewer(box, JSON.parse(run.header));
   box.addEventListener("keydown", viewer.key);
-  return { viewer, box, facts, count: 0, done: false };
+  return { viewer, box, facts, count: 0, done: false, url: "" };
 }
 
 function finish(place, { result, page }) {
   place.done = true;
+  place.viewer.end();
   const speed = (result.tokens / Math.max(result.seconds, 1e-9)).toPrecision(3);
   const facts = [`${result.tokens} tokens`, `nfe ${result.nfe}`,
     `${result.tokens_per_forward.toFixed(2)} tokens a forward`, `${Number(speed)} tokens/s`];
@@ -36,7 +38,7 @@ function finish(place, { result, page }) {
   for (const fact of facts) make("span", place.facts, "", fact);
   const save = make("a", place.facts, "export", "export as HTML");
   save.download = "sampling.html";
-  save.href = URL.createObjectURL(new Blob([page], { type: "text/html" }));
+  save.href = place.url = URL.createObjectURL(new Blob([page], { type: "text/html" }));
   const details = make("details", place.box, "text");
   make("summary", details, "", "Text");
   make("pre", details, "", shownText(result.text));
@@ -45,24 +47,31 @@ function finish(place, { result, page }) {
 function update() {
   const value = props.value;
   if (!element.contains(view)) element.append(view);
-  if (!value) return;
+  if (!value || value.id < drawn?.id) return;
   if (drawn?.id !== value.id) draw(value);
+  // The status is that of an earlier result until it changes.
+  if (props.status === "stopped" && status !== "stopped") drawn.stopped = true;
+  status = props.status;
   const text = props.status || value.message || "";
   drawn.message.textContent = shownText(text);
   drawn.message.hidden = !text;
+  if (drawn.stopped) {  // a draft may come later
+    for (const { done, facts, count } of drawn.runs) if (!done) facts.textContent = `stopped at step ${count}`;
+    return;
+  }
   value.runs.forEach((run, i) => {
     const place = (drawn.runs[i] ??= drawRun(run));
     const steps = run.steps.slice(place.count).map((line) => JSON.parse(line));
     place.count += steps.length;
     place.viewer.add(...steps);
     if (run.result && !place.done) finish(place, run);
-    if (!run.result) place.facts.textContent = run.steps.length || !run.before ? "sampling …" : `waiting for ${run.before} other …`;
+    if (!run.result) place.facts.textContent = run.before ? `waiting for ${run.before} other …` : "sampling …";
   });
   if (value.runs.length && !drawn.legend) {
     drawn.legend = true;
     const legend = make("div", view);
     view.insertBefore(legend, drawn.link);
-    diffusionLegend(legend, drawn.grid);
+    diffusionLegend(legend);
   }
   if (value.link && !drawn.link.firstChild) {
     make("a", drawn.link, "", "Link to this prompt and these settings").href = value.link;

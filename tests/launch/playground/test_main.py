@@ -1,6 +1,7 @@
 """The command line of the page."""
 
 import socket
+import sys
 from functools import partial
 
 import pytest
@@ -65,8 +66,13 @@ def test_a_port_that_is_taken_while_the_model_is_loaded(small_model, tokenizer, 
             serve([f"launch.port={port}"])
 
 
-def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(command.sys.modules, "launch.playground.page", None)
+@pytest.mark.parametrize(
+    ("missing", "error", "named"), [("gradio", ValueError, r"diffllm\[page\]"), ("launch.meanings", ImportError, None)]
+)
+def test_an_import_that_fails(monkeypatch, missing, error, named):
+    """Only a missing gradio is a missing extra."""
+    monkeypatch.delitem(sys.modules, "launch.playground.page", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(command, "bind", lambda host, port: socket.socket())
-    with pytest.raises(ValueError, match=r"pip install 'diffllm\[page\]'"):
+    with pytest.raises(error, match=named):
         serve([])
