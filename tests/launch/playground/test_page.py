@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from urllib.parse import parse_qsl, urlsplit
@@ -17,6 +17,7 @@ import pytest
 from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
+from launch.playground.__main__ import read_arguments
 from launch.playground.fields import FIELDS, from_text
 from launch.playground.runs import Playground
 from sampling import SamplingConfig
@@ -257,6 +258,20 @@ def test_a_chat_goes_on_until_it_is_forgotten(page):
     browser.wait(lambda: not browser.all(".turn"))
 
 
+def test_a_chat_that_is_forgotten_while_it_is_answered_does_not_come_back(page, server):
+    browser = page("?mode=chat&max_new_tokens=800&steps=800")
+    server.slow = 0.005
+    write(browser, "prompt", "Hi")
+    browser.one("#run").click()
+    browser.wait(lambda: browser.all(".fresh.cell"))
+    browser.one("#forget").click()
+    browser.wait(lambda: not browser.all(".turn"))
+    with server.playground.sampling:  # the sampler has left
+        time.sleep(1)
+    assert browser.all(".turn, .run") == []
+    assert browser.one("#run").is_enabled()
+
+
 def test_another_mode_clears_the_result(page):
     browser = page("?mode=chat")
     browser.one("#forget")
@@ -381,7 +396,8 @@ def test_pictures(browser, server, scheme):
     path = os.environ.get("PLAYGROUND_MODEL")
     if path:
         model, tokenizer = load_model(path).eval(), load_tokenizer(path)
-        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), max_new_tokens=18, steps=18, temperature=0.0)
+        documented = asdict(read_arguments([f"model.path={path}"])[1].sampling)
+        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), **documented)
     server.slow = 0
     browser.media(prefers_color_scheme=scheme)
     browser.resize(1120, 900)
