@@ -1,6 +1,7 @@
 """The page: controls, and the canvas while it fills."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
@@ -38,7 +39,8 @@ class Page:
     def __init__(self, playground: Playground, presets: Sequence[str], preset: Callable[[str], SamplingConfig]):
         self.playground, self.presets, self.preset = playground, presets, preset
         self.config = playground.config.sampling
-        self._ids = itertools.count(1)  # of results: the browser ignores drafts of one that it has left
+        # Of results: the browser ignores drafts of one that it has left. They rise when the server starts again, too.
+        self._ids = itertools.count(time.time_ns() // 10**6)
 
     def build(self) -> gr.Blocks:
         """Return the page, ready to be launched."""
