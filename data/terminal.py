@@ -24,9 +24,12 @@ MODULES = (
 )
 STOPPED = "stopped by SIGINT"
 
-# C0 but tab and newline, DEL and C1; bidirectional embeddings, overrides and isolates; surrogates, which have no bytes.
-_ESCAPED = [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in [*_ESCAPED, *range(0xD800, 0xE000)]}
+_ESCAPED = [
+    *(*range(9), *range(11, 32), *range(0x7F, 0xA0)),  # C0 but tab and newline, DEL and C1
+    *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # marks of direction
+    *range(0xD800, 0xE000),  # surrogates, which have no bytes
+]
+_ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _ESCAPED}
 
 
 def printable(text: object) -> str:

@@ -73,8 +73,8 @@ def check_context(model: DiffLLM, prompt_length: int, config: SamplingConfig, wh
 
 
 def response_of(filled: SampledRow, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> Response:
-    """Decode a response up to its end, with all its white space."""
-    text = tokenizer.decode(filled.response)
+    """Decode a response up to its end: with all its white space, without masks that the model drew."""
+    text = tokenizer.decode([token for token in filled.response if token != tokenizer.mask_token_id])
     end = min((place for stop in config.stop if (place := text.find(stop)) >= 0), default=len(text))
     ended = end < len(text) or filled.new_tokens > len(filled.response)
     return Response(filled.canvas.row_id, text[:end], filled.new_tokens, filled.nfe, filled.tokens_per_forward, ended)

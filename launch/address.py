@@ -16,7 +16,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:  # UnicodeError: a part between dots is empty or over 63 characters
-        reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise ValueError(f"launch.host={host}: no address of this machine ({reason})") from error
     try:
         return _bound(family, kind, address)

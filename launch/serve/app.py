@@ -13,7 +13,7 @@ from launch.serve.service import Service
 
 def create_app(service: Service) -> FastAPI:
     """The HTTP application of a service. Interactive docs are off: they would load scripts from a CDN."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     model = {
         "id": service.name,
         "object": "model",

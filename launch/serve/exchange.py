@@ -176,7 +176,7 @@ class Exchange:
         if isinstance(outcome, ApiError):
             raise outcome
         if isinstance(outcome, ValueError):  # of the settings, see `special_tokens`
-            raise setting_error(outcome) from outcome
+            raise setting_error(outcome, self.query.length) from outcome
         if isinstance(outcome, MemoryError | FloatingPointError):
             raise ApiError(500, str(outcome), code=type(outcome).__name__) from outcome
         if isinstance(outcome, Exception):

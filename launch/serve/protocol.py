@@ -15,6 +15,7 @@ from sampling import SamplingConfig
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_TEXTS = 16  # of `stop` and `forbidden`
+MOST_CHARACTERS = 1000  # of a text in an error
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_new_tokens")
 SETTINGS = {item.name: item for item in fields(SamplingConfig)}
 CONFIG = TypeAdapter(SamplingConfig)
@@ -55,11 +56,18 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        message, param = shortened(message), param and shortened(param)
         super().__init__(message)
         self.param = param
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
         kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def shortened(text: str) -> str:
+    """A text, without its middle if it is long: an error begins with the client's field and ends with the rule."""
+    half = MOST_CHARACTERS // 2
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Query:
 
     prompt: list[Message] | str | list[int]  # messages, raw text, or token ids
     config: SamplingConfig
+    length: str  # field that gave `config.max_new_tokens`
     stream: bool
     usage: bool  # in a stream
     drafts: bool
@@ -133,7 +142,9 @@ def read_query(body: Mapping[str, Any], endpoint: Endpoint, model: str, server: 
     if drafts and not stream:
         raise ApiError(400, "drafts=true: goes with stream=true", "drafts")
     prompt = read_messages(body.get("messages")) if endpoint is CHAT else read_text(body.get("prompt"))
-    return Query(prompt, read_settings(body, server), stream, _typed(options, "include_usage", bool, False), drafts)
+    length = next((name for name in LENGTHS if body.get(name) is not None), "max_tokens")
+    config, usage = read_settings(body, length, server), _typed(options, "include_usage", bool, False)
+    return Query(prompt, config, length, stream, usage, drafts)
 
 
 def _refuse_meaningful(holder: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], where: str = "") -> None:
@@ -204,8 +215,11 @@ def read_text(prompt: Any) -> str | list[int]:
     return prompt
 
 
-def read_settings(body: Mapping[str, Any], server: SamplingConfig) -> SamplingConfig:
+def read_settings(body: Mapping[str, Any], length: str, server: SamplingConfig) -> SamplingConfig:
     """Sampling settings of a request.
+
+    Args:
+        length: the body's name for `max_new_tokens`.
 
     Raises:
         ApiError: one is wrong, or belongs to the server.
@@ -213,8 +227,8 @@ def read_settings(body: Mapping[str, Any], server: SamplingConfig) -> SamplingCo
     changes = {name: body[name] for name in SETTINGS if name in body and not (name in IN_BOTH and body[name] is None)}
     lengths = {name: body[name] for name in LENGTHS if body.get(name) is not None}
     if len({*map(repr, lengths.values())}) > 1:
-        raise ApiError(400, f"{' and '.join(lengths)} differ: give one of them", next(iter(lengths)))
-    changes["max_new_tokens"] = next(iter(lengths.values()), server.max_new_tokens)
+        raise ApiError(400, f"{' and '.join(lengths)} differ: give one of them", length)
+    changes["max_new_tokens"] = lengths.get(length, server.max_new_tokens)
     if isinstance(changes.get("stop"), str):
         changes["stop"] = [changes["stop"]]
     for name in ("stop", "forbidden"):
@@ -223,7 +237,7 @@ def read_settings(body: Mapping[str, Any], server: SamplingConfig) -> SamplingCo
     for name in OF_THE_SERVER:
         if name in changes and changes[name] != getattr(server, name):
             raise ApiError(400, f"{name}: is decided when the server starts, as sampling.{name}=…", name)
-    return _checked(asdict(server) | changes, next(iter(lengths), "max_tokens"))
+    return _checked(asdict(server) | changes, length)
 
 
 def _checked(settings: dict[str, Any], length: str) -> SamplingConfig:
@@ -246,8 +260,12 @@ def _checked(settings: dict[str, Any], length: str) -> SamplingConfig:
     raise ApiError(400, f"{name}={value}: {error['msg']}", name)
 
 
-def setting_error(error: ValueError, length: str = "max_tokens") -> ApiError:
-    """An error about a sampling setting as one about a field of the body."""
+def setting_error(error: ValueError, length: str) -> ApiError:
+    """An error about a sampling setting as one about a field of the body.
+
+    Args:
+        length: the body's name for `max_new_tokens`.
+    """
     message = str(error).replace("sampling.max_new_tokens", length).replace("sampling.", "")
     name = re.match(r"\w*", message)[0]
     return ApiError(400, message, name if name in (length, *SETTINGS) else None)

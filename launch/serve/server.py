@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.terminal import print_stderr
 from launch.address import bind, listen
@@ -17,6 +18,33 @@ from launch.settings import read_own_settings
 from trainer.build import load_for_sampling
 from trainer.distributed import check_alone
 
+HEADER_SECONDS = 10
+
+
+class Connection(H11Protocol):
+    """A connection, which is closed if a request's header is not whole in time. uvicorn would wait for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Expect a request."""
+        super().connection_made(transport)
+        self._time_header()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a request."""
+        super().data_received(data)
+        self._time_header()
+
+    def _time_header(self) -> None:
+        """Stop the timer if a header is whole, else start it."""
+        whole = self.cycle is not None and not self.cycle.response_complete
+        if whole and self._timer:
+            self._timer.cancel()
+            self._timer = None
+        elif not whole and not self._timer:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
 
 class Server(uvicorn.Server):
     """Ends requests that are still running some seconds after the signal."""
@@ -26,7 +54,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -67,9 +67,9 @@ class Service:
         try:
             check_context(self.model, len(ids), config)
         except ValueError as error:
-            refused = setting_error(error)
+            refused = setting_error(error, query.length)
             if refused.param is None:
-                refused = ApiError(400, str(refused), "max_tokens", "context_length_exceeded")
+                refused = ApiError(400, str(refused), query.length, "context_length_exceeded")
             raise refused from error
         if (config.steps or 0) > context:  # steps that commit nothing take time too
             raise ApiError(400, f"steps={config.steps}: must not exceed the context of {context} tokens", "steps")

@@ -82,6 +82,11 @@ def test_a_stop_string_ends_a_response_in_whatever_tokens_it_is_written(merging,
     assert response.nfe == response.tokens == steps
 
 
+def test_a_mask_that_was_drawn_is_not_in_the_text(tokenizer):
+    response = respond(tokenizer, ["a", tokenizer.mask_token, "b"])
+    assert (response.text, response.tokens, response.ended) == ("ab", 3, False)
+
+
 @pytest.fixture(scope="module")
 def blanks():
     """A tokenizer that writes a blank before each text, and drops it again, as those of Llama 2 do."""

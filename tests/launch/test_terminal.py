@@ -40,9 +40,10 @@ HOSTILE = {
     "DEL": "a\x7fb",
     "reversed": "a\u202eb\u202c",
     "isolated": "a\u2066\u2067\u2068b\u2069",
+    "marked": "a\u061c\u200eb\u200f",
     "embedded": "a\u202a\u202b\u202db",
 }
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 hostile = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 
 

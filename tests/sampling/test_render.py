@@ -4,10 +4,12 @@ import io
 import json
 import re
 from html import unescape
+from unicodedata import category
 
 import pytest
 from PIL import Image
 
+from data.terminal import printable
 from sampling.render import __main__ as command
 from sampling.render import picture
 from sampling.render.page import asset, page
@@ -101,6 +103,15 @@ def test_a_recording_without_steps_is_drawn():
     assert Image.open(io.BytesIO(png(nothing))).width > 0
     assert Image.open(io.BytesIO(gif(nothing))).n_frames == 1
     assert "viewer" in page(nothing)
+
+
+def test_terminals_pictures_and_pages_escape_the_same_characters():
+    """Each has its own list: `data` and `sampling` do not import each other, and the browser imports neither."""
+    [marks] = re.findall(r"text\.replace\(/\[\\p{Cc}\\p{Cs}(.*?)\]/gu", asset("canvas.js"))
+    characters = [*map(chr, range(2**16))]
+    of_pages = {each for each in characters if category(each) in ("Cc", "Cs") or re.match(f"[{marks}]", each)}
+    assert of_pages - {*"\n\t"} == {each for each in characters if visible(each) != each}
+    assert of_pages - {*"\n\t"} == {each for each in characters if printable(each) != each}
 
 
 def test_visible():

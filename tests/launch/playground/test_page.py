@@ -17,9 +17,10 @@ import pytest
 from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
-from launch.playground.__main__ import read_arguments
+from launch.playground.config import PlaygroundConfig
 from launch.playground.fields import FIELDS, from_text
 from launch.playground.runs import Playground
+from launch.settings import read_own_settings
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from trainer.config import Config
@@ -396,8 +397,8 @@ def test_pictures(browser, server, scheme):
     path = os.environ.get("PLAYGROUND_MODEL")
     if path:
         model, tokenizer = load_model(path).eval(), load_tokenizer(path)
-        documented = asdict(read_arguments([f"model.path={path}"])[1].sampling)
-        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), **documented)
+        _, documented, _ = read_own_settings("launch.playground", PlaygroundConfig, [f"model.path={path}"])
+        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), **asdict(documented.sampling))
     server.slow = 0
     browser.media(prefers_color_scheme=scheme)
     browser.resize(1120, 900)

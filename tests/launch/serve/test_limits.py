@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from data import prompt_ids
-from launch.serve import exchange
+from launch.serve import exchange, server
 from launch.serve.exchange import Exchange
 from launch.serve.protocol import CHAT, ApiError
 from tests.launch.serve.serving import ASK, NAME, SMALL, Served, serving, until
@@ -121,6 +121,30 @@ def test_a_client_that_leaves_before_its_body(served):
         client.sendall(REQUEST % (100, b"{"))
     until(lambda: count(served, 499) == 1)
     assert_idle_and_well(served)
+
+
+@pytest.mark.parametrize(
+    "beginnings", [[], [b"GET /hea", b"lth HTTP/1.1\r\n"], [b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /h"]]
+)
+def test_a_request_without_a_whole_header(monkeypatch, beginnings):
+    """Its connection is closed, after other requests too."""
+    monkeypatch.setattr(server, "HEADER_SECONDS", 1)
+    with serving() as served, socket.create_connection(address(served), 60) as client:
+        for beginning in beginnings:
+            client.sendall(beginning)
+            if beginning.endswith(b"\r\n\r\n"):
+                assert b"200 OK" in client.recv(10_000)
+        until(lambda: not client.recv(10_000))
+
+
+def test_a_request_may_take_longer_than_its_header(monkeypatch):
+    monkeypatch.setattr(server, "HEADER_SECONDS", 1)
+    with serving() as served, ThreadPoolExecutor(1) as clients:
+        with served.gate.shut():
+            reply = clients.submit(served.post, {"messages": ASK})
+            with pytest.raises(TimeoutError):
+                reply.result(2)
+        assert reply.result().status_code == 200
 
 
 def test_a_client_that_does_not_read(monkeypatch):

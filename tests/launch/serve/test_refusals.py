@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from sampling import SamplingConfig
-from tests.launch.serve.serving import ASK, SMALL, serving
+from tests.launch.serve.serving import ASK, NAME, SMALL, serving
 
 LIMIT = 20_000
 
@@ -67,6 +67,7 @@ def test_what_is_no_json_object(served, body):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", None),
         ({"max_tokens": 3, "min_new_tokens": 4}, "min_new_tokens", None),
         ({"max_tokens": 2048}, "max_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": 2**63 - 1}, "max_completion_tokens", "context_length_exceeded"),
         ({"batch_size": 1}, "batch_size", None),
         ({"compile": "true"}, "compile", None),
         ({"stop": ""}, "stop", None),
@@ -91,6 +92,25 @@ def test_what_is_no_json_object(served, body):
 def test_a_wrong_field(served, fields, param, code, stream):
     reply = served.post(json.dumps({"messages": ASK, "stream": stream and "drafts" not in fields} | fields).encode())
     assert_refused(reply, 400, param, code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "begins", "ends"),
+    [
+        ({"x" * 10_000: 1}, "xxx", " more"),
+        ({"model": "x" * 10_000}, "model=xxx", NAME),
+        ({"seed": 10**400}, "seed=1000", "e+18"),
+        ({"forbidden": ["ab" * 1000]}, "forbidden=['abab", "]"),
+    ],
+    ids=["name", "model", "seed", "forbidden"],
+)
+def test_an_error_does_not_repeat_long_texts(served, fields, begins, ends):
+    reply = served.post({"messages": ASK} | fields)
+    error = reply.json()["error"]
+    assert reply.status_code in (400, 404)
+    assert error["message"].startswith(begins)
+    assert error["message"].endswith(ends)
+    assert len(reply.content) < 3000
 
 
 def test_a_number_beyond_all_bounds(served):
@@ -139,6 +159,8 @@ def test_unknown_models_and_addresses(served):
     assert_refused(served.http.get("/v1/models/gpt-4"), 404, None, "model_not_found")
     assert_refused(served.http.get("/v1/nothing"), 404, None)
     assert_refused(served.http.get("/v1/completions"), 405, None)
+    assert_refused(served.http.get("/metrics/"), 404, None)
+    assert_refused(served.post({"messages": ASK}, "/v1/chat/completions/"), 404, None)
     with pytest.raises(openai.NotFoundError):
         served.client.chat.completions.create(model="gpt-4", messages=ASK)
 
