@@ -10,6 +10,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.chat import Message
 from launch.meanings import meanings
@@ -24,7 +27,6 @@ START = "as started"  # the settings of the command line, among the presets
 TEXTS = ("mode", "prompt", "template", "system", "compare")  # of the page, before the settings
 EXAMPLE = "<think>\n<|mask:5|>\n<|mask:5|>\n</think>\n<|mask:1|>"
 EMPTY = {"turns": [], "runs": [], "message": "", "link": ""}
-STOPPED = "stopped"  # status, which playground.js reads
 FOLDER = Path(__file__).parent
 
 
@@ -63,7 +65,7 @@ class Page:
         if block := self.playground.model.block_length:
             slots += f" Slots do not see the text of later blocks; a block has {block} tokens."
         parts = {
-            "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False),
+            "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False, elem_id="mode"),
             "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
             "template": _textbox(
                 "Template",
@@ -124,8 +126,10 @@ class Page:
             **quiet,
         )
         ends = {"cancels": [sampled], "queue": False, **quiet}
-        parts["stop"].click(lambda: (gr.HTML(status=STOPPED), *_buttons(False)), None, [result, *buttons], **ends)
-        gr.on([parts["forget"].click, parts["mode"].input], self.forget, None, [turns, result, *buttons], **ends)
+        # playground.js shows at once that the run is left.
+        parts["stop"].click(lambda: _buttons(False), None, buttons, **ends)
+        left = [parts["forget"].click, parts["mode"].input]
+        gr.on(left, lambda: ([], gr.HTML(status=""), *_buttons(False)), None, [turns, result, *buttons], **ends)
         parts["mode"].change(
             lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
             parts["mode"],
@@ -161,10 +165,6 @@ class Page:
         except Exception as error:  # the page lives on
             view["message"] = f"error: {message_of(error)}"
         yield [gr.HTML(value=view), turns, written, *_buttons(False)]
-
-    def forget(self) -> tuple[Any, ...]:
-        """Outputs without a chat and a result."""
-        return [], gr.HTML(value=EMPTY | {"id": next(self._ids)}, status=""), *_buttons(False)
 
     def choose(self, name: str) -> list[Any]:
         """Settings of a preset, for the controls."""
@@ -213,11 +213,24 @@ def serve_page(page: Page, host: str, port: int) -> gr.Blocks:
         pwa=False,
         mcp_server=False,
         allowed_paths=[],
-        max_file_size=1,  # byte: nothing is uploaded
+        app_kwargs={"middleware": [Middleware(WithoutUploads)]},
         theme=_theme(),
         css=f"{asset('canvas.css')}\n{(FOLDER / 'playground.css').read_text('utf-8')}",
     )
     return blocks
+
+
+class WithoutUploads:
+    """ASGI middleware that refuses forms with files: gradio would keep them, and serve them to others."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        types = (value for name, value in scope.get("headers", ()) if name == b"content-type")
+        refused = any(b"multipart" in value.lower() for value in types)
+        app = PlainTextResponse("this page takes no files", 403) if refused else self.app
+        await app(scope, receive, send)
 
 
 def _theme() -> gr.themes.Base:

@@ -2,10 +2,10 @@
 const view = document.createElement("div");
 view.className = "diffusion results";
 element.append(view);
-let drawn = null, status = "";
+let drawn = { id: -1, runs: [] };
 
 function draw(value) {
-  for (const { url } of drawn?.runs ?? []) URL.revokeObjectURL(url);
+  for (const { url } of drawn.runs) URL.revokeObjectURL(url);
   view.replaceChildren();
   for (const { role, content } of value.turns) {
     const turn = make("div", view, "turn");
@@ -16,7 +16,7 @@ function draw(value) {
   message.setAttribute("role", "status");
   const grid = make("div", view, "runs");
   const link = make("p", view, "facts link");
-  drawn = { id: value.id, message, grid, link, runs: [], legend: false, stopped: false };
+  drawn = { id: value.id, message, grid, link, runs: [], legend: false, left: "" };
 }
 
 function drawRun(run) {
@@ -47,18 +47,11 @@ function finish(place, { result, page }) {
 function update() {
   const value = props.value;
   if (!element.contains(view)) element.append(view);
-  if (!value || value.id < drawn?.id) return;
-  if (drawn?.id !== value.id) draw(value);
-  // The status is that of an earlier result until it changes.
-  if (props.status === "stopped" && status !== "stopped") drawn.stopped = true;
-  status = props.status;
-  const text = props.status || value.message || "";
+  if (value.id > drawn.id) draw(value);
+  const left = value.id < drawn.id, text = props.status || (left ? drawn.left : value.message);
   drawn.message.textContent = shownText(text);
   drawn.message.hidden = !text;
-  if (drawn.stopped) {  // a draft may come later
-    for (const { done, facts, count } of drawn.runs) if (!done) facts.textContent = `stopped at step ${count}`;
-    return;
-  }
+  if (left) return;
   value.runs.forEach((run, i) => {
     const place = (drawn.runs[i] ??= drawRun(run));
     const steps = run.steps.slice(place.count).map((line) => JSON.parse(line));
@@ -77,6 +70,26 @@ function update() {
     make("a", drawn.link, "", "Link to this prompt and these settings").href = value.link;
   }
 }
+
+/* The user leaves a run here, not by a value of the server: a draft that is on its way could replace that. */
+function leave(change) {
+  update();
+  change(Math.floor(drawn.id) + 0.5);  // above the id of the run's drafts, below that of the next run
+  update();
+}
+
+function stop(id) {
+  Object.assign(drawn, { id, left: "stopped" });
+  for (const { done, facts, count } of drawn.runs) if (!done) facts.textContent = `stopped at step ${count}`;
+}
+
+const clear = (id) => draw({ id, turns: [] });
+
+document.addEventListener("click", ({ target }) => {
+  if (target.closest("#stop:enabled")) leave(stop);
+  if (target.closest("#forget")) leave(clear);
+});
+document.addEventListener("change", ({ target }) => { if (target.closest("#mode")) leave(clear); });
 
 let waits = false;
 watch(["value", "status"], () => {  // drafts that come within a frame are drawn once

@@ -378,7 +378,9 @@ def test_no_file_is_served_and_none_is_taken(server):
     with httpx.Client(base_url=server.url) as client:
         for path in ("/etc/passwd", __file__, str(Path(__file__).parents[3] / "README.md")):
             assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
-        assert client.post("gradio_api/upload", files={"files": b"content"}).status_code >= 400
+        for path, field in (("upload", "files"), ("process_recording", "file")):
+            for content in (b"", b"1", b"content"):
+                assert client.post(f"gradio_api/{path}", files={field: ("a.txt", content)}).status_code == 403
 
 
 def test_neither_server_nor_browser_asks_another_host(page, server):
