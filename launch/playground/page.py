@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.chat import Message
 from launch.meanings import meanings
-from launch.playground.fields import FIELDS, MAIN, changed, from_text, is_list, is_optional, kind, to_text
+from launch.playground.fields import FIELDS, MAIN, changed, is_list, is_optional, kind, read, to_text
 from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
 from sampling import SamplingConfig
 from sampling.config import CHOICES
@@ -65,7 +65,9 @@ class Page:
         if block := self.playground.model.block_length:
             slots += f" Slots do not see the text of later blocks; a block has {block} tokens."
         parts = {
-            "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False, elem_id="mode"),
+            "mode": gr.Radio(
+                [(name.capitalize(), name) for name in MODES], value="prompt", show_label=False, elem_id="mode"
+            ),
             "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
             "template": _textbox(
                 "Template",
@@ -186,7 +188,7 @@ class Page:
             texts["mode"] = "prompt"
         config = self.config
         try:
-            config = replace(config, **{name: from_text(name, query[name]) for name in FIELDS if name in query})
+            config = replace(config, **read({name: query[name] for name in FIELDS if name in query}))
         except ValueError as error:
             message = f"error: {message_of(error)}"
         return [run, gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
@@ -283,7 +285,7 @@ def _control(name: str, value: Any) -> gr.components.Component:
         return gr.Checkbox(**shown)
     if is_optional(name):  # an empty Number would show 0
         return gr.Textbox(**shown, placeholder="null", lines=1, max_lines=1)
-    return gr.Number(**shown, precision=0 if kind(name) is int else None)
+    return gr.Number(**shown)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -298,18 +300,13 @@ def _values(config: SamplingConfig) -> list[Any]:
 
 
 def _config(config: SamplingConfig, values: Sequence[Any]) -> SamplingConfig:
-    """The settings that the controls show.
+    """The settings that the controls show. A client of the API may send values of other types.
 
     Raises:
         ValueError: a value is missing, or refused.
     """
-    given = dict(zip(FIELDS, values, strict=True))
-    for name, value in given.items():
-        if is_list(name) or is_optional(name):
-            given[name] = from_text(name, value or "")
-        elif value is None:
-            raise ValueError(f"sampling.{name} is empty: give a value")
-    return replace(config, **given)
+    shown = ("" if value is None else str(value) for value in values)
+    return replace(config, **read(dict(zip(FIELDS, shown, strict=True))))
 
 
 def _buttons(running: bool) -> tuple[gr.Button, gr.Button]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from data import prompt_ids
 from data.chat import Message
 from data.storage import first_line
+from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import check_context, response_of, special_tokens
 from launch.answers import AnswerTemplate, check_template
@@ -42,7 +43,7 @@ class Request:
     """A request of a user.
 
     Raises:
-        ValueError: an unknown mode, no text, or one that is too long.
+        ValueError: an unknown mode, no text, or one that is too long or not Unicode.
     """
 
     mode: str
@@ -57,6 +58,10 @@ class Request:
         for name in ("prompt", "template", "system"):
             if len(text := getattr(self, name)) > CHARACTERS:
                 raise ValueError(f"{name}: its {len(text):,} characters are too many, at most {CHARACTERS:,} can be")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: character {error.start + 1} is half of a surrogate pair") from error
         if self.mode == "template" and not self.template.strip():
             raise ValueError("the template is empty: write a text with slots, such as 3x=<|mask:2|>")
         if self.mode != "template" and not self.prompt.strip():
@@ -243,4 +248,4 @@ def message_of(error: Exception) -> str:
     """One line for the page. An unexpected error goes to the terminal too."""
     if type(error) is not ValueError:
         traceback.print_exception(error)
-    return first_line(error)
+    return printable(first_line(error))

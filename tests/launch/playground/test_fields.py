@@ -38,9 +38,7 @@ def test_a_value_of_another_type(name, text):
 
 
 def test_changes_apply_to_settings():
-    """Without a value a setting is null."""
     config = SamplingConfig(steps=4, seed=3)
-    assert changed(config, "steps", None) == SamplingConfig(seed=3)
     assert changed(config, "steps=6 sampling.alg=origin", None) == SamplingConfig(steps=6, alg="origin", seed=3)
     assert changed(config, "stop='a b' steps=null", None) == SamplingConfig(stop=["a b"], seed=3)
     presets = {"fast": FAST}
@@ -56,6 +54,10 @@ def test_changes_apply_to_settings():
         ("compile=true", "compile: "),
         ("steps=0", r"sampling\.steps=0: "),
         ("steps='2", "steps='2: "),
+        ("seed=1 steps", "steps: "),
+        ("steps=", "steps=: "),
+        ("sampling=", "sampling=: "),
+        ("=6", "=6: "),
     ],
 )
 def test_changes_that_are_refused(line, message):

@@ -75,6 +75,7 @@ def test_a_template_is_filled(playground, config, prompt):
         (lambda: Request("template", "Hi", " "), {}, "template"),
         (lambda: Request("shout", "Hi", ""), {}, "mode=shout: .* prompt, chat, template"),
         (lambda: Request("prompt", "a" * 100_001, ""), {}, "prompt: .* 100,001 .* 100,000"),
+        (lambda: Request("prompt", "Hi", "", "\N{GRINNING FACE}a\ud83d"), {}, "system: character 3 "),
         (lambda: Request("prompt", "Hi " * 2048, ""), {}, r"a prompt of \d{4} .* 2048 tokens"),
         (lambda: Request("prompt", "Hi", ""), {"max_new_tokens": 2048}, r"sampling\.max_new_tokens=2048 "),
         (lambda: Request("template", "", "<|mask:1-3|>"), {}, "sample.py"),
@@ -221,6 +222,7 @@ def test_seconds_do_not_count_the_wait(monkeypatch):
 
 def test_an_unexpected_error_goes_to_the_terminal_too(capsys):
     assert message_of(ValueError("sampling.steps=0: must be at least 1")) == "sampling.steps=0: must be at least 1"
+    assert message_of(ValueError("alg=\ud800")) == r"alg=\ud800"  # it can be sent
     assert capsys.readouterr().err == ""
     assert message_of(RuntimeError("broken\nlines")) == "broken"
     assert "RuntimeError: broken" in capsys.readouterr().err
