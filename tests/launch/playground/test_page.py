@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 
@@ -18,7 +18,7 @@ from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
 from launch.playground.config import PlaygroundConfig
-from launch.playground.fields import FIELDS, from_text
+from launch.playground.fields import FIELDS, from_text, to_text
 from launch.playground.runs import Playground
 from launch.settings import read_own_settings
 from sampling import SamplingConfig
@@ -54,7 +54,8 @@ class Server:
         model.hidden = slow
         few = replace(config.sampling, steps=2)
         self.playground = Playground(model, tokenizer, config, waiting=1)
-        self.blocks = serve_page(Page(self.playground, ["few"], {"few": few}.__getitem__), "127.0.0.1", port)
+        self.page = Page(self.playground, ["few"], {"few": few}.__getitem__)
+        self.blocks = serve_page(self.page, "127.0.0.1", port)
         self.url = f"http://127.0.0.1:{port}/"
 
 
@@ -229,21 +230,34 @@ def test_a_run_is_exported_as_one_file(page, tmp_path):
     assert browser.text("details pre") == text
 
 
-def test_html_of_the_model_is_text(page, monkeypatch):
-    attack = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\x1b[31m"
-    monkeypatch.setattr(recording.Pieces, "decode", lambda self, tokens: attack)
-    browser = page()
-    browser.one("#result")
-    [template] = browser.all("input[type=radio][value=template]")
-    template.click()
-    write(browser, "template", "<b>bold</b><|mask:2|>")
-    run(browser)
-    assert browser.all("#result img, #result b, #result script") == []
-    assert browser.all(".cell")[0].text.startswith("<img src=x onerror=")
-    assert r"\u001b[31m" in browser.all(".cell")[-1].text
-    assert browser.text(".text pre").startswith("<b>bold</b>")
-    assert browser.driver.title == "diffllm playground"
+ATTACK = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\x1b[31m\u202e</title>"
+
+
+def shown(browser, selector: str, text: str) -> bool:
+    """Whether the attack is text there, with its control characters escaped, and has done nothing."""
+    assert browser.all("img, #result b:not(.turn b, .inspector b), #result script, .diffusion h1 *") == []
+    assert browser.driver.title != "owned"
+    return text.replace("\x1b", r"\u001b").replace("\u202e", r"\u202e") in browser.text(selector)
+
+
+@pytest.mark.parametrize("mode", ["prompt", "chat", "template"])
+def test_html_of_users_and_the_model_is_text(page, monkeypatch, mode, tmp_path):
+    monkeypatch.setattr(recording.Pieces, "decode", lambda self, tokens: ATTACK)
+    texts = {"prompt": ATTACK, "system": ATTACK, "template": f"{ATTACK}<|mask:2|>", "compare": "stop='<b>x</b>'"}
+    browser = page("?" + urlencode(texts | {"mode": mode}))
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    run(browser, 2)
+    assert shown(browser, ".cell", ATTACK)
+    assert mode != "chat" or shown(browser, ".turn", ATTACK)
+    assert mode != "template" or shown(browser, ".text pre", ATTACK)
+    assert browser.all("#result h3")[1].text == "stop='<b>x</b>'"
     assert browser.text("h1 + p") == "tiny <b>"
+    browser.one(".export").click()
+    file = tmp_path / "sampling.html"
+    browser.wait(file.exists)
+    browser.driver.get(file.as_uri())
+    assert shown(browser, "h1", ATTACK)
+    assert shown(browser, ".cell", ATTACK)
 
 
 def test_a_chat_goes_on_until_it_is_forgotten(page):
@@ -345,9 +359,36 @@ def test_a_mistake_is_shown_and_the_page_lives_on(page, name, text, message):
     run(browser)
 
 
-def test_a_link_with_a_mistake(page):
-    browser = page("?steps=many&mode=shout")
-    assert browser.wait(lambda: browser.text(".message")).startswith("error: sampling.steps=many: ")
+@pytest.mark.parametrize(
+    ("query", "given"),
+    [
+        ("steps=many&mode=shout", "steps=many"),
+        ("alg=<i>x</i>", "alg=<i>x</i>"),
+        ("stop=%5Cud800", r"stop=['\\ud800']"),
+        ("temperature=nan&system=%00%ED%A0%80", "temperature=nan"),
+    ],
+)
+def test_a_link_with_a_mistake(page, query, given):
+    browser = page(f"?{query}&prompt=Hi")
+    assert browser.wait(lambda: browser.text(".message")).startswith(f"error: sampling.{given}: ")
+    run(browser)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "given"),
+    [
+        ("alg", ["entropy"], "['entropy']"),
+        ("temperature", "NaN", "nan"),
+        ("max_new_tokens", 1.7, "1.7"),
+        ("seed", None, ""),
+        ("stop", "\\ud800", r"['\\ud800']"),
+    ],
+)
+def test_a_client_that_sends_other_values(server, capsys, name, value, given):
+    values = [value if each == name else to_text(each, getattr(server.page.config, each)) for each in FIELDS]
+    *_, (result, *_) = server.page.run([], "prompt", "Hi", "", "", "", *values)
+    assert result.value["message"].startswith(f"error: sampling.{name}={given}: ")
+    assert capsys.readouterr().err == ""
 
 
 def test_one_run_at_a_time_and_others_wait(page, server):
