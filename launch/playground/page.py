@@ -203,7 +203,7 @@ def serve_page(page: Page, host: str, port: int) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
     blocks.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,  # as in an address of the browser
         server_port=port,
         share=False,
         quiet=True,

@@ -3,6 +3,7 @@
 import socket
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,18 @@ def test_a_port_that_is_taken_while_the_model_is_loaded(small_model, tokenizer, 
         monkeypatch.setattr(command, "load_for_sampling", lambda _: listen(other) or (small_model, tokenizer))
         with pytest.raises(ValueError, match=rf"launch\.port={port}: in use"):
             serve([f"launch.port={port}"])
+
+
+def test_an_address_of_ipv6(small_model, tokenizer, monkeypatch, capsys):
+    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'diffllm[page]'")
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    with bind("::1", 0) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(command, "load_for_sampling", lambda _: (small_model, tokenizer))
+    monkeypatch.setattr(command, "Event", lambda: SimpleNamespace(wait=gradio.close_all))
+    serve(["launch.host=::1", f"launch.port={port}"])
+    assert capsys.readouterr().out.startswith(f"http://[::1]:{port}/ ")
 
 
 @pytest.mark.parametrize(
