@@ -16,7 +16,7 @@ function draw(value) {
   message.setAttribute("role", "status");
   const grid = make("div", view, "runs");
   const link = make("p", view, "facts link");
-  drawn = { id: value.id, message, grid, link, runs: [], legend: false, left: "" };
+  drawn = { id: value.id, message, grid, link, runs: [], legend: false, note: "" };
 }
 
 function drawRun(run) {
@@ -36,19 +36,19 @@ function finish(place, { result, page }) {
     `${result.tokens_per_forward.toFixed(2)} tokens a forward`, `${Number(speed)} tokens/s`];
   place.facts.replaceChildren();
   for (const fact of facts) make("span", place.facts, "", fact);
-  const save = make("a", place.facts, "export", "export as HTML");
-  save.download = "sampling.html";
-  save.href = place.url = URL.createObjectURL(new Blob([page], { type: "text/html" }));
   const details = make("details", place.box, "text");
   make("summary", details, "", "Text");
   make("pre", details, "", shownText(result.text));
+  const save = make("a", place.box, "export", "export as HTML");
+  save.download = "sampling.html";
+  save.href = place.url = URL.createObjectURL(new Blob([page], { type: "text/html" }));
 }
 
 function update() {
   const value = props.value;
   if (!element.contains(view)) element.append(view);
   if (value.id > drawn.id) draw(value);
-  const left = value.id < drawn.id, text = props.status || (left ? drawn.left : value.message);
+  const left = value.id < drawn.id, text = props.status || (left ? drawn.note : value.message);
   drawn.message.textContent = shownText(text);
   drawn.message.hidden = !text;
   if (left) return;
@@ -79,7 +79,7 @@ function leave(change) {
 }
 
 function stop(id) {
-  Object.assign(drawn, { id, left: "stopped" });
+  Object.assign(drawn, { id, note: "stopped" });
   for (const { done, facts, count } of drawn.runs) if (!done) facts.textContent = `stopped at step ${count}`;
 }
 

@@ -177,7 +177,7 @@ class Playground:
         canvas = Canvas.after(prompt, config.max_new_tokens, special.mask, len(request.turns) // 2)
 
         def respond(on_step: OnStep) -> tuple[str, int]:
-            own = special_tokens(self.model, self._sampler, config)
+            own = special_tokens(self.model, self._sampler, config)  # `special` decodes by the readers' tokenizer
             [filled] = fill(self.model, [canvas], config, own, on_step=on_step)
             response = response_of(filled, self._sampler, config)
             return response.text, response.tokens

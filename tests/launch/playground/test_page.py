@@ -343,6 +343,7 @@ def test_a_preset_sets_the_controls(page):
         ("prompt", " ", "error: the prompt "),
         ("sampling_steps", "0", "error: sampling.steps=0: "),
         ("sampling_steps", "<i>x</i>", "error: sampling.steps=<i>x</i>: "),
+        ("sampling_steps", "5000", "error: sampling.steps=5000: "),
         ("sampling_max_new_tokens", "5000", " sampling.max_new_tokens=5000 "),
         ("compare", "stepps=2", "error: stepps: "),
         ("compare", "sampling=<i>", "'<i>'"),
