@@ -130,8 +130,8 @@ class Page:
         ends = {"cancels": [sampled], "queue": False, **quiet}
         # playground.js shows at once that the run is left.
         parts["stop"].click(lambda: _buttons(False), None, buttons, **ends)
-        left = [parts["forget"].click, parts["mode"].input]
-        gr.on(left, lambda: ([], gr.HTML(status=""), *_buttons(False)), None, [turns, result, *buttons], **ends)
+        forgets = [parts["forget"].click, parts["mode"].input]
+        gr.on(forgets, lambda: ([], gr.HTML(status=""), *_buttons(False)), None, [turns, result, *buttons], **ends)
         parts["mode"].change(
             lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
             parts["mode"],
@@ -203,7 +203,7 @@ def serve_page(page: Page, host: str, port: int) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
     blocks.launch(
-        server_name=f"[{host}]" if ":" in host else host,  # as in an address of the browser
+        server_name=f"[{host}]" if ":" in host else host,  # as in a URL
         server_port=port,
         share=False,
         quiet=True,
