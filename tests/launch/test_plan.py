@@ -37,7 +37,7 @@ SHAPES = {
     "full": RECOMPUTED | {"intermediate_size": 9000, "num_hidden_layers": 3, "family": "llada"},
     "selective": RECOMPUTED | {"intermediate_size": 2048, "num_hidden_layers": 8, "recompute": "selective"},
 }
-SLOW = dict.fromkeys(("layers", "selective"), pytest.mark.slow)
+SLOW = dict.fromkeys(("layers", "logits", "selective"), pytest.mark.slow)
 
 
 def configured(shape: dict) -> Config:
