@@ -53,8 +53,10 @@ def serve(arguments: Sequence[str]) -> None:
     own, config, lines = read_own_settings("launch.playground", PlaygroundConfig, arguments)
     bind(own.host, own.port).close()  # a port in use is an error before the model is loaded
     try:
-        from launch.playground.page import Page, launch
+        from launch.playground.page import Page, serve_page
     except ImportError as error:
+        if error.name != "gradio":
+            raise
         raise ValueError("launch.playground needs gradio: pip install 'diffllm[page]'") from error
     for line in sorted(lines):
         print_stderr(line)
@@ -64,7 +66,7 @@ def serve(arguments: Sequence[str]) -> None:
     page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
     with bind(own.host, own.port) as bound:
         listen(bound)  # gradio binds it again, with an error that names neither setting
-    blocks = launch(page, own.host, own.port)
+    blocks = serve_page(page, own.host, own.port)
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     Event().wait()
 

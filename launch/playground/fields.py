@@ -66,15 +66,19 @@ def changed(config: SamplingConfig, line: str, preset: Callable[[str], SamplingC
         preset: returns the settings of a choice of `sampling`.
 
     Raises:
-        ValueError: an unknown setting, or a value that it refuses.
+        ValueError: an unknown setting, or a value that is missing or refused.
     """
     try:
-        words = dict(word.removeprefix("sampling.").partition("=")[::2] for word in shlex.split(line))
+        words = shlex.split(line)
     except ValueError as error:
         raise ValueError(f"{line}: {error}") from error
-    if choice := words.pop("sampling", None):
+    for word in words:
+        if not all(word.partition("=")):
+            raise ValueError(f"{word}: write NAME=VALUE, such as steps=6")
+    changes = dict(word.removeprefix("sampling.").split("=", 1) for word in words)
+    if choice := changes.pop("sampling", None):
         config = replace(preset(choice), seed=config.seed)
-    return replace(config, **read(words))
+    return replace(config, **read(changes))
 
 
 def read(texts: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page: controls, and the canvas while it fills."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
@@ -9,10 +10,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.chat import Message
 from launch.meanings import meanings
-from launch.playground.fields import FIELDS, MAIN, changed, from_text, is_list, is_optional, kind, to_text
+from launch.playground.fields import FIELDS, MAIN, changed, is_list, is_optional, kind, read, to_text
 from launch.playground.runs import CHARACTERS, MODES, Playground, Request, Run, message_of
 from sampling import SamplingConfig
 from sampling.config import CHOICES
@@ -21,8 +25,8 @@ from sampling.render.text import visible
 
 START = "as started"  # the settings of the command line, among the presets
 TEXTS = ("mode", "prompt", "template", "system", "compare")  # of the page, before the settings
-EXAMPLE = "<think>\n<|mask:5|>\n</think>\n<|mask:1|>"
-EMPTY = {"id": 0, "turns": [], "runs": [], "message": "", "link": ""}
+EXAMPLE = "<think>\n<|mask:5|>\n<|mask:5|>\n</think>\n<|mask:1|>"
+EMPTY = {"turns": [], "runs": [], "message": "", "link": ""}
 FOLDER = Path(__file__).parent
 
 
@@ -37,7 +41,8 @@ class Page:
     def __init__(self, playground: Playground, presets: Sequence[str], preset: Callable[[str], SamplingConfig]):
         self.playground, self.presets, self.preset = playground, presets, preset
         self.config = playground.config.sampling
-        self._ids = itertools.count(1)
+        # Of results: the browser ignores drafts of one that it has left. They rise when the server starts again, too.
+        self._ids = itertools.count(time.time_ns() // 10**6)
 
     def build(self) -> gr.Blocks:
         """Return the page, ready to be launched."""
@@ -60,7 +65,9 @@ class Page:
         if block := self.playground.model.block_length:
             slots += f" Slots do not see the text of later blocks; a block has {block} tokens."
         parts = {
-            "mode": gr.Radio([(name.capitalize(), name) for name in MODES], value="prompt", show_label=False),
+            "mode": gr.Radio(
+                [(name.capitalize(), name) for name in MODES], value="prompt", show_label=False, elem_id="mode"
+            ),
             "prompt": _textbox("Prompt", "prompt", lines=3, max_lines=12, autofocus=True),
             "template": _textbox(
                 "Template",
@@ -78,7 +85,7 @@ class Page:
             parts["stop"] = gr.Button("Stop", interactive=False, elem_id="stop", **narrow)
             parts["forget"] = gr.Button("New chat", visible=False, elem_id="forget", **narrow)
         parts["result"] = gr.HTML(
-            value=EMPTY,
+            value=EMPTY | {"id": 0},
             html_template="<div></div>",
             js_on_load=asset("canvas.js") + (FOLDER / "playground.js").read_text("utf-8"),
             status="",
@@ -108,7 +115,7 @@ class Page:
         parts: dict[str, gr.components.Component],
         controls: dict[str, gr.components.Component],
     ) -> None:
-        """Say what the buttons and choices do."""
+        """Connect buttons and choices with their functions."""
         turns, result, buttons = gr.State([]), parts["result"], [parts["run"], parts["stop"]]
         texts, settings = [parts[name] for name in TEXTS], [controls[name] for name in FIELDS]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
@@ -121,10 +128,10 @@ class Page:
             **quiet,
         )
         ends = {"cancels": [sampled], "queue": False, **quiet}
-        parts["stop"].click(lambda: (gr.HTML(status="stopped"), *_buttons(False)), None, [result, *buttons], **ends)
-        parts["forget"].click(
-            lambda: ([], gr.HTML(value=EMPTY, status=""), *_buttons(False)), None, [turns, result, *buttons], **ends
-        )
+        # playground.js shows at once that the run is left.
+        parts["stop"].click(lambda: _buttons(False), None, buttons, **ends)
+        left = [parts["forget"].click, parts["mode"].input]
+        gr.on(left, lambda: ([], gr.HTML(status=""), *_buttons(False)), None, [turns, result, *buttons], **ends)
         parts["mode"].change(
             lambda name: (gr.Textbox(visible=name == "template"), gr.Button(visible=name == "chat")),
             parts["mode"],
@@ -149,15 +156,17 @@ class Page:
             view["link"] = self._link(texts, first)
             if request.mode == "chat":
                 view["turns"] = [*turns, Message(role="user", content=request.prompt)]
+            yield [gr.HTML(value=view, status=""), gr.skip(), written, *_buttons(True)]
             for runs in self.playground.run(request, settings):
                 view = view | {"runs": [*map(_shown, runs)]}  # a new one: gradio sends what differs from the last
-                yield [gr.HTML(value=view, status=""), turns, written, *_buttons(True)]
+                # Drafts change nothing else: one that comes after Stop would undo it.
+                yield [gr.HTML(value=view), *(gr.skip() for _ in ("turns", "prompt", "run", "stop"))]
             if request.mode == "chat":
                 turns = [*view["turns"], Message(role="assistant", content=runs[0].result["text"])]
                 written = ""
         except Exception as error:  # the page lives on
             view["message"] = f"error: {message_of(error)}"
-        yield [gr.HTML(value=view, status=""), turns, written, *_buttons(False)]
+        yield [gr.HTML(value=view), turns, written, *_buttons(False)]
 
     def choose(self, name: str) -> list[Any]:
         """Settings of a preset, for the controls."""
@@ -179,24 +188,22 @@ class Page:
             texts["mode"] = "prompt"
         config = self.config
         try:
-            config = replace(config, **{name: from_text(name, query[name]) for name in FIELDS if name in query})
+            config = replace(config, **read({name: query[name] for name in FIELDS if name in query}))
         except ValueError as error:
             message = f"error: {message_of(error)}"
         return [run, gr.HTML(status=message), *(texts[name] for name in TEXTS), *_values(config)]
 
     def _link(self, texts: dict[str, str], config: SamplingConfig) -> str:
-        """Query with the texts, and the settings that differ from those of the command line."""
+        """Query with the texts, and all settings: the server may have others when the link is opened."""
         kept = {name: text for name, text in texts.items() if text and (name != "template" or texts["mode"] == name)}
-        given = {name: getattr(config, name) for name in FIELDS}
-        differ = {name: to_text(name, value) for name, value in given.items() if value != getattr(self.config, name)}
-        return f"?{urlencode(kept | differ)}"
+        return f"?{urlencode(kept | {name: to_text(name, getattr(config, name)) for name in FIELDS})}"
 
 
-def launch(page: Page, host: str, port: int) -> gr.Blocks:
+def serve_page(page: Page, host: str, port: int) -> gr.Blocks:
     """Serve the page in threads of this process. It reads no files of users, and asks no other host for anything."""
     blocks = page.build()
     blocks.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,  # as in an address of the browser
         server_port=port,
         share=False,
         quiet=True,
@@ -208,11 +215,24 @@ def launch(page: Page, host: str, port: int) -> gr.Blocks:
         pwa=False,
         mcp_server=False,
         allowed_paths=[],
-        max_file_size=1,  # byte: nothing is uploaded
+        app_kwargs={"middleware": [Middleware(WithoutUploads)]},
         theme=_theme(),
         css=f"{asset('canvas.css')}\n{(FOLDER / 'playground.css').read_text('utf-8')}",
     )
     return blocks
+
+
+class WithoutUploads:
+    """ASGI middleware that refuses forms with files: gradio would keep them, and serve them to others."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        types = (value for name, value in scope.get("headers", ()) if name == b"content-type")
+        refused = any(b"multipart" in value.lower() for value in types)
+        app = PlainTextResponse("this page takes no files", 403) if refused else self.app
+        await app(scope, receive, send)
 
 
 def _theme() -> gr.themes.Base:
@@ -265,7 +285,7 @@ def _control(name: str, value: Any) -> gr.components.Component:
         return gr.Checkbox(**shown)
     if is_optional(name):  # an empty Number would show 0
         return gr.Textbox(**shown, placeholder="null", lines=1, max_lines=1)
-    return gr.Number(**shown, precision=0 if kind(name) is int else None)
+    return gr.Number(**shown)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -280,18 +300,13 @@ def _values(config: SamplingConfig) -> list[Any]:
 
 
 def _config(config: SamplingConfig, values: Sequence[Any]) -> SamplingConfig:
-    """The settings that the controls show.
+    """The settings that the controls show. A client of the API may send values of other types.
 
     Raises:
         ValueError: a value is missing, or refused.
     """
-    given = dict(zip(FIELDS, values, strict=True))
-    for name, value in given.items():
-        if is_list(name) or is_optional(name):
-            given[name] = from_text(name, value or "")
-        elif value is None:
-            raise ValueError(f"sampling.{name} is empty: give a value")
-    return replace(config, **given)
+    shown = ("" if value is None else str(value) for value in values)
+    return replace(config, **read(dict(zip(FIELDS, shown, strict=True))))
 
 
 def _buttons(running: bool) -> tuple[gr.Button, gr.Button]:

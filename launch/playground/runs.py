@@ -1,13 +1,15 @@
 """Samples for the page: each step while it happens, and no step after the reader has left."""
 
+import copy
 import json
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
+from time import monotonic, perf_counter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from data import prompt_ids
 from data.chat import Message
 from data.storage import first_line
+from data.terminal import printable
 from diffllm import DiffLLM
 from diffllm.generate import check_context, response_of, special_tokens
 from launch.answers import AnswerTemplate, check_template
+from launch.playground.queue import Queue
 from launch.recording import Recorder
 from sampling import Canvas, SamplingConfig, StepEvent, Template, Tokens, fill, infill_templates
 from sampling.render.page import page
@@ -39,7 +43,7 @@ class Request:
     """A request of a user.
 
     Raises:
-        ValueError: an unknown mode, no text, or one that is too long.
+        ValueError: an unknown mode, no text, or one that is too long or not Unicode.
     """
 
     mode: str
@@ -54,6 +58,10 @@ class Request:
         for name in ("prompt", "template", "system"):
             if len(text := getattr(self, name)) > CHARACTERS:
                 raise ValueError(f"{name}: its {len(text):,} characters are too many, at most {CHARACTERS:,} can be")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: character {error.start + 1} is half of a surrogate pair") from error
         if self.mode == "template" and not self.template.strip():
             raise ValueError("the template is empty: write a text with slots, such as 3x=<|mask:2|>")
         if self.mode != "template" and not self.prompt.strip():
@@ -76,7 +84,7 @@ class Run:
 
     label: str
     header: str
-    before: int  # runs that it waits for
+    before: int = 0  # requests that it waits for
     steps: list[str] = field(default_factory=list)
     result: dict[str, Any] | None = None
     page: str | None = None  # the export
@@ -101,9 +109,11 @@ class Playground:
     """
 
     def __init__(self, model: DiffLLM, tokenizer: PreTrainedTokenizerBase, config: Config, waiting: int):
-        self.model, self.tokenizer, self.config, self.waiting = model, tokenizer, config, waiting
-        self.sampling = Lock()  # held while a request is sampled
-        self._places = set[object]()  # of the requests that are sampled or wait
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.queue = Queue(waiting)
+        self.sampling = Lock()  # held by the thread that samples, which ends its step after its reader has left
+        self._reading = Lock()  # held by a reader who uses `tokenizer`: some calls change it
+        self._sampler = copy.deepcopy(tokenizer)  # used by the thread that samples alone
 
     def run(self, request: Request, settings: Sequence[tuple[str, SamplingConfig]]) -> Iterator[list[Run]]:
         """Sample a request with one setting after the other. Yield all runs while they go on.
@@ -115,42 +125,47 @@ class Playground:
             ValueError: before anything is sampled: a prompt or template that the model cannot take, or too many
                 requests wait.
         """
-        before, place = len(self._places), object()
-        if before > self.waiting:
-            raise ValueError(f"{before - 1} other requests wait for the model: try again later")
-        self._places.add(place)
-        try:
-            yield from self._run(request, settings, before)
-        finally:
-            self._places.remove(place)
-
-    def _run(
-        self, request: Request, settings: Sequence[tuple[str, SamplingConfig]], before: int
-    ) -> Iterator[list[Run]]:
-        samples = [self._sample(request, config) for _, config in settings]
-        runs: list[Run] = []
-        for (label, config), sample in zip(settings, samples, strict=True):
-            prompt, template = request.prompt or None, request.template if request.mode == "template" else None
-            origin = replace(self.config, sampling=config, prompt=prompt, template=template)
-            recorder = Recorder(origin, self.tokenizer, sample.canvas, sample.special, sample.shown_from)
-            run = Run(label, json.dumps(asdict(recorder.header)), before)
-            runs.append(run)
+        with self.queue.place() as place:
+            with self._reading:
+                prepared = [self._prepare(request, *each) for each in settings]
+            runs: list[Run] = []
+            for run, recorder, sample in prepared:
+                runs.append(run)
+                yield from self._fill(runs, recorder, sample, place)
             yield runs
-            events, sent = events_of(sample.fill, self.sampling), 0.0
+
+    def _prepare(self, request: Request, label: str, config: SamplingConfig) -> tuple[Run, Recorder, Sample]:
+        """Check a request with its settings, and start its recording."""
+        sample = self._sample(request, config)
+        prompt, template = request.prompt or None, request.template if request.mode == "template" else None
+        origin = replace(self.config, sampling=config, prompt=prompt, template=template)
+        recorder = Recorder(origin, self.tokenizer, sample.canvas, sample.special, sample.shown_from)
+        return Run(label, json.dumps(asdict(recorder.header))), recorder, sample
+
+    def _fill(self, runs: list[Run], recorder: Recorder, sample: Sample, place: object) -> Iterator[list[Run]]:
+        """Fill in the last of the runs when the place has its turn. Yield all, again and again."""
+        run = runs[-1]
+        run.before = self.queue.before(place)
+        yield runs
+        while run.before:
+            run.before = self.queue.before(place, IDLE)
+            yield runs
+        sent = 0.0
+        with closing(events_of(sample.fill, self.sampling)) as events:
             while True:
                 try:
                     event = next(events)
                 except StopIteration as end:
                     (text, tokens), seconds = end.value
-                    recording = recorder.recording(text, tokens, seconds)
                     break
                 if event is not None:
-                    run.steps.append(json.dumps(asdict(recorder.step(event))))
-                if event is None or time.monotonic() - sent > SECONDS:
+                    with self._reading:
+                        run.steps.append(json.dumps(asdict(recorder.step(event))))
+                if event is None or monotonic() - sent > SECONDS:
                     yield runs
-                    sent = time.monotonic()
-            run.result, run.page = asdict(recording.result), page(recording)
-        yield runs
+                    sent = monotonic()
+        recording = recorder.recording(text, tokens, seconds)
+        run.result, run.page = asdict(recording.result), page(recording)
 
     def _sample(self, request: Request, config: SamplingConfig) -> Sample:
         """Check a request, and prepare its canvas."""
@@ -162,8 +177,9 @@ class Playground:
         canvas = Canvas.after(prompt, config.max_new_tokens, special.mask, len(request.turns) // 2)
 
         def respond(on_step: OnStep) -> tuple[str, int]:
-            [filled] = fill(self.model, [canvas], config, special, on_step=on_step)
-            response = response_of(filled, self.tokenizer, config)
+            own = special_tokens(self.model, self._sampler, config)  # `special` decodes by the readers' tokenizer
+            [filled] = fill(self.model, [canvas], config, own, on_step=on_step)
+            response = response_of(filled, self._sampler, config)
             return response.text, response.tokens
 
         return Sample(canvas, special, len(prompt), respond)
@@ -178,7 +194,7 @@ class Playground:
         [canvas] = template.canvases(self.tokenizer, special.mask)
 
         def respond(on_step: OnStep) -> tuple[str, int]:
-            [filled] = infill_templates(self.model, self.tokenizer, [template], config, special, on_step=on_step)
+            [filled] = infill_templates(self.model, self._sampler, [template], config, special, on_step=on_step)
             return filled.text, filled.length
 
         return Sample(canvas, special, len(prompt), respond)
@@ -206,8 +222,8 @@ def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEven
             with lock:
                 if stopped.is_set():
                     raise Stopped
-                started = time.perf_counter()
-                outcome.set_result((sample(on_step), time.perf_counter() - started))
+                started = perf_counter()
+                outcome.set_result((sample(on_step), perf_counter() - started))
         except BaseException as error:  # raised again by `outcome.result`
             outcome.set_exception(error)
         events.put(end)
@@ -232,4 +248,4 @@ def message_of(error: Exception) -> str:
     """One line for the page. An unexpected error goes to the terminal too."""
     if type(error) is not ValueError:
         traceback.print_exception(error)
-    return first_line(error)
+    return printable(first_line(error))

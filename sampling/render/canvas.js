@@ -1,6 +1,7 @@
 "use strict";
 
 const LEAST = [0, 0.5, 0.7, 0.9, 0.99];  // probabilities at which a colour begins
+const END = "∎", UNUSED = "·", BREAK = "↵";  // of sequence; behind the end; of a line
 
 function make(tag, parent, className = "", text = "") {
   const element = document.createElement(tag);
@@ -16,31 +17,30 @@ function escaped(text, marks) {
     marks[character] ?? "\\u" + character.codePointAt(0).toString(16).padStart(4, "0"));
 }
 
-const visible = (text) => escaped(text, { "\n": "↵", "\t": "⇥" });
+const visible = (text) => escaped(text, { "\n": BREAK, "\t": "⇥" });
 const shownText = (text) => escaped(text, { "\n": "\n", "\t": "\t" });
 
-/* Explains the colours, and switches the numbers of steps in `root` on and off. */
-function diffusionLegend(parent, root) {
+/* Explains the colours and signs. */
+function diffusionLegend(parent) {
   const list = make("ul", parent, "legend");
-  const entry = (className, text) => {
+  const entry = (className, text, sign = "") => {
     const item = make("li", list);
-    make("i", item, className);
+    make("i", item, className, sign);
     item.append(text);
   };
   LEAST.forEach((least, i) => entry(`p${i}`, i ? `from ${100 * least} %` : `probability below ${100 * LEAST[1]} %`));
   entry("masked", "masked");
   entry("p4 fresh", "committed by this step");
   entry("again", "was masked again");
-  const label = make("label", make("li", list)), box = make("input", label);
-  box.type = "checkbox";
-  label.append(" number of the step");
-  box.addEventListener("change", () => root.classList.toggle("numbered", box.checked));
+  entry("sign", "end of sequence", END);
+  entry("sign", "behind the end", UNUSED);
+  entry("sign", "line break", BREAK);
 }
 
 /* Shows the steps of a recording in an element. Texts of the model only become text nodes and attributes. */
 function diffusionViewer(root, header) {
   const canvases = [Array(header.length).fill({})], steps = [], ends = new Set(header.ends);
-  let shown = 0, selected = null, timer = null;
+  let shown = 0, selected = null, timer = null, ended = false;
 
   for (const token of header.given) canvases[0][token.position] = { text: token.text, id: token.id };
 
@@ -56,6 +56,9 @@ function diffusionViewer(root, header) {
   Object.assign(slider, { type: "range", min: 0, max: 0, value: 0 });
   slider.setAttribute("aria-label", "step");
   const count = make("span", controls, "count");
+  const label = make("label", controls, "numbers"), box = make("input", label);
+  box.type = "checkbox";
+  label.append("step of each token");
 
   const cells = canvases[0].slice(header.prompt_length).map((_, i) => {
     const cell = make("span", field, "cell"), end = make("span", field, "break");
@@ -85,7 +88,7 @@ function diffusionViewer(root, header) {
     place.drawn = key;
     const { cell, end } = place, special = !masked && ends.has(token.id);
     const level = LEAST.findLastIndex((least) => token.prob >= least);
-    cell.textContent = token.unused ? "·" : special ? "∎" : visible(text) || (masked ? "  " : "");
+    cell.textContent = token.unused ? UNUSED : special ? END : visible(text) || (masked ? "  " : "");
     cell.className = ["cell", masked && "masked", token.unused && "unused", special && "special", fresh && "fresh",
       token.again && "again", token.step ? `p${level}` : !masked && !token.unused && "given"].filter(Boolean).join(" ");
     if (token.step) cell.dataset.step = token.step;
@@ -121,7 +124,7 @@ function diffusionViewer(root, header) {
     slider.value = shown;
     cells.forEach(draw);
     const nfe = shown ? steps[shown - 1].nfe : 0;
-    count.textContent = `step ${shown} of ${steps.length} · nfe ${nfe}`;
+    count.textContent = `step ${shown}${ended ? ` of ${steps.length}` : ""} · nfe ${nfe}`;
     slider.setAttribute("aria-valuetext", count.textContent);
     inspect();
   }
@@ -167,6 +170,7 @@ function diffusionViewer(root, header) {
     event.preventDefault();
   }
 
+  box.addEventListener("change", () => body.classList.toggle("numbered", box.checked));
   play.addEventListener("click", toggle);
   slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
   field.addEventListener("pointerover", (event) => select(event.target));
@@ -184,5 +188,7 @@ function diffusionViewer(root, header) {
       }
       show(follows ? steps.length : shown);
     },
+    /* Tells that no step follows. */
+    end() { ended = true; show(shown); },
   };
 }

@@ -2,6 +2,7 @@ const { header, steps } = JSON.parse(document.getElementById("recording").textCo
 const root = document.getElementById("viewer");
 root.replaceChildren();
 const viewer = diffusionViewer(root, header);
-diffusionLegend(root, root);
+diffusionLegend(root);
 viewer.add(...steps);
+viewer.end();
 document.addEventListener("keydown", viewer.key);

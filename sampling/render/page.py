@@ -7,6 +7,7 @@ from hashlib import sha256
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from sampling.recording import Recording
 from sampling.render.text import visible
@@ -28,7 +29,7 @@ def page(recording: Recording) -> str:
         ),
         text=_text(result.text),
         settings="".join(
-            f"<tr><td>{_text(name)}</td><td>{_text(str(value))}</td></tr>" for name, value in settings.items()
+            f"<tr><td>{_text(name)}</td><td>{_text(_setting(value))}</td></tr>" for name, value in settings.items()
         ),
         recording=json.dumps({"header": asdict(header), "steps": [*map(asdict, recording.steps)]}).replace(
             "<", "\\u003c"
@@ -46,6 +47,11 @@ def title(recording: Recording) -> str:
 def asset(*names: str) -> str:
     """Text of files of this folder, one after the other."""
     return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
+
+
+def _setting(value: Any) -> str:
+    """A value as the files of conf/ write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _digest(text: str) -> str:

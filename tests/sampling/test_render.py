@@ -11,8 +11,9 @@ from PIL import Image
 
 from data.terminal import printable
 from sampling.render import __main__ as command
+from sampling.render import picture
 from sampling.render.page import asset, page
-from sampling.render.picture import COLOURS, MASK, gif, png
+from sampling.render.picture import COLOURS, HATCH, MASK, Picture, gif, png
 from sampling.render.text import visible
 from tests.sampling.test_recording import file, recording  # noqa: F401 — the first is a fixture
 
@@ -44,10 +45,51 @@ def test_a_page_holds_the_recording():
 def test_a_picture_has_the_colours_of_its_steps():
     image = Image.open(io.BytesIO(png(recording())))
     found = {colour for _, colour in image.getcolors(2**16)}
-    rgb = {name: tuple(bytes.fromhex(name[1:])) for name in (*COLOURS, MASK)}
+    rgb = {name: tuple(bytes.fromhex(name[1:])) for name in (*COLOURS, MASK, HATCH)}
     assert {*rgb.values()} <= found
     wide = Image.open(io.BytesIO(png(recording(length=205, masked=204))))
     assert wide.height > image.height
+
+
+def test_pictures_and_pages_look_the_same():
+    """Light colours, bounds and labels of the legend."""
+    light = dict(re.findall(r"--(\w+): (#\w+);", asset("canvas.css").split("@media")[0]))
+    names = {"text": "TEXT", "quiet": "QUIET", "mask": "MASK", "hatch": "HATCH", "accent": "FRESH", "page": "PAGE"}
+    assert {name: getattr(picture, constant) for name, constant in names.items()}.items() <= light.items()
+    assert [light[f"p{i}"] for i in range(len(COLOURS))] == [*COLOURS]
+    script = asset("canvas.js")
+    assert json.loads(re.search(r"LEAST = (\[.*?\])", script)[1]) == [*picture.LEAST]
+    for name in ("END", "UNUSED", "BREAK"):
+        assert f'{name} = "{getattr(picture, name)}"' in script
+    entries = re.findall(r'entry\("[^"]*", "([^"]*)"', script)
+    assert len(entries) == 6
+    assert [label for _, _, label in Picture(recording(), 32, 1).legend][len(COLOURS) :] == entries
+
+
+def test_the_legend_is_as_wide_as_the_panels():
+    narrow, wide = Picture(recording(), columns=32, panels=1), Picture(recording(), columns=32, panels=3)
+    sizes = [drawn.draw([1]).size for drawn in (narrow, wide)]
+    assert sizes[0][0] < sizes[1][0] < 3 * sizes[0][0]
+    assert sizes[0][1] > sizes[1][1]
+
+
+@pytest.mark.parametrize(("text", "short"), [("abc", "abc"), ("abcd", "ab…"), ("你b", "你b"), ("你好", "你…")])
+def test_a_text_is_cut_to_columns(text, short):
+    assert picture.shortened(text, 3) == short
+
+
+def test_an_animation_is_laid_out_once(monkeypatch):
+    calls, layout = [], picture._layout
+    monkeypatch.setattr(picture, "_layout", lambda *given: calls.append(1) or layout(*given))
+    gif(recording())
+    assert len(calls) == 1
+
+
+def test_settings_of_a_page_are_written_as_in_conf():
+    text = page(recording(sampling={"steps": None, "scaled": True, "alg": "origin", "top_p": 0.9, "stop": ["a"]}))
+    cells = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", text))
+    written = {"steps": "null", "scaled": "true", "alg": "origin", "top_p": "0.9", "stop": "[&quot;a&quot;]"}
+    assert written.items() <= cells.items()
 
 
 def test_an_animation_has_a_frame_for_each_step_and_the_start():

@@ -105,6 +105,5 @@ def test_it_fits_the_width_in_dark_and_light(shown, width):
 
 def test_numbers_of_steps_can_be_shown(shown):
     browser = shown()
-    assert browser.one("input[type=checkbox]")
-    browser.one("input[type=checkbox]").click()
+    browser.one(".controls input[type=checkbox]").click()
     assert browser.all(".numbered")

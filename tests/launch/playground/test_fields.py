@@ -1,5 +1,7 @@
 """Settings as text: each value is read as it was written."""
 
+import re
+
 import pytest
 
 from launch.playground.fields import changed, from_text, to_text
@@ -26,17 +28,12 @@ def test_a_value_is_read_as_written(name, value, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("steps", "many", "sampling.steps=many: must be a whole number"),
-        ("seed", "", "sampling.seed=: must be a whole number"),
-        ("temperature", "warm", "sampling.temperature=warm: must be a number"),
-        ("stop_at_eos", "maybe", "must be true or false"),
-        ("stop", "\\ud800", "half of a surrogate pair"),
-    ],
+    ("name", "text"),
+    [("steps", "many"), ("seed", ""), ("temperature", "warm"), ("stop_at_eos", "maybe"), ("stop", "\\ud800")],
 )
-def test_a_value_of_another_type(name, text, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_value_of_another_type(name, text):
+    given = repr([text]) if name == "stop" else text
+    with pytest.raises(ValueError, match=re.escape(f"sampling.{name}={given}: ")):
         from_text(name, text)
 
 
@@ -53,16 +50,17 @@ def test_changes_apply_to_settings():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("stepps=2", "stepps: no such setting of the page; did you mean steps"),
-        ("compile=true", "compile: no such setting of the page"),
-        ("steps=0", "sampling.steps=0: must be at least 1"),
-        ("steps='2", "No closing quotation"),
-        ("steps", "must be a whole number|at least 1"),
+        ("stepps=2", "stepps: .* steps"),
+        ("compile=true", "compile: "),
+        ("steps=0", r"sampling\.steps=0: "),
+        ("steps='2", "steps='2: "),
+        ("seed=1 steps", "steps: "),
+        ("steps=", "steps=: "),
+        ("sampling=", "sampling=: "),
+        ("=6", "=6: "),
     ],
 )
 def test_changes_that_are_refused(line, message):
-    if line == "steps":  # without a value it is null
-        assert changed(SamplingConfig(steps=3), line, None) == SamplingConfig()
-        return
-    with pytest.raises(ValueError, match=message):
+    """The error names the setting and the value, or one that may be meant."""
+    with pytest.raises(ValueError, match=f"^{message}"):
         changed(SamplingConfig(), line, None)

@@ -1,7 +1,9 @@
 """The command line of the page."""
 
 import socket
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,8 +67,25 @@ def test_a_port_that_is_taken_while_the_model_is_loaded(small_model, tokenizer, 
             serve([f"launch.port={port}"])
 
 
-def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(command.sys.modules, "launch.playground.page", None)
+def test_an_address_of_ipv6(small_model, tokenizer, monkeypatch, capsys):
+    gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'diffllm[page]'")
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    with bind("::1", 0) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(command, "load_for_sampling", lambda _: (small_model, tokenizer))
+    monkeypatch.setattr(command, "Event", lambda: SimpleNamespace(wait=gradio.close_all))
+    serve(["launch.host=::1", f"launch.port={port}"])
+    assert capsys.readouterr().out.startswith(f"http://[::1]:{port}/ ")
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "named"), [("gradio", ValueError, r"diffllm\[page\]"), ("launch.meanings", ImportError, None)]
+)
+def test_an_import_that_fails(monkeypatch, missing, error, named):
+    """Only a missing gradio is a missing extra."""
+    monkeypatch.delitem(sys.modules, "launch.playground.page", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(command, "bind", lambda host, port: socket.socket())
-    with pytest.raises(ValueError, match=r"pip install 'diffllm\[page\]'"):
+    with pytest.raises(error, match=named):
         serve([])

@@ -7,16 +7,20 @@ import os
 import re
 import socket
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 
 from diffllm import load_model, new_model
 from diffllm.tokenizer import load_tokenizer
 from launch import recording
+from launch.playground.config import PlaygroundConfig
+from launch.playground.fields import FIELDS, from_text, to_text
 from launch.playground.runs import Playground
+from launch.settings import read_own_settings
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from trainer.config import Config
@@ -31,7 +35,7 @@ class Server:
     """A page that is served, and the number of forwards of its model."""
 
     def __init__(self, model, tokenizer, name="tiny <b>", **changes):
-        from launch.playground.page import Page, launch
+        from launch.playground.page import Page, serve_page
 
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -50,7 +54,8 @@ class Server:
         model.hidden = slow
         few = replace(config.sampling, steps=2)
         self.playground = Playground(model, tokenizer, config, waiting=1)
-        self.blocks = launch(Page(self.playground, ["few"], {"few": few}.__getitem__), "127.0.0.1", port)
+        self.page = Page(self.playground, ["few"], {"few": few}.__getitem__)
+        self.blocks = serve_page(self.page, "127.0.0.1", port)
         self.url = f"http://127.0.0.1:{port}/"
 
 
@@ -182,6 +187,25 @@ def test_stop_ends_the_sampling(page, server):
     assert browser.text(".message") == ""
 
 
+def test_a_draft_that_comes_late_does_not_undo_stop(page, server):
+    """Of a long run many are on their way."""
+    browser = page("?max_new_tokens=800&steps=800")
+    server.slow = 0.005
+    write(browser, "prompt", "Hi")
+    for _ in range(3):
+        browser.one("#run").click()
+        browser.wait(lambda: re.fullmatch(r"step \d{2,} · nfe \d+", browser.text(".count")))  # of an unknown number
+        browser.one("#stop").click()
+        browser.wait(lambda: browser.text(".message") == "stopped")
+        with server.playground.sampling:  # the sampler has left
+            time.sleep(1)
+        assert browser.text(".message") == "stopped"
+        assert browser.one("#run").is_enabled()
+        assert not browser.one("#stop").is_enabled()
+        step = re.match(r"step (\d+) ", browser.text(".count"))[1]
+        assert browser.text("section .facts") == f"stopped at step {step}"
+
+
 def test_a_closed_tab_ends_the_sampling(page, server):
     browser = page()
     write(browser, "prompt", "Hi")
@@ -206,21 +230,34 @@ def test_a_run_is_exported_as_one_file(page, tmp_path):
     assert browser.text("details pre") == text
 
 
-def test_html_of_the_model_is_text(page, monkeypatch):
-    attack = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\x1b[31m"
-    monkeypatch.setattr(recording.Pieces, "decode", lambda self, tokens: attack)
-    browser = page()
-    browser.one("#result")
-    [template] = browser.all("input[type=radio][value=template]")
-    template.click()
-    write(browser, "template", "<b>bold</b><|mask:2|>")
-    run(browser)
-    assert browser.all("#result img, #result b, #result script") == []
-    assert browser.all(".cell")[0].text.startswith("<img src=x onerror=")
-    assert r"\u001b[31m" in browser.all(".cell")[-1].text
-    assert browser.text(".text pre").startswith("<b>bold</b>")
-    assert browser.driver.title == "diffllm playground"
+ATTACK = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\x1b[31m\u202e</title>"
+
+
+def shown(browser, selector: str, text: str) -> bool:
+    """Whether the attack is text there, with its control characters escaped, and has done nothing."""
+    assert browser.all("img, #result b:not(.turn b, .inspector b), #result script, .diffusion h1 *") == []
+    assert browser.driver.title != "owned"
+    return text.replace("\x1b", r"\u001b").replace("\u202e", r"\u202e") in browser.text(selector)
+
+
+@pytest.mark.parametrize("mode", ["prompt", "chat", "template"])
+def test_html_of_users_and_the_model_is_text(page, monkeypatch, mode, tmp_path):
+    monkeypatch.setattr(recording.Pieces, "decode", lambda self, tokens: ATTACK)
+    texts = {"prompt": ATTACK, "system": ATTACK, "template": f"{ATTACK}<|mask:2|>", "compare": "stop='<b>x</b>'"}
+    browser = page("?" + urlencode(texts | {"mode": mode}))
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    run(browser, 2)
+    assert shown(browser, ".cell", ATTACK)
+    assert mode != "chat" or shown(browser, ".turn", ATTACK)
+    assert mode != "template" or shown(browser, ".text pre", ATTACK)
+    assert browser.all("#result h3")[1].text == "stop='<b>x</b>'"
     assert browser.text("h1 + p") == "tiny <b>"
+    browser.one(".export").click()
+    file = tmp_path / "sampling.html"
+    browser.wait(file.exists)
+    browser.driver.get(file.as_uri())
+    assert shown(browser, "h1", ATTACK)
+    assert shown(browser, ".cell", ATTACK)
 
 
 def test_a_chat_goes_on_until_it_is_forgotten(page):
@@ -236,7 +273,47 @@ def test_a_chat_goes_on_until_it_is_forgotten(page):
     browser.wait(lambda: not browser.all(".turn"))
 
 
-def test_a_link_holds_the_settings(page, server):
+def test_a_chat_that_is_forgotten_while_it_is_answered_does_not_come_back(page, server):
+    browser = page("?mode=chat&max_new_tokens=800&steps=800")
+    server.slow = 0.005
+    write(browser, "prompt", "Hi")
+    browser.one("#run").click()
+    browser.wait(lambda: browser.all(".fresh.cell"))
+    browser.one("#forget").click()
+    browser.wait(lambda: not browser.all(".turn"))
+    with server.playground.sampling:  # the sampler has left
+        time.sleep(1)
+    assert browser.all(".turn, .run") == []
+    assert browser.one("#run").is_enabled()
+
+
+def test_another_mode_clears_the_result(page):
+    browser = page("?mode=chat")
+    browser.one("#forget")
+    write(browser, "prompt", "Hi")
+    run(browser)
+    browser.one("input[type=radio][value=template]").click()
+    browser.wait(lambda: not browser.all(".run, .turn"))
+    assert browser.one("#template textarea").get_property("value").count("<|mask:") == 3
+
+
+def test_exports_of_earlier_runs_are_given_up(page):
+    browser = page()
+    write(browser, "prompt", "Hi")
+    browser.driver.execute_script(
+        "window.held = new Set(); const { createObjectURL, revokeObjectURL } = URL;"
+        "URL.createObjectURL = (blob) => { const url = createObjectURL.call(URL, blob); held.add(url); return url; };"
+        "URL.revokeObjectURL = (url) => { held.delete(url); revokeObjectURL.call(URL, url); };"
+    )
+    for _ in range(2):
+        run(browser)
+        browser.wait(lambda: browser.driver.execute_script("return held.size") == 1)
+        [held] = browser.driver.execute_script("return [...held]")
+        assert browser.one(".export").get_attribute("href") == held
+        browser.driver.execute_script("document.querySelector('.export').remove()")
+
+
+def test_a_link_holds_all_settings(page, server):
     browser = page()
     write(browser, "prompt", "a&b=c é")
     write(browser, "sampling_steps", "3")
@@ -248,6 +325,9 @@ def test_a_link_holds_the_settings(page, server):
     assert browser.one("#sampling_steps textarea, #sampling_steps input").get_property("value") == "3"
     run(browser, 2)
     assert [each.text for each in browser.all(".count")] == ["step 3 of 3 · nfe 3", "step 2 of 2 · nfe 2"]
+    query = dict(parse_qsl(urlsplit(link).query, keep_blank_values=True))
+    config = replace(server.playground.config.sampling, steps=3)
+    assert {name: from_text(name, query[name]) for name in FIELDS} == {name: getattr(config, name) for name in FIELDS}
 
 
 def test_a_preset_sets_the_controls(page):
@@ -260,12 +340,13 @@ def test_a_preset_sets_the_controls(page):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("prompt", " ", "error: the prompt is empty: write a question"),
-        ("sampling_steps", "0", "error: sampling.steps=0: must be at least 1"),
-        ("sampling_steps", "<i>x</i>", "error: sampling.steps=<i>x</i>: must be a whole number"),
-        ("sampling_max_new_tokens", "5000", "do not fit the model's context of 2048 tokens"),
-        ("compare", "stepps=2", "no such setting of the page; did you mean steps"),
-        ("compare", "sampling=<i>", "error: no '<i>'"),
+        ("prompt", " ", "error: the prompt "),
+        ("sampling_steps", "0", "error: sampling.steps=0: "),
+        ("sampling_steps", "<i>x</i>", "error: sampling.steps=<i>x</i>: "),
+        ("sampling_steps", "5000", "error: sampling.steps=5000: "),
+        ("sampling_max_new_tokens", "5000", " sampling.max_new_tokens=5000 "),
+        ("compare", "stepps=2", "error: stepps: "),
+        ("compare", "sampling=<i>", "'<i>'"),
     ],
 )
 def test_a_mistake_is_shown_and_the_page_lives_on(page, name, text, message):
@@ -279,9 +360,36 @@ def test_a_mistake_is_shown_and_the_page_lives_on(page, name, text, message):
     run(browser)
 
 
-def test_a_link_with_a_mistake(page):
-    browser = page("?steps=many&mode=shout")
-    assert browser.wait(lambda: browser.text(".message")) == "error: sampling.steps=many: must be a whole number"
+@pytest.mark.parametrize(
+    ("query", "given"),
+    [
+        ("steps=many&mode=shout", "steps=many"),
+        ("alg=<i>x</i>", "alg=<i>x</i>"),
+        ("stop=%5Cud800", r"stop=['\\ud800']"),
+        ("temperature=nan&system=%00%ED%A0%80", "temperature=nan"),
+    ],
+)
+def test_a_link_with_a_mistake(page, query, given):
+    browser = page(f"?{query}&prompt=Hi")
+    assert browser.wait(lambda: browser.text(".message")).startswith(f"error: sampling.{given}: ")
+    run(browser)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "given"),
+    [
+        ("alg", ["entropy"], "['entropy']"),
+        ("temperature", "NaN", "nan"),
+        ("max_new_tokens", 1.7, "1.7"),
+        ("seed", None, ""),
+        ("stop", "\\ud800", r"['\\ud800']"),
+    ],
+)
+def test_a_client_that_sends_other_values(server, capsys, name, value, given):
+    values = [value if each == name else to_text(each, getattr(server.page.config, each)) for each in FIELDS]
+    *_, (result, *_) = server.page.run([], "prompt", "Hi", "", "", "", *values)
+    assert result.value["message"].startswith(f"error: sampling.{name}={given}: ")
+    assert capsys.readouterr().err == ""
 
 
 def test_one_run_at_a_time_and_others_wait(page, server):
@@ -291,7 +399,7 @@ def test_one_run_at_a_time_and_others_wait(page, server):
     browser.one("#run").click()
     browser.wait(server.playground.sampling.locked)
     first = browser.driver.current_window_handle
-    for text in ("waiting for 1 other", "error: 1 other requests wait for the model: try again later"):
+    for text in ("waiting for 1 other", "error: 1 other"):
         browser.driver.switch_to.new_window("tab")
         page()
         write(browser, "prompt", "Hi")
@@ -312,7 +420,9 @@ def test_no_file_is_served_and_none_is_taken(server):
     with httpx.Client(base_url=server.url) as client:
         for path in ("/etc/passwd", __file__, str(Path(__file__).parents[3] / "README.md")):
             assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
-        assert client.post("gradio_api/upload", files={"files": b"content"}).status_code >= 400
+        for path, field in (("upload", "files"), ("process_recording", "file")):
+            for content in (b"", b"1", b"content"):
+                assert client.post(f"gradio_api/{path}", files={field: ("a.txt", content)}).status_code == 403
 
 
 def test_neither_server_nor_browser_asks_another_host(page, server):
@@ -331,10 +441,11 @@ def test_pictures(browser, server, scheme):
     path = os.environ.get("PLAYGROUND_MODEL")
     if path:
         model, tokenizer = load_model(path).eval(), load_tokenizer(path)
-        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), max_new_tokens=18, steps=18, temperature=0.0)
+        _, documented, _ = read_own_settings("launch.playground", PlaygroundConfig, [f"model.path={path}"])
+        server = Server(model, tokenizer, "/".join(Path(path).parts[-3:]), **asdict(documented.sampling))
     server.slow = 0
     browser.media(prefers_color_scheme=scheme)
-    browser.resize(1120, 700)
+    browser.resize(1120, 900)
     browser.driver.get(server.url)
     browser.wait(lambda: browser.one("#run").is_enabled())
     write(browser, "prompt", "Solve 6x-9=33")
