@@ -23,7 +23,8 @@ class ModelConfig:
     # chatml | llama3 | llada | gemma | the path of a .jinja file; null takes the tokenizer's
     chat_template: str | None = setting(None, path=True)
     chat_template_kwargs: dict[str, Any] = setting({})  # variables of the template, such as {enable_thinking: false}
-    # sampling: block, as diffusion=block trains | full | auto: block if config.json has a block_length, else full
+    # sampling: block, as diffusion=block trains | full | auto: block if config.json has a block_length, else full.
+    # A run attends as its objective does
     attention: str = setting("auto", choices=("auto", "block", "full"), free_when_resuming=True)
     # from scratch: dream or fast_dllm_v2 (Qwen2, shifted logits) | llada (Llama, not) | sdar (Qwen3, not)
     family: str = _shape("dream", choices=("dream", "llada", "sdar", "fast_dllm_v2"))

@@ -14,7 +14,8 @@ from sampling import SamplingConfig
 from trainer.config import Config
 from trainer.schema import resolve
 
-BY_FAMILY = {"Dream": "dream", "llada": "llada"}  # choices of `sampling` by model_type, for published checkpoints
+# Choices of `sampling` by model_type, for published checkpoints.
+BY_FAMILY = {"Dream": "dream", "llada": "llada", "sdar": "sdar", "Fast_dLLM_Qwen": "fast_dllm_v2"}
 
 
 def resolve_recommended(config: DictConfig, overrides: Iterable[str], show: Callable[[str], object]) -> Config:

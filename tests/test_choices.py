@@ -35,6 +35,7 @@ from tests.sampling.models import MASK, SPECIAL
 from trainer.build import (
     LR_SCHEDULES,
     _adamw,
+    _check_objective,
     build_optimizer,
     build_trainable,
     compute_dtype,
@@ -111,7 +112,7 @@ RUN: dict[str, Callable[[str], object]] = {
 
 # Functions that compare a setting with its choices, and the choice that they need not name.
 NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
-    "model.attention": ((load_for_sampling,), "auto"),
+    "model.attention": ((load_for_sampling, _check_objective), "auto"),
     "model.recompute": ((recompute_activations,), "full"),
     "model.loss_kernel": ((build_trainable,), "chunked"),
     "model.quantize": ((build_trainable, state_memory), None),

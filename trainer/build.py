@@ -215,6 +215,41 @@ def _check_weights_fit(source: CheckpointSource, dtype: torch.dtype, device: tor
         )
 
 
+def _check_objective(config: Config, model: DiffLLM) -> None:
+    """Refuse a model that cannot attend or predict as the objective needs it.
+
+    Raises:
+        ValueError: the message says what to change.
+    """
+    objective, attention = config.diffusion, config.model.attention
+    name = f"diffusion.objective={objective.objective}"
+    if attention != "auto" and (attention == "block") != (objective.block_length is not None):
+        raise ValueError(
+            f"model.attention={attention}: a run attends as {name} does. Leave it out, or choose "
+            f"{'diffusion=block' if attention == 'block' else 'diffusion=elbo'}"
+        )
+    if objective.causal and not model.family.shift:
+        raise ValueError(
+            f"{name}: {model.family.architecture} predicts each token from its own position, which a causal model "
+            "sees; choose a family that shifts, such as model.family=dream"
+        )
+    hiding = []  # settings that hide positions, and what does without
+    if steps := objective.attention_annealing_steps:
+        hiding.append((f"diffusion.attention_annealing_steps={steps}", "set it to 0"))
+    if objective.causal or objective.block_length is not None:
+        hiding.append((name, "choose diffusion=elbo"))
+    for setting, advice in hiding:
+        if model.windowed:
+            raise ValueError(f"{setting}: some layers attend within a window, which it would ignore; {advice}")
+        if model.flash:
+            raise ValueError(
+                f"{setting}: model.attn_implementation={config.model.attn_implementation} cannot hide positions; "
+                f"use sdpa or varlen, or {advice}"
+            )
+    if config.data.packing and model.windowed:
+        raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
+
+
 def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreTrainedTokenizerBase]:
     """The model of a run with its adapters, and its tokenizer. Weights of a checkpoint stay on the meta device.
 
@@ -240,24 +275,8 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
             load_adapter(model, config.model)
     if config.model.loss_kernel == "liger":
         model.masked_loss = liger()
-    if (steps := config.diffusion.attention_annealing_steps) and model.windowed:
-        raise ValueError(
-            f"diffusion.attention_annealing_steps={steps}: some layers of this model attend within a window, which "
-            "annealing would ignore; set it to 0"
-        )
-    if config.diffusion.causal and not model.family.shift:
-        raise ValueError(
-            f"diffusion.objective={config.diffusion.objective}: {model.family.architecture} predicts each token from "
-            "its own position, which a causal model sees; choose a family that shifts, such as model.family=dream"
-        )
-    if config.diffusion.block_length is not None and model.windowed:
-        raise ValueError(
-            f"diffusion.objective={config.diffusion.objective}: some layers of this model attend within a window, "
-            "which blocks would ignore; choose diffusion=elbo"
-        )
+    _check_objective(config, model)
     model.block_length = config.diffusion.block_length
-    if config.data.packing and model.windowed:
-        raise ValueError("data.packing=true: some layers of this model attend within a window; set it to false")
     check_length(config.data, model.lm.config.max_position_embeddings)
     return model, tokenizer
 

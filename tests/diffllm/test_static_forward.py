@@ -36,7 +36,7 @@ def filled(model, **changes):
     return [(row.tokens, row.nfe) for row in rows]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "changes",
     [

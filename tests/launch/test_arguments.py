@@ -16,7 +16,7 @@ from trainer.schema import field_names, resolve
 PARTS = ["\\", "$", "${", "{", "}", '"', "'", "a", " ", "\n", "\r", ":", "=", ",", "[", "#", "é"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join) | st.text())
 @example("Solve 3x+5=20")
 @example("a, b (c) [d] {e}?")

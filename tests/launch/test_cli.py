@@ -295,6 +295,7 @@ def test_launch_scripts_are_valid_bash(name):
     subprocess.run(["bash", "-n", ROOT / "launch" / name], check=True)
 
 
+@pytest.mark.slow
 def test_local_sh_trains_on_the_cpu(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     command = [ROOT / "launch" / "local.sh", ROOT / "train.py", "trainer.experiment_name=run", *SMALL]

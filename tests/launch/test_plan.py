@@ -37,7 +37,7 @@ SHAPES = {
     "full": RECOMPUTED | {"intermediate_size": 9000, "num_hidden_layers": 3, "family": "llada"},
     "selective": RECOMPUTED | {"intermediate_size": 2048, "num_hidden_layers": 8, "recompute": "selective"},
 }
-SLOW = dict.fromkeys(("layers", "selective"), pytest.mark.slow)
+SLOW = dict.fromkeys(("layers", "logits", "selective"), pytest.mark.slow)
 
 
 def configured(shape: dict) -> Config:
@@ -170,8 +170,9 @@ def test_small_models_are_planned_in_mebibytes(run):
 # In billions, as published.
 PARAMETERS = {
     **dict.fromkeys(("dream_7b", "dream_7b_instruct", "dream_coder_7b", "dream_coder_7b_instruct"), 7.62),
-    **dict.fromkeys(("diffucoder_7b", "diffucoder_7b_instruct", "qwen2_5_7b"), 7.62),
+    **dict.fromkeys(("diffucoder_7b", "diffucoder_7b_instruct", "qwen2_5_7b", "fast_dllm_v2_7b"), 7.62),
     **dict.fromkeys(("llada_8b", "llada_8b_instruct", "llada_1_5"), 8.02),
+    "sdar_8b_chat": 8.19,
     "qwen2_5_0_5b": 0.49,
     "qwen3_0_6b_base": 0.60,
     "llama3_2_1b": 1.24,

@@ -72,9 +72,9 @@ def test_other_programs_keep_their_sigint(imported):
     [
         ("print('a')", "stdout"),
         ("print('a' * 10**6)", "stdout"),
-        ("print('a', flush=True)", "stdout"),
-        ("print('a'); sys.exit(3)", "stdout"),
-        ("[print(i, flush=True) for i in range(10**5)]", "stdout"),
+        pytest.param("print('a', flush=True)", "stdout", marks=pytest.mark.slow),
+        pytest.param("print('a'); sys.exit(3)", "stdout", marks=pytest.mark.slow),
+        pytest.param("[print(i, flush=True) for i in range(10**5)]", "stdout", marks=pytest.mark.slow),
         ("print('a', file=sys.stderr)", "stderr"),
     ],
 )

@@ -1,18 +1,21 @@
 """Runs of block diffusion: the same in any layout, and an export that says its block length."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from data import prompt_ids
 from diffllm import load_model, new_model
 from diffllm.diffusion.block import BlockConfig
+from diffllm.diffusion.objective import settings_of
 from diffllm.generate import generate
 from sampling import SamplingConfig
 from tests.conftest import small_shape
 from tests.trainer.runs import losses, metrics, train
-from trainer.build import load_for_sampling
+from trainer.build import build_model, build_trainable, load_for_sampling
 from trainer.config import Config
 from trainer.export import export
 from trainer.schema import resolve
@@ -117,6 +120,29 @@ def test_the_export_says_its_block_length_and_is_sampled_by_blocks(block_run, pr
     config.model.attention, config.model.path = "block", str(pretrained)
     with pytest.raises(ValueError, match=r"model\.attention=block: config\.json of .* has no block_length"):
         load_for_sampling(config)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "attention", "allowed"),
+    [("elbo", "block", False), ("block", "full", False), ("block", "block", True), ("causal", "full", True)],
+)
+def test_a_run_attends_as_its_objective_does(small_run, diffusion, attention, allowed):
+    config = small_run(model__attention=attention)
+    config.diffusion = settings_of({"elbo": "masked"}.get(diffusion, diffusion))()
+    with nullcontext() if allowed else pytest.raises(ValueError, match=f"model.attention={attention}"):
+        build_trainable(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("trait", ["windowed", "flash"])
+@pytest.mark.parametrize("objective", ["block", "causal"])
+def test_attention_that_hides_no_position_is_refused_at_the_start(small_run, monkeypatch, objective, trait):
+    config = small_run()
+    config.diffusion = settings_of(objective)()
+    built = build_model(config.model)
+    setattr(built[0], trait, True)
+    monkeypatch.setattr("trainer.build.build_model", lambda *_, **__: built)
+    with pytest.raises(ValueError, match=f"diffusion.objective={objective}: .* choose diffusion=elbo"):
+        build_trainable(config, torch.device("cpu"))
 
 
 def test_a_run_by_masks_forgets_the_blocks_of_its_checkpoint(block_run, small_run):

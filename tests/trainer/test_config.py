@@ -39,6 +39,8 @@ def test_every_choice_composes(group, choice):
         (["experiment=dream_s1k", "model=llada_1_5"], "even", 0.0),
         (["sampling=fast", "model=llada_8b"], "threshold", 0.0),
         (["model=dream_7b", "sampling=default"], "linear", 0.0),
+        (["model=sdar_8b_chat"], "threshold", 1.0),
+        (["model=fast_dllm_v2_7b"], "threshold", 0.0),
         (["model=qwen2_5_7b"], "linear", 0.0),
     ],
     ids=str,

@@ -68,7 +68,7 @@ def test_sampled_answers_are_shown_and_change_no_step(small_run, tables, tokeniz
     settings = {"trainer__max_steps": 3, "trainer__val_check_interval": 2}
     plain = train(small_run("plain", **settings))
     capsys.readouterr()
-    config = small_run("sampled", trainer__val_samples=2, trainer__logger=["wandb"], **settings)
+    config = small_run("sampled", trainer__val_samples=2, trainer__logger=["console", "wandb"], **settings)
     config.sampling = SamplingConfig(max_new_tokens=12, steps=4, temperature=0.5, stop=["9"])
     run, printed = train(config), capsys.readouterr().out
 
