@@ -29,7 +29,7 @@ from launch import ROOT
 
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SCORES = ("exact_match", "nfe", "tokens_per_forward")  # of a task in evaluation.json
+SCORES = ("exact_match", "nfe", "tokens_per_forward", "tokens_per_second")  # of a task in evaluation.json
 JOB = {"job": int, "overrides": list, "seconds": int | float | None, "error": str | None}  # fields of job.json
 ERROR = re.compile(r"\b\w*error: .+(\n  .+)*", re.IGNORECASE)  # further lines are indented
 

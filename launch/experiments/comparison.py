@@ -12,9 +12,9 @@ from launch.experiments.page import markdown, pyplot, svg
 Row = dict[str, Any]  # of launch.sweep.results
 
 SHARES = ("exact_match", "accuracy", "masked_accuracy")  # shown in percent; also of a task or validation
-HIGHER = (*SHARES, "tokens_per_forward")  # is better
+HIGHER = (*SHARES, "tokens_per_forward", "tokens_per_second")  # is better
 SEEDS = ("seed", "sampling.seed")
-WHOLE = ("tokens", "parameters", "seconds")  # shown as whole numbers
+WHOLE = ("tokens_per_second", "tokens", "parameters", "seconds")  # shown as whole numbers
 SHOWN = ("exact_match", "nfe", *WHOLE)  # beside the metric and the validation's
 
 

@@ -1,5 +1,6 @@
 """Score the models of a sweep on their tasks: by unmasking, or from left to right those that were trained causally."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,19 +63,17 @@ def answer_causally(config: Config) -> None:
         questions = {task.name: questions_of(task, tokenizer, config.seed) for task in tasks}
         depends = manifest(config, tasks, questions, model, tokenizer, distributed)
     depends["origin"]["sampling.alg"] = "generate of Transformers, greedy"
-    answers = {
-        name: Answers(_generate(model, tokenizer, each, config.sampling), None) for name, each in questions.items()
-    }
+    answers = {name: _answer(model, tokenizer, each, config.sampling) for name, each in questions.items()}
     write_result(config, Judge(tasks, questions), depends, answers)
 
 
 @torch.inference_mode()
-def _generate(
+def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], config: SamplingConfig
-) -> list[Response]:
+) -> Answers:
     ends = [*{tokenizer.eos_token_id, tokenizer.pad_token_id, turn_end(tokenizer)} - {None}]
     settings = {"max_new_tokens": config.max_new_tokens, "do_sample": False, "eos_token_id": ends}
-    responses = []
+    responses, started = [], time.perf_counter()
     for start in range(0, len(questions), config.batch_size):
         ids = [question.ids.tolist() for question in questions[start : start + config.batch_size]]
         inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
@@ -83,4 +82,4 @@ def _generate(
             ended = len(answer) < len(row)
             tokens = len(answer) + ended  # with the one that ends it; each took a forward
             responses.append(Response(len(responses), tokenizer.decode(answer), tokens, tokens, 1.0, ended))
-    return responses
+    return Answers(responses, sum(response.tokens for response in responses) / (time.perf_counter() - started))

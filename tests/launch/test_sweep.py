@@ -175,7 +175,7 @@ def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
         seen.append(config.sampling.steps)
         if config.sampling.steps == 2:
             raise RuntimeError("out of memory\nmore")
-        scores = {"questions": 2, "exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": 1.5}
+        scores = {"questions": 2, "exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": 1.5, "tokens_per_second": 9.0}
         (Path(config.trainer.output_dir) / "evaluation.json").write_text(json.dumps({"scores": {"equations": scores}}))
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
@@ -189,14 +189,14 @@ def test_a_sweep_of_evaluations(script, monkeypatch, tmp_path):  # noqa: F811
     done = {name: value for name, value in rows[2].items() if name not in ("seconds", "error")}
     assert done == {
         "job": "2", "sampling.steps": "8", "status": "done",
-        "exact_match": "0.5", "nfe": "3.0", "tokens_per_forward": "1.5",
+        "exact_match": "0.5", "nfe": "3.0", "tokens_per_forward": "1.5", "tokens_per_second": "9.0",
     }  # fmt: skip
-    assert out.splitlines()[-2].split() == ["2", "8", "done", rows[2]["seconds"], "0.5", "3", "1.5"]
+    assert out.splitlines()[-2].split() == ["2", "8", "done", rows[2]["seconds"], "0.5", "3", "1.5", "9"]
     assert err.count("Traceback") == 1
 
 
 def test_scores_of_several_tasks_are_named_by_them(tmp_path):
-    scores = {"exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": None}
+    scores = {"exact_match": 0.5, "nfe": 3.0, "tokens_per_forward": None, "tokens_per_second": None}
     (tmp_path / "evaluation.json").write_text(json.dumps({"scores": {"a": scores, "b": scores}}))
     metrics = sweep.last_metrics(tmp_path)
     assert metrics == {f"{task}/{name}": value for task in "ab" for name, value in scores.items()}

@@ -34,6 +34,7 @@ def write_metrics(job: Path, values: list[float], metric: str = "val/elbo") -> N
 def write_scores(job: Path, **exact_match: float) -> None:
     """An evaluation by its tasks."""
     scores = {
-        task: {"exact_match": value, "nfe": 1.0, "tokens_per_forward": 1.0} for task, value in exact_match.items()
+        task: {"exact_match": value, "nfe": 1.0, "tokens_per_forward": 1.0, "tokens_per_second": 9.0}
+        for task, value in exact_match.items()
     }
     (job / "evaluation.json").write_text(json.dumps({"scores": scores}))

@@ -81,6 +81,7 @@ def test_tokens_and_forwards_count_the_end(job, monkeypatch):
     assert [answer["nfe"] for answer in answers] == [3, 5] * 3
     assert [answer["ended"] for answer in answers] == [True, False] * 3
     assert (scores["nfe"], scores["tokens_per_forward"], scores["not_ended"]) == (4, 1, 0.5)
+    assert scores["tokens_per_second"] > 0
 
 
 def test_several_tasks_are_scored(job, tmp_path):
