@@ -3,7 +3,7 @@
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and "sampling.render" in sys.orig_argv:  # while its imports, which take seconds, could fail
+if sys.argv[:1] == ["-m"] and "sampling.render" in sys.orig_argv:  # no traceback while the imports run, for seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from sampling.batch import Denoiser

@@ -78,7 +78,7 @@ class SamplingConfig:
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
     eos_confidence: str = "keep"  # suppress: proposed end-of-sequence tokens are committed last in their block
     stop_at_eos: bool = True  # a row ends when nothing is masked before its end-of-sequence token
-    # texts, the first of which ends a row likewise; \n, \t, \r, \\ and \uXXXX stand for characters
+    # texts that end a row, as that token does; \n, \t, \r, \\ and \uXXXX stand for characters
     stop: list[str] = field(default_factory=list, metadata={"escapes": True})
     # tokens that are never committed, with the same escapes
     forbidden: list[str] = field(default_factory=list, metadata={"escapes": True})

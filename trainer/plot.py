@@ -181,8 +181,8 @@ def svg(figure: Any) -> str:
 
 
 def page(figure: Any, groups: Sequence[Group]) -> str:
-    """A page with a figure and a table of the runs, and without other files."""
-    return PAGE.format(colours=COLOUR_SCHEMES, svg=svg(figure), points=POINTS, table=_table(groups))
+    """A page with a figure, which sets the colours, and a table of the runs. It needs no other files."""
+    return PAGE.format(svg=svg(figure), points=POINTS, table=_table(groups))
 
 
 COLOUR_SCHEMES = """
@@ -195,7 +195,7 @@ PAGE = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>Training</title>
-<style>{colours}
+<style>
 body {{ background: var(--paper); font: 14px/1.4 sans-serif }}
 body {{ max-width: 1100px; margin: 1em auto; padding: 0 1em }}
 svg {{ width: 100%; min-width: 720px; height: auto }}

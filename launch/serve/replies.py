@@ -56,7 +56,7 @@ class Reply:
 
 
 def finish_reason(response: Response) -> str:
-    """Why a response ends, in the API's words."""
+    """Return `finish_reason` of the API."""
     return "stop" if response.ended else "length"
 
 

@@ -59,20 +59,17 @@ class Service:
         Raises:
             ApiError: the template refuses it, it does not fit the context, or its tokens cannot be prompts.
         """
-        context, config = self.model.lm.config.max_position_embeddings, query.config
         try:
             ids = prompt_ids(query.prompt, self.tokenizer, "messages") if endpoint is CHAT else self._raw(query.prompt)
         except ValueError as error:
             raise ApiError(400, str(error), endpoint.prompt) from error
         try:
-            check_context(self.model, len(ids), config)
+            check_context(self.model, len(ids), query.config)
         except ValueError as error:
             refused = setting_error(error, query.length)
             if refused.param is None:
                 refused = ApiError(400, str(refused), query.length, "context_length_exceeded")
             raise refused from error
-        if (config.steps or 0) > context:  # steps that commit nothing take time too
-            raise ApiError(400, f"steps={config.steps}: must not exceed the context of {context} tokens", "steps")
         return ids
 
     def _raw(self, prompt: str | list[int]) -> list[int]:
