@@ -72,8 +72,9 @@ def read_run(directory: Path) -> Run:
     path, points = directory / "metrics.jsonl", {}
     for record in check_steps(path, read_records(path).objects):
         if _is_number(step := record.pop("step")):
-            for name in filter(lambda name: _is_number(record[name]), record):
-                points.setdefault(name, []).append((step, record[name]))
+            for name, value in record.items():
+                if _is_number(value):
+                    points.setdefault(name, []).append((step, value))
     if not points:
         raise ValueError(f"{path}: no metric with a number, nothing to draw")
     arrays = {name: tuple(np.array(pairs, dtype=float).T) for name, pairs in points.items()}
@@ -96,9 +97,8 @@ def _read_settings(file: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file}: no settings; delete it")
     flat = {}
     for name, value in tree.items():
-        flat |= (
-            {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {str(name): value}
-        )
+        inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {}
+        flat |= inner or {str(name): value}
     return flat
 
 

@@ -123,8 +123,8 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
         limit = {None: None, SystemExit: STOPPED_SECONDS}.get(error[0], FAILED_SECONDS)
-        ended = error[0] is None
-        close = threading.Thread(target=self._each, args=(lambda each: each.close(failed=not ended),), daemon=True)
+        failed = error[0] is not None
+        close = threading.Thread(target=self._each, args=(lambda each: each.close(failed=failed),), daemon=True)
         close.start()
         close.join(limit)  # without a network wandb takes minutes
 

@@ -45,7 +45,7 @@ class BlockConfig(DiffusionConfig):
 
     @property
     def loss_share(self) -> float:
-        """Share of the response tokens that a step has in its loss on average."""
+        """Share of the response tokens in the loss of a step, on average."""
         return 1.0 if self.complementary else sum(self.mask_ratio or (0, 1)) / 2
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class ObjectiveConfig:
     causal: ClassVar[bool] = False  # whether tokens see earlier ones only: the model is exported as a causal decoder
     block_length: ClassVar[int | None] = None  # positions of a block of attention; None: a position sees all
     copies: ClassVar[int] = 1  # canvases of a row that a forward takes side by side
-    loss_share: ClassVar[float] = 0.5  # of the response tokens, that which a step has in its loss on average
+    loss_share: ClassVar[float] = 0.5  # share of the response tokens in the loss of a step, on average
     objective: str = setting("")  # its name
     # steps over which a causal model's attention becomes bidirectional; 0: bidirectional from the start
     attention_annealing_steps: int = setting(0, at_least=0)
