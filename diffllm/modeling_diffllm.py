@@ -204,8 +204,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
 
     @property
     def width_multiple(self) -> int:
-        """Widths and numbers of columns are multiples of it: with graphs few shapes should occur."""
-        return 1 if self.static is None else 32
+        """A batch's width is a multiple of it: with graphs few shapes should occur. Rows that grow have many."""
+        return 1 if self.static is None else 32 if self.block_length is None else 256
 
     def lend_cache(self, borrower: object) -> CanvasCache:
         """A cache for keys and values while `borrower` lives. With graphs, which read its memory, it is used again."""
@@ -215,7 +215,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             if owner() is None:
                 self._lent[i] = weakref.ref(borrower), cache
                 return cache
-        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=self.width_multiple)))
+        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=32)))
         return self._lent[-1][1]
 
     def check_sampling(self, config: SamplingConfig) -> None:

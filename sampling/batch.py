@@ -77,10 +77,13 @@ def check_numbers(values: np.ndarray) -> None:
 
 
 class RowBatch:
-    """Right-aligned rows that are forwarded together.
+    """Rows that are forwarded together, aligned at the right.
+
+    A model that attends by blocks sees nothing after the open block of a row. Its rows are aligned at the left, and the
+    batch is as wide as the last of their open blocks.
 
     Args:
-        exact_width: the batch is as wide as its longest row, whatever the model prefers.
+        whole: forward all of each row, in a batch that is as wide as the longest.
     """
 
     def __init__(
@@ -89,12 +92,14 @@ class RowBatch:
         config: SamplingConfig,
         special: Tokens,
         logits_processor: LogitsProcessor | None = None,
-        exact_width: bool = False,
+        whole: bool = False,
     ):
         config = with_cache(config, attention_block_of(model))
-        self.multiple = 1 if exact_width else getattr(model, "width_multiple", 1)
+        self.multiple = 1 if whole else getattr(model, "width_multiple", 1)
+        self.grows = attention_block_of(model) is not None and not whole
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
+        self.needed: list[int] = []  # tokens of each row
         # one for the canvas; with guidance another for the canvas whose given tokens are masked
         lend = getattr(model, "lend_cache", lambda _: CanvasCache())
         self.caches = [lend(self) for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
@@ -109,18 +114,21 @@ class RowBatch:
 
     def set_rows(self, rows: Sequence[RowState]) -> None:
         """Replace the rows. Rows that stay keep their cached keys and values."""
-        if rows == self.rows:
+        needed = [row.open_block[1] if self.grows else len(row) for row in rows]
+        if rows == self.rows and needed == self.needed:
             return
-        width = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        width = -(-max(needed) // self.multiple) * self.multiple
         places = {id(row): i for i, row in enumerate(self.rows)}
         for cache in self.caches:
-            cache.arrange([places.get(id(row)) for row in rows], width)
-        self.rows, self.width = list(rows), width
-        self.pads = np.array([width - len(row) for row in rows])
+            cache.arrange([places.get(id(row)) for row in rows], width, at_left=self.grows)
+        self.rows, self.needed, self.width = list(rows), needed, width
+        lengths = np.array(needed)
+        self.pads = np.zeros_like(lengths) if self.grows else width - lengths
         self.starts = self._to_device(self.pads + [row.canvas.prompt_length for row in rows])
-        attended = torch.from_numpy(np.arange(width) >= self.pads[:, None])
+        column, first = np.arange(width), self.pads[:, None]
+        attended = torch.from_numpy((column >= first) & (column < first + lengths[:, None]))
         self.position_ids = count_positions(attended).to(self.model.device)
-        self.visibility = Visibility(attended=attended) if self.pads.any() else Visibility()
+        self.visibility = Visibility() if attended.all() else Visibility(attended=attended)
 
     @contextmanager
     def _naming_the_batch(self) -> Iterator[None]:
@@ -194,8 +202,9 @@ class RowBatch:
         """Canvases [B, L]; with guidance also the canvases whose given tokens are masked."""
         x = np.full((2, len(self.rows), self.width), self.special.mask)
         for i, row in enumerate(self.rows):
-            x[0, i, self.pads[i] :] = row.tokens
-            x[1, i, self.pads[i] :] = np.where(row.given, self.special.mask, row.tokens)
+            tokens, given = row.tokens[: self.needed[i]], row.given[: self.needed[i]]
+            x[0, i, self._columns(i)] = tokens
+            x[1, i, self._columns(i)] = np.where(given, self.special.mask, tokens)
         return list(self._to_device(x[: 2 if self.config.cfg_scale else 1]))
 
     def _forward(self, views: list[Tensor], row: np.ndarray, column: np.ndarray) -> list[Tensor]:
@@ -234,8 +243,13 @@ class RowBatch:
             return None
         active = np.zeros((len(group), self.width), dtype=bool)
         for i, place in enumerate(group):
-            active[i, self.pads[place] :] = (refreshed if fresh else computed)(self.rows[place])
+            chosen = (refreshed if fresh else computed)(self.rows[place])
+            active[i, self._columns(place)] = chosen[: self.needed[place]]
         return active
+
+    def _columns(self, place: int) -> slice:
+        """Columns of the tokens of a row."""
+        return slice(self.pads[place], self.pads[place] + self.needed[place])
 
     def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:
         """Logits [n, V]; with guidance l_u + (1 + cfg_scale)·(l - l_u), l_u with the prompt masked (LLaDA, eq. 16)."""

@@ -116,7 +116,7 @@ class LayerStates:
         return kept if len(rows) == self.cache.n_rows else kept[rows]
 
     def reserve(self, like: Tensor) -> None:
-        """Let the buffers hold at least the rows and the width of the cache. What they hold stays at the right.
+        """Let the buffers hold at least the rows and the width of the cache. What they hold stays at its side.
 
         Args:
             like: [_, H, _, D] keys.
@@ -125,12 +125,18 @@ class LayerStates:
         held = (len(self.buffers[0]), self.buffers[0].shape[2]) if self.buffers else (0, 0)
         if held[0] < n_rows or held[1] < width:
             rows, columns = max(held[0], n_rows), max(held[1], width)
+            if self.cache.at_left and held[1] < width:
+                columns = max(width, held[1] * 5 // 4)  # rows grow block by block, and each copy takes time
             grown = [like.new_zeros(rows, like.shape[1], columns, like.shape[3]) for _ in range(2)]
             for new, old in zip(grown, self.buffers, strict=False):
-                new[: held[0], :, columns - held[1] :] = old
+                new[: held[0], :, self._side(columns, held[1])] = old
             self.buffers = grown
             self.cache.generation += 1
-        self.keys, self.values = (buffer[:n_rows, :, buffer.shape[2] - width :] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:n_rows, :, self._side(buffer.shape[2], width)] for buffer in self.buffers)
+
+    def _side(self, columns: int, width: int) -> slice:
+        """The side of a buffer where rows of this width are."""
+        return slice(width) if self.cache.at_left else slice(columns - width, None)
 
 
 class CanvasCache(Cache):
@@ -151,14 +157,17 @@ class CanvasCache(Cache):
         self.number = next(_NUMBERS)
         self.kept: list[LayerStates] = []
         self.round_to, self.width, self.n_rows, self.generation = round_to, 0, 0, 0
+        self.at_left = False
         self.rows = self.columns = self.place = None
 
-    def arrange(self, kept: Sequence[int | None], width: int) -> None:
+    def arrange(self, kept: Sequence[int | None], width: int, at_left: bool = False) -> None:
         """Reorder rows as the batch did; pad or cut them at the left.
 
         Args:
             kept: the old index of each row, None for a new one.
+            at_left: rows are aligned at the left; pad or cut them at the right.
         """
+        self.at_left = at_left
         new = [i for i, before in enumerate(kept) if before is not None]
         old = [kept[i] for i in new]
         self.n_rows, self.width = len(kept), width

@@ -181,7 +181,7 @@ def fill_with_hooks(
     if tokens_hook is not None:
         x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
-    batch = RowBatch(model, replace(config, cache="none"), special, exact_width=True)
+    batch = RowBatch(model, replace(config, cache="none"), special, whole=True)
     settings = {"history": history, "every_step": True, "attention_block": attention_block_of(model)}
     rows = [RowState(canvas, batch.config, special, **settings) for canvas in changed]
     batch.set_rows(rows)

@@ -60,6 +60,20 @@ def test_graphs_change_no_token(model, changes, batch_size):
     assert max(captured.values()) > static_forward.CAPTURED_AT
 
 
+@pytest.mark.parametrize("multiple", [256, 4])
+def test_graphs_change_no_token_of_rows_that_grow(model, monkeypatch, multiple):
+    """With a small multiple the buffers of keys and values grow beneath the graphs."""
+    model.block_length = 4
+    settings = {"transfer": "threshold", "threshold": 0.05, "cfg_scale": 0.5}
+    plain = filled(model, **settings)
+    model.static = StaticForward(model.decode, "true", capture)
+    assert model.width_multiple == 256
+    monkeypatch.setattr(type(model), "width_multiple", multiple)
+    for _ in range(2):
+        assert filled(model, **settings) == plain
+    assert model.static.graphs
+
+
 def test_memory_that_has_moved_is_not_read_again(model):
     """For the longer rows of the second call the buffers of keys and values grow; then shapes of the first recur."""
     settings = {"cache": "dual", "block_length": 4, "batch_size": 1}

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffllm import DiffLLM, new_model
-from sampling import Canvas, SamplingConfig, fill
+from sampling import Canvas, SamplingConfig, fill, sample
 from sampling.cache import computed
 from sampling.policies import ADAPTIVE, ALGS, SCHEDULED
 from sampling.row_state import RowState, Step
@@ -118,6 +118,39 @@ def test_finished_blocks_are_kept_exactly(by_blocks, rows, kind, **changes):
     for kept, computed_anew in zip(cached, plain, strict=True):
         np.testing.assert_array_equal(kept.history, computed_anew.history)
         assert kept.nfe == computed_anew.nfe
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_what_follows_the_open_block_is_left_out_exactly(by_blocks, cfg_scale):
+    """Hooks get the logits of whole rows, aligned at the right."""
+    config = SamplingConfig(steps=7, max_new_tokens=11, stop_at_eos=False, cfg_scale=cfg_scale)
+    prompts, attended = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 20, 21, 22]]), torch.ones(2, 5)
+    attended[1, :2] = 0
+    arguments = by_blocks, prompts, config, by_blocks.special_tokens, attended
+    whole = sample(*arguments, history=True, tokens_hook=lambda step, tokens, logits: tokens)
+    grown = sample(*arguments, history=True)
+    assert torch.equal(torch.stack(grown.history), torch.stack(whole.history))
+
+
+@pytest.mark.parametrize("cache", ["block", "none"])
+def test_the_limit_of_a_response_costs_nothing(by_blocks, cache):
+    """Rows end after 12 tokens, at which the longest forward sees three blocks."""
+
+    def tokens_and_widths(limit):
+        masks = []
+        handle = by_blocks.lm.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"].shape[-1]), with_kwargs=True
+        )
+        config = SamplingConfig(steps=limit, stop_at_eos=False, cache=cache)
+        canvases = [Canvas.after(prompt, limit, by_blocks.mask_token_id) for prompt in ([5, 6, 7], [20, 21])]
+        arguments = by_blocks, canvases, config, by_blocks.special_tokens
+        rows = [*fill(*arguments, criterion=lambda tokens: len(tokens) == 12)]
+        handle.remove()
+        return [row.tokens[:12] for row in rows], masks
+
+    short, long = tokens_and_widths(10), tokens_and_widths(50)
+    assert short == long
+    assert max(long[1]) == 12
 
 
 def test_a_kept_block_never_holds_a_mask(by_blocks, monkeypatch):
