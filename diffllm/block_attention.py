@@ -32,27 +32,25 @@ def attention_plan(seen: Visibility) -> BlockMask | list[Chunk]:
 def chunks(seen: Visibility) -> list[Chunk]:
     """The canvas in parts, in its order."""
     rows, width = seen.block.shape
-    parts = []
-    for start in range(0, width, seen.copy_length):
-        end = start + seen.copy_length
-        for first in range(start, end, QUERIES):
-            queries = slice(first, min(first + QUERIES, end))
-            mask = seen.dense(torch.arange(width)[queries].expand(rows, -1))
-            visible = mask.any(dim=1).any(dim=0).nonzero().squeeze(-1)
-            copies = visible[visible < seen.copy_length], visible[visible >= seen.copy_length]
-            columns = [slice(int(part[0]), int(part[-1]) + 1) for part in copies if len(part)]
-            hidden = ~torch.cat([mask[..., part] for part in columns], dim=-1)[:, None]
-            parts.append(Chunk(queries, columns, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)))
+    clean = int((seen.copy == 0).sum(dim=1).max())  # where x_0 ends; a part of both sees more columns
+    starts, parts = [*range(0, clean, QUERIES), *range(clean, width, QUERIES)], []
+    for queries in map(slice, starts, [*starts[1:], width]):
+        mask = seen.dense(torch.arange(width)[queries].expand(rows, -1))
+        visible = mask.any(dim=1).any(dim=0).nonzero().squeeze(-1)
+        gaps = (visible.diff() > 1).nonzero().squeeze(-1) + 1
+        columns = [slice(int(part[0]), int(part[-1]) + 1) for part in visible.tensor_split(gaps)]
+        hidden = ~torch.cat([mask[..., part] for part in columns], dim=-1)[:, None]
+        parts.append(Chunk(queries, columns, torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)))
     return parts
 
 
 def flex_mask(seen: Visibility) -> BlockMask:
     """The visibility by tiles, for FlexAttention."""
-    length, block, attended, document = seen.copy_length, seen.block, seen.attended, seen.document
+    copy, block, attended, document = seen.copy, seen.block, seen.attended, seen.document
 
     def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (q // length == k // length) & (block[b, q] == block[b, k])
-        visible = own | ((k < length) & (block[b, q] > block[b, k]))
+        own = (copy[b, q] == copy[b, k]) & (block[b, q] == block[b, k])
+        visible = own | ((copy[b, k] == 0) & (block[b, q] > block[b, k]))
         if attended is not None:
             visible = visible & attended[b, k].bool()
         if document is not None:

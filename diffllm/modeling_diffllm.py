@@ -180,7 +180,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
             return self.lm.get_decoder()(**inputs).last_hidden_state[0, place[row, column]]
-        if seen.copy_length is not None and self.lm.config._attn_implementation == "varlen":
+        if seen.copy is not None and self.lm.config._attn_implementation == "varlen":
             inputs = {"input_ids": x_t, "position_ids": position_ids, "plan": attention_plan(seen)}
             return self.lm.get_decoder()(**inputs).last_hidden_state[row, column]
         columns = None if cache is None else cache.columns

@@ -47,9 +47,10 @@ def step_time(model: DiffLLM, config: Config, layout: BatchLayout, gpus: Gpus) -
     """Time of a step whose rows have data.max_length tokens, `loss_share` of them in the loss."""
     length, tokens = config.data.max_length, layout.global_batch_size * config.data.max_length
     alone, copies = Distributed(0, gpus.count, torch.device("cpu")), config.diffusion.copies
-    speed = Speed(model, alone, compute_dtype(config, CUDA), gpus.tflops, copies)
+    speed = Speed(model, alone, compute_dtype(config, CUDA), gpus.tflops)
+    pairs = tokens * length * (1 if copies == 1 else copies / 2)  # by blocks a position sees half of the row on average
     in_loss = tokens * config.diffusion.loss_share
-    counts = {"row_tokens": tokens, "attended": tokens, "pairs": tokens * length, "in_loss": in_loss}
+    counts = {"row_tokens": tokens, "computed": copies * tokens, "pairs": pairs, "in_loss": in_loss}
     offload = _offload(model, config, layout) if config.trainer.cpu_offload else 0.0
     launches = LAUNCHES * model.lm.config.num_hidden_layers * layout.micro_batches
     computing = speed.flops(counts) / gpus.flops

@@ -18,15 +18,17 @@ class Visibility:
         document: [B, L]; a position sees its own document only. Packed rows have several.
         block: [B, L]; a position sees its own block and earlier ones (block diffusion, arXiv 2503.09573).
         pairs: [B, L, L] bool; whether the first position sees the second. Annealed attention draws them.
-        copy_length: the canvas is x_0 and noised copies of it, side by side, of so many tokens each. A position of x_0
-            sees x_0 alone. A noised position sees its own block of its own copy, and the earlier blocks of x_0.
+        copy: [B, L] 0 for x_0, 1 and above for noised copies of it, on one canvas. A position sees its own block of
+            its own copy, and the earlier blocks of x_0.
+        left: [B, L] see `left_neighbour`; None: columns of a row are in order.
     """
 
     attended: Tensor | None = None
     document: Tensor | None = None
     block: Tensor | None = None
     pairs: Tensor | None = None
-    copy_length: int | None = None
+    copy: Tensor | None = None
+    left: Tensor | None = None
 
     @property
     def needs_pairs(self) -> bool:
@@ -44,14 +46,6 @@ class Visibility:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Visibility":
         given = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: change(value) for name, value in given.items()})
-
-    def side_by_side(self, copies: int) -> "Visibility":
-        """Visibility of x_0 and noised copies of it, from that of one of them, which has blocks.
-
-        Args:
-            copies: with x_0.
-        """
-        return replace(self._each(lambda value: value.repeat(1, copies)), copy_length=self.block.shape[1])
 
     def dense(self, columns: Tensor | None = None) -> Tensor | None:
         """[B, Q, L] bool: whether a position sees another; None where every position sees all.
@@ -78,21 +72,16 @@ class Visibility:
     def _blocks(self, columns: Tensor | None) -> Tensor:
         """[B, Q, L] bool: whether the block of a position lets it see another."""
         queries, keys = _of_queries(self.block, columns), self.block[:, None]
-        if self.copy_length is None:
+        if self.copy is None:
             return queries >= keys
-        copy = (torch.arange(self.block.shape[1], device=keys.device) // self.copy_length).expand_as(self.block)
-        own = (_of_queries(copy, columns) == copy[:, None]) & (queries == keys)
-        return own | ((copy[:, None] == 0) & (queries > keys))  # copy 0 is x_0
+        own = (_of_queries(self.copy, columns) == self.copy[:, None]) & (queries == keys)
+        return own | ((self.copy[:, None] == 0) & (queries > keys))
 
     def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
-        """[N] columns to the left of N positions, or their own columns where no visible position is left of them.
-
-        The neighbour of the first position of a noised block is in x_0, as in sampling, where earlier blocks are clean.
-        """
+        """[N] columns to the left of N positions, or their own columns where no visible position is left of them."""
+        if self.left is not None:
+            return self.left[row, column]
         left = (column - 1).clamp(min=0)
-        if self.copy_length is not None:
-            left = torch.where(self.block[row, left] == self.block[row, column], left, left % self.copy_length)
-            left = torch.where(column % self.copy_length == 0, column, left)
         if self.attended is not None:
             left = torch.where(self.attended[row, left].bool(), left, column)
         if self.document is not None:

@@ -86,6 +86,9 @@ class FSDPSFTTrainer(TrainingLoop):
     def tokens_in_loss(self, batch: Batch) -> int:
         return len(self.objective.positions(batch)[0])
 
+    def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.objective.computed(batch)
+
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:
         output = self.objective.loss(self.model, batch)
         return output._replace(loss=output.loss / denominator)

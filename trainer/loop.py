@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data import Batch, BatchSource
-from data.packing import row_lengths
 from data.terminal import announced, printable
 from diffllm import DiffLLM
 from diffllm.compilation import refusing_failures
@@ -69,8 +68,7 @@ class TrainingLoop(ABC):
         self.dtype = compute_dtype(config, distributed.device)
         self.identity = Identity.of(config, source, model.vocab_size)
         self.optimizer = build_optimizer(model, config.optim)
-        copies = config.diffusion.copies
-        self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops, copies)
+        self.speed = Speed(model, distributed, self.dtype, config.trainer.peak_tflops)
         self.validation_rows = validation_rows
         self.progress, self.clock = Progress(rows=validation_rows), Clock()
 
@@ -85,6 +83,10 @@ class TrainingLoop(ABC):
     @abstractmethod
     def tokens_in_loss(self, batch: Batch) -> int:
         """Number of tokens in the loss of a micro-batch."""
+
+    @abstractmethod
+    def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Positions that the decoder computes for a micro-batch, and pairs of which one sees the other."""
 
     @abstractmethod
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:
@@ -301,13 +303,13 @@ class TrainingLoop(ABC):
 
         Received signals and failed saves are counted too, so that all ranks react to them in the same step.
         """
-        lengths = torch.cat([row_lengths(batch) for batch in micro_batches])
+        computed, pairs = zip(*map(self.computed, micro_batches), strict=True)
         counts = {
             "denominator": sum(self.denominator(batch) for batch in micro_batches),
             "in_loss": sum(self.tokens_in_loss(batch) for batch in micro_batches),
             "maskable": sum(batch["maskable"].sum() for batch in micro_batches),
-            "attended": lengths.sum(),
-            "pairs": lengths.square().sum(),
+            "computed": sum(computed),
+            "pairs": sum(pairs),
             "row_tokens": sum(batch["row_tokens"].sum() for batch in micro_batches),
             "positions": sum(batch["input_ids"].numel() for batch in micro_batches),
             "failed_saves": self.checkpoints.poll(),

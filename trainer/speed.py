@@ -52,32 +52,23 @@ class Speed:
 
     Args:
         peak_tflops: peak of one device; None takes the data sheet's, if one is known for device and dtype.
-        copies: of a row, side by side (`ObjectiveConfig.copies`). Of several each sees half of the row on average.
     """
 
-    def __init__(
-        self,
-        model: DiffLLM,
-        distributed: Distributed,
-        dtype: torch.dtype,
-        peak_tflops: float | None,
-        copies: int = 1,
-    ):
+    def __init__(self, model: DiffLLM, distributed: Distributed, dtype: torch.dtype, peak_tflops: float | None):
         config = model.lm.config
         self.distributed = distributed
         self.peak = peak_tflops or _data_sheet(distributed.device, dtype)
-        self.per_token = copies * sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
+        self.per_token = sum(_flops(weight) for weight in model.lm.get_decoder().layers.parameters())
         self.per_loss_token = _flops(model.lm.lm_head.weight)
-        # Scores and weighted values, two products of 2·L²·D each forward and twice that backward, in every layer.
+        # Scores and weighted values, two products of 2·D each forward and twice that backward, in every layer.
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.per_pair = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        self.per_pair *= copies / 2 if copies > 1 else 1
 
     def metrics(self, counts: dict[str, float], seconds: float, waited: float) -> dict[str, float]:
         """Return the `perf/` metrics of a step.
 
         Args:
-            counts: sums over all ranks: row_tokens, attended, pairs (Σ L² over the rows) and in_loss.
+            counts: sums over all ranks: row_tokens, in_loss, and computed and pairs of `Objective.computed`.
             seconds: duration of the step.
             waited: seconds of them that this rank waited for data.
 
@@ -97,7 +88,7 @@ class Speed:
 
     def flops(self, counts: dict[str, float]) -> float:
         """FLOPs that the model needs for a step, recomputed activations not counted (arXiv 2204.02311, appendix B)."""
-        in_decoder = self.per_token * counts["attended"] + self.per_pair * counts["pairs"]
+        in_decoder = self.per_token * counts["computed"] + self.per_pair * counts["pairs"]
         return in_decoder + self.per_loss_token * counts["in_loss"]
 
 

@@ -1,8 +1,9 @@
 """Block diffusion: masked diffusion within a block of positions, given the clean blocks before it.
 
 BD3-LM (arXiv 2503.09573). The canvas is x_0 and noised copies of it, side by side, with the same position ids; a noised
-block sees itself and the earlier blocks of x_0. Blocks are counted from the first token of a row. One block as long as
-the row is masked diffusion; blocks of one token, all masked, are next-token prediction if the logits are shifted.
+block sees itself and the earlier blocks of x_0. Positions that no masked token depends on are left out. Blocks are
+counted from the first token of a row. One block as long as the row is masked diffusion; blocks of one token, all
+masked, are next-token prediction if the logits are shifted.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.settings import setting
-from diffllm.attention import visibility_of
+from diffllm.diffusion.copies import needed_positions, side_by_side
 from diffllm.diffusion.loss import LossOutput
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from diffllm.diffusion.weights import time_weights
@@ -144,19 +145,20 @@ class BlockDiffusion(MaskedDiffusion):
                 return self.noised * super().denominator(batch)
         return super().denominator(batch)
 
+    def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        needed = needed_positions(batch, self.masked_copies(batch))
+        longest = batch["attention_mask"].sum(dim=1, keepdim=True)
+        seen = ((batch["block"] + 1) * self.length_at(batch)).minimum(longest)  # all before the end of the block
+        return needed.sum(), (needed * seen[:, None]).sum()
+
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Σ weight·token loss over the masked tokens of the noised copies."""
-        device, length, masked = model.device, batch["input_ids"].shape[1], self.masked_copies(batch)
-        row, copy, column = masked.nonzero(as_tuple=True)
-        where = to_device(row, device), to_device((copy + 1) * length + column, device)
-        names = ("input_ids", "weights", "position_ids")
-        x_0, weights, position_ids = (to_device(batch[name], device).repeat(1, self.config.copies) for name in names)
-        clean = torch.zeros_like(masked[:, :1])
-        masked = to_device(torch.cat([clean, masked], dim=1).flatten(1), device)
+        canvas = side_by_side(batch, self.masked_copies(batch))
+        where = tuple(to_device(index, model.device) for index in canvas.masked.nonzero(as_tuple=True))
+        masked = to_device(canvas.masked, model.device)
+        x_0, weights, position_ids = (
+            to_device(canvas.take(batch[name]), model.device) for name in ("input_ids", "weights", "position_ids")
+        )
         x_t = torch.where(masked, self.mask_token_id, x_0)
-        seen = {
-            "position_ids": position_ids,
-            "visibility": visibility_of(batch).side_by_side(self.config.copies),
-            "where": where,
-        }
+        seen = {"position_ids": position_ids, "visibility": canvas.visibility, "where": where}
         return model(x_t, x_0, masked, weights, token_loss=self.config.token_loss, **seen)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.errors import nearest
+from data.packing import row_lengths
 from data.settings import check_fields, setting
 from diffllm.diffusion.loss import LossOutput
 
@@ -78,6 +79,11 @@ class Objective(ABC):
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows and columns [N] of the tokens in the loss of a corrupted batch, in its order."""
         return batch["masked"].nonzero(as_tuple=True)
+
+    def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Positions that the decoder computes for a corrupted batch, and pairs of which one sees the other; scalars."""
+        lengths = row_lengths(batch)
+        return lengths.sum(), lengths.square().sum()
 
     @abstractmethod
     def denominator(self, batch: Batch) -> Tensor:

@@ -49,7 +49,7 @@ def test_grouping_by_length_leaves_less_padding(small_run):
 def test_model_flops_are_those_of_the_products(small_model):
     """6 a weight and token, the head on masked tokens only, and 12·L²·D a layer for attention."""
     speed = Speed(small_model, Distributed(0, 1, torch.device("cpu")), torch.float32, peak_tflops=1e-12)
-    counts = {"row_tokens": 20, "attended": 20, "pairs": 200, "in_loss": 5}
+    counts = {"row_tokens": 20, "computed": 20, "pairs": 200, "in_loss": 5}
     weights = sum(parameter.numel() for parameter in small_model.lm.get_decoder().layers.parameters())
     head = small_model.lm.lm_head.weight.numel()
     found = speed.metrics(counts, seconds=2.0, waited=0.5)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from data.packing import pack
 from diffllm import block_attention, new_model
-from diffllm.attention import visibility_of
 from diffllm.block_attention import attend, chunks, flex_mask
 from diffllm.diffusion.block import BlockConfig, BlockDiffusion
+from diffllm.diffusion.copies import side_by_side
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from sampling import Visibility
 from tests.conftest import small_shape
@@ -215,23 +215,66 @@ def test_attention_by_parts_needs_no_mask_of_the_canvas(tokenizer, monkeypatch, 
             torch.testing.assert_close(gradient, dense[1][name], rtol=1e-4, atol=1e-5)
 
 
+def with_masks(columns):
+    """A row of four blocks of 4, and bool [1, 1, 16]: whether its noised copy masks a token."""
+    batch = {"attention_mask": torch.ones(1, 16, dtype=torch.long), "block": (torch.arange(16) // 4)[None]}
+    masked = torch.zeros(1, 1, 16, dtype=torch.bool)
+    masked[..., columns] = True
+    return batch, masked
+
+
 def test_parts_hold_the_columns_that_their_queries_see(monkeypatch):
     monkeypatch.setattr(block_attention, "QUERIES", 8)
-    seen = Visibility(block=(torch.arange(16) // 4)[None]).side_by_side(2)
+    seen = side_by_side(*with_masks([0, 4, 8, 12])).visibility
     assert [(chunk.queries, chunk.columns) for chunk in chunks(seen)] == [
         (slice(0, 8), [slice(0, 8)]),
-        (slice(8, 16), [slice(0, 16)]),
-        (slice(16, 24), [slice(0, 4), slice(16, 24)]),
-        (slice(24, 32), [slice(0, 12), slice(24, 32)]),
+        (slice(8, 12), [slice(0, 12)]),
+        (slice(12, 20), [slice(0, 4), slice(12, 20)]),
+        (slice(20, 28), [slice(0, 12), slice(20, 28)]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("masked", "clean", "noised"),
+    [
+        ([5, 9], [0, 1], [1, 2]),  # as after a prompt of one block, with nothing masked in the last
+        ([2], [], [0]),
+        ([15], [0, 1, 2], [3]),
+        ([], [0, 1, 2, 3], []),  # a query must see something
+    ],
+)
+def test_blocks_that_no_masked_token_depends_on_are_left_out(masked, clean, noised):
+    batch, masks = with_masks(masked)
+    canvas = side_by_side(batch, masks)
+    blocks = batch["block"][0, canvas.column[0, ::4]].tolist()
+    assert blocks == [*clean, *noised]
+    assert canvas.visibility.copy[0, ::4].tolist() == [0] * len(clean) + [1] * len(noised)
+    assert canvas.column[canvas.masked].tolist() == masked
+
+
+@pytest.mark.parametrize("settings", [{}, EVEN, {**EVEN, "complementary": True}])
+def test_a_canvas_has_the_positions_that_are_counted(settings):
+    """In packed rows a short block is counted as if it were whole."""
+    ours = objective(**settings)
+    for lengths in ((14, 8, 6), (5, 4, 4)):
+        batch = ours.corrupt(rows(lengths), epoch=0)
+        for each in (batch, pack(batch, WIDTH)):
+            canvas = side_by_side(each, ours.masked_copies(each))
+            row, column = ours.positions(each)
+            assert torch.equal(canvas.masked.nonzero()[:, 0], row)
+            assert torch.equal(canvas.column[canvas.masked], column)
+            computed, pairs = ours.computed(each)
+            assert computed == canvas.attended.sum() < ours.config.copies * each["attention_mask"].sum()
+            seen = canvas.visibility.dense().broadcast_to(*canvas.attended.shape, -1)[canvas.attended]
+            assert seen.sum() <= pairs <= seen.sum() + (3 * computed if "document" in each else 0)
 
 
 def test_flex_attention_sees_what_a_dense_mask_shows():
     """On a CPU it has a forward only."""
     ours = objective()
     for batch in (ours.corrupt(rows(), epoch=0), pack(ours.corrupt(rows(), epoch=0), WIDTH)):
-        seen = visibility_of(batch).side_by_side(2)
-        query, key, value = torch.randn(3, len(batch["block"]), 2, 2 * WIDTH, 16)
+        seen = side_by_side(batch, ours.masked_copies(batch)).visibility
+        query, key, value = torch.randn(3, *seen.block.shape, 2, 16).transpose(2, 3)
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen.dense()[:, None])
         found = attend(query, key, value, flex_mask(seen), None)
         torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from diffllm.attention import visibility_of
 from diffllm.diffusion import OBJECTIVES, Objective, ObjectiveConfig
 from launch import CONF
 from launch.arguments import check_arguments
+from launch.cli import register_defaults
 from tests.trainer.runs import metrics, train
 from trainer.config import to_dict
 from trainer.nonfinite import FailedStep
@@ -57,7 +58,7 @@ del OBJECTIVES[ByPlaceConfig.objective]  # other tests see the project's own
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, ByPlaceConfig.objective, ByPlace)
-    ConfigStore.instance().store("by_place", {"objective": "by_place", "every": 2}, group="diffusion")
+    register_defaults()
     ConfigStore.instance().store("by_third", {"defaults": ["by_place"], "every": 3}, group="diffusion")
 
 
