@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sampling.cache import CanvasCache, computed, needs_refresh, refreshed, with_cache
-from sampling.canvas import Tokens, count_positions
+from sampling.canvas import Tokens, count_positions, left_pad
 from sampling.confidence import propose
 from sampling.config import SamplingConfig
 from sampling.row_state import RowState
@@ -83,7 +83,7 @@ class RowBatch:
     batch is as wide as the last of their open blocks.
 
     Args:
-        whole: forward all of each row, in a batch that is as wide as the longest.
+        width: forward all of each row, in a batch of this width.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class RowBatch:
         config: SamplingConfig,
         special: Tokens,
         logits_processor: LogitsProcessor | None = None,
-        whole: bool = False,
+        width: int | None = None,
     ):
         config = with_cache(config, attention_block_of(model))
-        self.multiple = 1 if whole else getattr(model, "width_multiple", 1)
-        self.grows = attention_block_of(model) is not None and not whole
+        self.multiple, self.given_width = getattr(model, "width_multiple", 1), width
+        self.grows = attention_block_of(model) is not None and width is None
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
         self.rows: list[RowState] = []
         self.needed: list[int] = []  # tokens of each row
@@ -117,7 +117,7 @@ class RowBatch:
         needed = [row.open_block[1] if self.grows else len(row) for row in rows]
         if rows == self.rows and needed == self.needed:
             return
-        width = -(-max(needed) // self.multiple) * self.multiple
+        width = self.given_width or -(-max(needed) // self.multiple) * self.multiple
         places = {id(row): i for i, row in enumerate(self.rows)}
         for cache in self.caches:
             cache.arrange([places.get(id(row)) for row in rows], width, at_left=self.grows)
@@ -157,7 +157,7 @@ class RowBatch:
         column = np.concatenate(candidates) + np.repeat(self.pads, counts)
         uniforms = None
         if self.config.temperature > 0:
-            drawn = [state.uniforms()[0, columns] for state, columns in zip(self.rows, candidates, strict=True)]
+            drawn = [state.uniforms()[columns] for state, columns in zip(self.rows, candidates, strict=True)]
             uniforms = self._to_device(np.concatenate(drawn))
 
         with self._naming_the_batch():
@@ -179,11 +179,12 @@ class RowBatch:
         where = self._to_device(np.stack([row, column]))
         hidden = self._forward(views, row, column) if logits is None else []
         row, column = where
+        canvases = self._canvases() if self.logits_processor is not None else None
         parts = []
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
             part = self._guided(hidden, some) if logits is None else logits[row[some], column[some]]
-            part = self._restricted(part.float(), views[0], row[some], column[some]).split(self.rated_at_once)
+            part = self._restricted(part.float(), canvases, row[some], column[some]).split(self.rated_at_once)
             draws = [None] * len(part) if uniforms is None else uniforms[some].split(self.rated_at_once)
             parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
         columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
@@ -258,10 +259,14 @@ class RowBatch:
             logits = without + (self.config.cfg_scale + 1) * (logits - without)
         return logits
 
-    def _restricted(self, logits: Tensor, x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def _canvases(self) -> Tensor:
+        """[B, L] all tokens of the rows, aligned at the right."""
+        return self._to_device(left_pad([row.tokens for row in self.rows], self.special.mask)[0].numpy())
+
+    def _restricted(self, logits: Tensor, canvases: Tensor | None, row: Tensor, column: Tensor) -> Tensor:
         """Logits [n, V], overwritten: `logits_processor`, then the settings that penalise or forbid tokens."""
         if self.logits_processor is not None:
-            logits = self.logits_processor(x[row], logits)
+            logits = self.logits_processor(canvases[row], logits)
         if self.config.eos_penalty:
             logits[:, self.eos] -= self.config.eos_penalty
         if self.config.min_new_tokens:

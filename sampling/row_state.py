@@ -1,7 +1,7 @@
 """State of one canvas between two steps: its tokens, its next step, its history."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from sampling.config import SamplingConfig
 from sampling.events import StepEvent
 from sampling.schedule import masked_shares, scheduled, select_adaptive, share_steps
 
+POSITIONS = 1  # use of draws, beside that for tokens
 Criterion = Callable[[np.ndarray], bool]  # whether a row ends with the last of these clean tokens [N]
 
 
@@ -92,12 +93,25 @@ class RowState:
         blocks = zip([first, *ends[:-1]], ends, strict=True)
         return [(start, end) for start, end in blocks if ((start <= masked) & (masked < end)).any()]
 
+    @property
+    def n_steps(self) -> int:
+        """Steps of a scheduled transfer, of which those that change nothing may be left out."""
+        return sum(steps for _, steps in self._steps_of_blocks())
+
+    def _steps_of_blocks(self) -> list[tuple[tuple[int, int], int]]:
+        """Each block, and its number of steps if the transfer is scheduled."""
+        blocks, masked = self._blocks(), self.tokens == self.special.mask
+        counts = [int(masked[start:end].sum()) for start, end in blocks]
+        steps = counts if self.config.steps is None else share_steps(self.config.steps, counts)
+        return list(zip(blocks, steps, strict=True))
+
     def _plan(self) -> Iterator[Step]:
         """Yield steps lazily: each depends on the tokens after the one before. Leave out steps that change nothing."""
         config, number = self.config, 0
-        blocks = self._blocks()
-        steps = config.steps or len(self.masked())
-        for (start, end), block_steps in zip(blocks, share_steps(steps, len(blocks)), strict=True):
+        schedule = config
+        if config.steps is None and self.attention_block is not None:
+            schedule = replace(config, transfer="even")  # others round down, and commit the rest at each block's end
+        for (start, end), block_steps in self._steps_of_blocks():
             n_at_start, first = len(self.masked(end)), True
             if config.adaptive:
                 while len(self.masked(end)):
@@ -107,7 +121,7 @@ class RowState:
                 continue
             for step in range(block_steps):
                 n_masked = len(self.masked(end))
-                n_commit = scheduled(config, step, block_steps, n_at_start, n_masked)
+                n_commit = scheduled(schedule, step, block_steps, n_at_start, n_masked)
                 n_remask = self._n_remask(step, block_steps, start, end, n_masked - n_commit)
                 if n_commit or n_remask or self.every_step:
                     yield Step(number, start, end, first, n_commit + n_remask, n_remask)
@@ -136,9 +150,10 @@ class RowState:
         if self.history is not None:
             self.history.append(self.tokens.copy())
 
-    def uniforms(self) -> np.ndarray:
-        """[2, L] draws in [0, 1) for this step: one row for tokens, one for positions."""
-        return np.random.default_rng((self.config.seed, self.canvas.row_id, self.step.number)).random((2, len(self)))
+    def uniforms(self, *use: int) -> np.ndarray:
+        """[L] draws in [0, 1) for a use in this step. Those of a position do not depend on L."""
+        key = self.config.seed, self.canvas.row_id, self.step.number, *use
+        return np.random.default_rng(key).random(len(self))
 
     def commit(self, tokens: np.ndarray, confidence: np.ndarray, p: np.ndarray, entropy: np.ndarray) -> None:
         """Commit the best of the proposed tokens, and mask others again with `sampling.remask`. Call `advance` next.
@@ -158,7 +173,7 @@ class RowState:
                 ratings = columns, tokens, confidence, p, entropy
                 columns, tokens, confidence, p, entropy = (rating[~ends] for rating in ratings)
         random = config.order_temp > 0 or step.n_remask
-        draws = self.uniforms()[1] if random else None
+        draws = self.uniforms(POSITIONS) if random else None
         order = np.argsort(-priority(confidence, None if draws is None else draws[columns], config), kind="stable")
         chosen = select_adaptive(config, order, p, entropy) if step.n_commit is None else order[: step.n_commit]
 
@@ -194,10 +209,12 @@ class RowState:
     def advance(self) -> None:
         """Go to the next step that needs a forward. End the row if its response is complete."""
         self.step = next(self._steps, None)
-        if self.every_step or (self.config.remask and self.step is not None):  # clean tokens may be masked again
+        if self.every_step:
             return
         masked = self.masked()
         clean = masked[0] if len(masked) else len(self)
+        if self.config.remask and self.step is not None:  # clean tokens may be masked again: all, or those of the block
+            clean = min(clean, 0 if self.attention_block is None else self.step.start)
         for end in range(self.checked + 1, clean + 1):
             if self._ends(self.tokens[:end]):
                 self.step, self.end = None, end

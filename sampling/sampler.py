@@ -181,13 +181,13 @@ def fill_with_hooks(
     if tokens_hook is not None:
         x = call(tokens_hook, "tokens_hook", None, None, x)
     changed = [replace(c, tokens=tokens[-len(c.tokens) :]) for c, tokens in zip(canvases, x.tolist(), strict=True)]
-    batch = RowBatch(model, replace(config, cache="none"), special, whole=True)
+    batch = RowBatch(model, replace(config, cache="none"), special, width=x.shape[1])
     settings = {"history": history, "every_step": True, "attention_block": attention_block_of(model)}
     rows = [RowState(canvas, batch.config, special, **settings) for canvas in changed]
+    if len({row.n_steps for row in rows}) > 1:
+        raise ValueError("hooks need rows with equally many steps: let all rows have masks in the same blocks")
     batch.set_rows(rows)
     while any(row.step is not None for row in rows):
-        if any(row.step is None for row in rows):
-            raise ValueError("hooks need rows with equally many steps: let all rows have masks in the same blocks")
         step, logits = rows[0].step.number, batch.logits()
         if logits_hook is not None:
             logits = call(logits_hook, "logits_hook", step, logits, logits)

@@ -1,5 +1,6 @@
 """Number of tokens that a step commits: by a noise schedule, or by the model's confidence."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -47,6 +48,11 @@ def select_adaptive(config: SamplingConfig, order: np.ndarray, p: np.ndarray, en
     return chosen if len(chosen) else order[:1]
 
 
-def share_steps(steps: int, blocks: int) -> list[int]:
-    """Number of steps of each block: as even as possible, at least one."""
-    return [max(1, steps // blocks + (block < steps % blocks)) for block in range(blocks)]
+def share_steps(steps: int, masked: Sequence[int]) -> list[int]:
+    """Number of steps of each block: in proportion to its masked positions, at least one."""
+    total = sum(masked) or 1
+    shares = [steps * n // total for n in masked]
+    by_remainder = sorted(range(len(masked)), key=lambda block: -(steps * masked[block] % total))
+    for block in by_remainder[: steps - sum(shares)]:
+        shares[block] += 1
+    return [max(1, share) for share in shares]

@@ -148,9 +148,54 @@ def test_the_limit_of_a_response_costs_nothing(by_blocks, cache):
         handle.remove()
         return [row.tokens[:12] for row in rows], masks
 
-    short, long = tokens_and_widths(10), tokens_and_widths(50)
+    short, long = tokens_and_widths(10), tokens_and_widths(51)
     assert short == long
     assert max(long[1]) == 12
+
+
+@pytest.mark.parametrize("transfer", [*SCHEDULED])
+def test_without_a_number_of_steps_each_commits_one_token(by_blocks, transfer):
+    """Whatever the prompt leaves of the first block, and the limit of the last."""
+    rows = [([5] * prompt, limit) for prompt in range(1, 5) for limit in (1, 7, 12)]
+    assert [row.nfe for row in fill_rows(by_blocks, rows, steps=None, transfer=transfer)] == [new for _, new in rows]
+
+
+@pytest.mark.parametrize("changes", [{"alg": "origin"}, {"alg_temp": 0.5, "temperature": 0.7}, {"remask": 0.5}])
+def test_the_limit_changes_no_draw(by_blocks, changes):
+    short, long = (
+        fill_rows(by_blocks, [([5, 6, 7], new)], steps=None, transfer="even", **changes)[0].tokens for new in (9, 40)
+    )
+    assert short[:12] == long[:12]
+
+
+def test_a_row_ends_though_tokens_may_be_masked_again(by_blocks):
+    """A finished block is final. The row ends with the block after its end."""
+    config = SamplingConfig(stop_at_eos=False, remask=0.3, transfer="even")
+    canvas = Canvas.after([5, 6, 7], 49, by_blocks.mask_token_id)
+    arguments = by_blocks, [canvas], config, by_blocks.special_tokens
+    (row,) = fill(*arguments, criterion=lambda tokens: len(tokens) == 10)
+    assert row.new_tokens == 7
+    assert row.nfe <= 12
+
+
+def test_a_logits_processor_gets_whole_canvases(by_blocks):
+    """So that what it counts in a row does not depend on the other rows."""
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    def tokens(rows):
+        config = SamplingConfig(stop_at_eos=False, transfer="threshold", threshold=0.3, batch_size=2)
+        canvases = [Canvas.after(prompt, new, by_blocks.mask_token_id, i) for i, (prompt, new) in enumerate(rows)]
+        processor = NoRepeatNGramLogitsProcessor(2)
+        filled = fill(by_blocks, canvases, config, by_blocks.special_tokens, logits_processor=processor)
+        return next(row.tokens for row in filled if row.canvas.row_id == 0)
+
+    assert tokens([([5, 6, 7], 9)]) == tokens([([5, 6, 7], 9), ([*range(30, 44)], 9)])
+
+    seen = []
+    config = SamplingConfig(max_new_tokens=11, stop_at_eos=False)
+    arguments = by_blocks, torch.tensor([[5, 6, 7]]), config, by_blocks.special_tokens
+    sample(*arguments, logits_processor=lambda tokens, scores: seen.append(tokens.shape[1]) or scores)
+    assert {*seen} == {14}
 
 
 def test_a_kept_block_never_holds_a_mask(by_blocks, monkeypatch):
@@ -172,7 +217,7 @@ def test_a_block_is_computed_with_the_one_before_it_and_then_alone(by_blocks):
     )
     fill_rows(by_blocks, [([5, 6, 7, 8, 9], 8)], steps=6, transfer="even")
     handle.remove()
-    assert widths == [8, 5, 9, 5, 6]
+    assert widths == [8, 5, 9, 5, 5, 6]
 
 
 def test_inside_a_block_the_dual_cache_computes_a_part_of_it(by_blocks):

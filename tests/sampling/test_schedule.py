@@ -36,9 +36,11 @@ def test_cosine_commits_few_tokens_first():
 
 
 def test_steps_are_shared_out_over_blocks():
-    assert share_steps(9, 3) == [3, 3, 3]
-    assert share_steps(8, 3) == [3, 3, 2]
-    assert share_steps(2, 3) == [1, 1, 1]
+    assert share_steps(9, [4, 4, 4]) == [3, 3, 3]
+    assert share_steps(8, [4, 4, 4]) == [3, 3, 2]
+    assert share_steps(2, [4, 4, 4]) == [1, 1, 1]
+    assert share_steps(9, [1, 16, 1]) == [1, 8, 1]
+    assert share_steps(60, [2, 16]) == [7, 53]
 
 
 P = np.array([0.5, 0.99, 0.7, 0.95])
