@@ -1,7 +1,7 @@
 """Attention over x_0 and noised copies of it, side by side, without a mask of the whole canvas.
 
-On a GPU FlexAttention skips what no position of a tile sees (arXiv 2412.05496). On a CPU queries are taken QUERIES at a
-time, each with the columns that one of them sees: about L² pairs of positions for two copies of L.
+On a GPU FlexAttention skips tiles without a visible pair (arXiv 2412.05496). On a CPU QUERIES queries at a time attend
+to the columns that any of them sees: about L² pairs for two copies of L tokens.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from sampling import Visibility
+from sampling.visibility import sees_block
 
-QUERIES = 256  # fewer copy more keys, more compute pairs that no query sees
+QUERIES = 256  # smaller: keys are copied more often; larger: more hidden pairs are computed
 
 
 class Chunk(NamedTuple):
@@ -49,8 +50,7 @@ def flex_mask(seen: Visibility) -> BlockMask:
     copy, block, attended, document = seen.copy, seen.block, seen.attended, seen.document
 
     def sees(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (copy[b, q] == copy[b, k]) & (block[b, q] == block[b, k])
-        visible = own | ((copy[b, k] == 0) & (block[b, q] > block[b, k]))
+        visible = sees_block(block[b, q], block[b, k], copy[b, q], copy[b, k])
         if attended is not None:
             visible = visible & attended[b, k].bool()
         if document is not None:

@@ -35,6 +35,7 @@ from trainer.config import Config, batch_layout
 from trainer.disk import disk
 from trainer.distributed import GIB
 from trainer.memory import MORE_GPUS, remedies, state_memory, whole_gradients
+from trainer.summary import describe_attention
 
 MARGIN = 0.1  # of gpu_memory stays free, for fragmentation, NCCL and the CUDA context
 PHASES = ("loss", "last layer", "first layer", "update")  # forward up to the loss; backward; optimizer
@@ -236,6 +237,7 @@ def _run_lines(plan: Plan) -> Iterator[str]:
         f"{layout.global_batch_size * length:,} tokens a step: {gpus.count} × {layout.micro_batches} forward passes of "
         f"data.micro_batch_size_per_gpu={layout.micro_batch_size} × data.max_length={length}"
     )
+    yield f"attention: {describe_attention(plan.config, plan.model)}"
 
 
 def _memory_lines(plan: Plan, arguments: list[str]) -> Iterator[str]:

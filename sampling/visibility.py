@@ -74,8 +74,7 @@ class Visibility:
         queries, keys = _of_queries(self.block, columns), self.block[:, None]
         if self.copy is None:
             return queries >= keys
-        own = (_of_queries(self.copy, columns) == self.copy[:, None]) & (queries == keys)
-        return own | ((self.copy[:, None] == 0) & (queries > keys))
+        return sees_block(queries, keys, _of_queries(self.copy, columns), self.copy[:, None])
 
     def left_neighbour(self, row: Tensor, column: Tensor) -> Tensor:
         """[N] columns to the left of N positions, or their own columns where no visible position is left of them."""
@@ -87,6 +86,12 @@ class Visibility:
         if self.document is not None:
             left = torch.where(self.document[row, left] == self.document[row, column], left, column)
         return left
+
+
+def sees_block(block: Tensor, other_block: Tensor, copy: Tensor, other_copy: Tensor) -> Tensor:
+    """Whether a position sees another on a canvas of x_0, which is copy 0, and noised copies of it."""
+    own = (copy == other_copy) & (block == other_block)
+    return own | ((other_copy == 0) & (block > other_block))
 
 
 def _of_queries(group: Tensor, columns: Tensor | None) -> Tensor:

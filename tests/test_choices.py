@@ -123,7 +123,10 @@ NAMED: dict[str, tuple[tuple[Callable, ...], str | None]] = {
     "data.drop_duplicates": ((Preparation.__init__, Duplicates.__init__), "exact"),
     "data.order": ((TrainBatches.order,), "shuffled"),
     "data.truncation": ((Preparation.__init__,), "error"),
-    "diffusion.t_sampler": ((MaskedDiffusion.time, MaskedDiffusion._prefers_small_t.fget), "stratified"),
+    "diffusion.t_sampler": (
+        (MaskedDiffusion.stratify, MaskedDiffusion.time, DiffusionConfig.prefers_small_t.fget),
+        "stratified",
+    ),
     "optim.name": ((_adamw, build_optimizer), None),
     "trainer.nonfinite": ((TrainingLoop._refuse,), "skip"),
     "trainer.precision": ((compute_dtype,), "fp32"),

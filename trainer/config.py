@@ -225,12 +225,13 @@ def check_rows(config: Config, steps: int, validated: bool) -> None:
         validated: the run has validation rows.
 
     Raises:
-        ValueError: the attention is not fully open in any step; or the best step is sought without validation.
+        ValueError: no step has the attention of sampling; or the best step is sought without validation.
     """
-    if 0 < steps < (annealing_steps := config.diffusion.attention_annealing_steps):
+    name, settled = config.diffusion.settles
+    if 0 < steps < settled:
         raise ValueError(
-            f"diffusion.attention_annealing_steps={annealing_steps}: more than the {steps} steps of the run, so "
-            "none would have the full attention of sampling; set fewer"
+            f"diffusion.{name}={getattr(config.diffusion, name)}: attention changes over {settled} steps, and the run "
+            f"has {steps}, so none would have the attention of sampling; set fewer"
         )
     if not validated and (config.trainer.keep_best or config.trainer.patience):
         raise ValueError(

@@ -45,6 +45,7 @@ def describe(
         "batch": _batch(config, source),
         "steps": _steps(config, source, rows, steps),
         "loss": _loss(config),
+        "attention": describe_attention(config, model),
         "validation": _validation(config.trainer, validation),
         "files": _files(config, model, distributed, steps),
     }
@@ -61,6 +62,14 @@ def describe_model(config: Config, model: DiffLLM) -> str:
     share = f"{trained} of {total}" if trained != total else f"all {total}"
     adapters = f" in adapters of rank {config.model.lora_rank}" if config.model.lora_rank else ""
     return f"{kind} from {origin}; trains {share} parameters{adapters}"
+
+
+def describe_attention(config: Config, model: DiffLLM) -> str:
+    """What a position sees, and whether the checkpoint was trained for other blocks."""
+    learned, context = model.published.get(model.family.block_key), model.lm.config.max_position_embeddings
+    if learned is None or min(learned, context) == (config.diffusion.block_length or context):
+        return config.diffusion.attention
+    return f"{config.diffusion.attention}; config.json of the model has blocks of {learned}"
 
 
 def _count(parameters: list[torch.Tensor]) -> str:

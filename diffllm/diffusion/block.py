@@ -31,10 +31,10 @@ class BlockConfig(DiffusionConfig):
 
     objective: str = "block"
     block_length: int = setting(32, at_least=1)  # positions of a block
-    # block lengths before that one, each for block_warmup_steps, such as [1, 4] (LLaDA2.0, arXiv 2512.15745)
+    # block lengths before block_length, each for block_warmup_steps, such as [1, 4] (LLaDA2.0, arXiv 2512.15745)
     block_warmup: list[int] = setting([], at_least=1)
     block_warmup_steps: int = setting(0, at_least=0)  # optimizer steps with each of block_warmup
-    # lowest and highest t, such as [0.3, 0.8]; null: [eps, 1)
+    # lowest and highest t of training, such as [0.3, 0.8] (clipped schedule, arXiv 2503.09573); null: [eps, 1)
     mask_ratio: list[float] | None = setting(None, above=0, at_most=1)
     # a second copy masks the response tokens that the first one leaves clean (Fast-dLLM v2, arXiv 2509.26328)
     complementary: bool = False
@@ -47,7 +47,21 @@ class BlockConfig(DiffusionConfig):
     @property
     def loss_share(self) -> float:
         """Share of the response tokens in the loss of a step, on average."""
-        return 1.0 if self.complementary else sum(self.mask_ratio or (0, 1)) / 2
+        if self.complementary:
+            return 1.0
+        return sum(self.mask_ratio) / 2 if self.mask_ratio else super().loss_share
+
+    @property
+    def attention(self) -> str:
+        steps = self.block_warmup_steps
+        lengths = [f"{length} to step {(i + 1) * steps:,}" for i, length in enumerate(self.block_warmup)]
+        lengths.append(f"{'then ' if lengths else ''}{self.block_length}")
+        copies = "two noised copies" if self.complementary else "a noised copy"
+        return f"by blocks of {', '.join(lengths)}; x_0 beside {copies}"
+
+    @property
+    def settles(self) -> tuple[str, int]:
+        return "block_warmup_steps", len(self.block_warmup) * self.block_warmup_steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +75,17 @@ class BlockConfig(DiffusionConfig):
                 f"diffusion.block_warmup={self.block_warmup} with diffusion.block_warmup_steps="
                 f"{self.block_warmup_steps}: give both, or neither"
             )
-        if self.mask_ratio is not None and not (len(self.mask_ratio) == 2 and self.mask_ratio[0] < self.mask_ratio[1]):
-            raise ValueError(f"diffusion.mask_ratio={self.mask_ratio}: must be two rising numbers in (0, 1]")
+        if self.time_reweighting == "cart":
+            raise ValueError(
+                "diffusion.time_reweighting=cart: it weighs by clean neighbours, of which a block does not see the "
+                "later ones; choose none, original or linear"
+            )
+        if self.mask_ratio is not None and not (
+            len(self.mask_ratio) == 2 and self.mask_ratio == sorted(self.mask_ratio)
+        ):
+            raise ValueError(
+                f"diffusion.mask_ratio={self.mask_ratio}: must be the lowest and the highest t, such as [0.3,0.8]"
+            )
         for name in ("mask_ratio", "complementary"):
             if getattr(self, name) and self.t_sampler in ("importance", "cosine"):
                 raise ValueError(
@@ -83,7 +106,7 @@ class BlockDiffusion(MaskedDiffusion):
         return BlockDiffusion(config, self.mask_token_id, seed)
 
     def length_at(self, batch: Batch) -> int:
-        """Positions of a block in the step of a batch, or of one of its rows."""
+        """Block length at the batch's optimizer step. `batch` may be one row of it."""
         warmup, steps = self.config.block_warmup, self.config.block_warmup_steps
         stage = int(batch["step"].flatten()[0]) // steps if warmup and "step" in batch else len(warmup)
         return [*warmup, self.config.block_length][min(stage, len(warmup))]
@@ -96,7 +119,7 @@ class BlockDiffusion(MaskedDiffusion):
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
         """Add what `MaskedDiffusion.corrupt` adds, and block [B, L].
 
-        With `complementary` also t, importance and weights of the second copy, at the tokens that it masks.
+        With `complementary`, the tokens of the second copy have t = max(1 - t, eps), and the weight of that t.
         """
         batch = super().corrupt(batch, epoch)
         batch["block"] = batch["position_ids"] // self.length_at(batch)
@@ -111,16 +134,15 @@ class BlockDiffusion(MaskedDiffusion):
         """[L] one t a block. Stratified draws cover its range evenly within the row, and over the rows of the batch."""
         block = row["position_ids"] // self.length_at(row)
         blocks = block[row["maskable"]].unique()
-        uniforms = rng.random(max(len(blocks), 1))
+        uniforms = self.stratify(rng.random(max(len(blocks), 1)), row)
         if self.config.t_sampler != "uniform":
-            slots = (int(row["slot"]) + uniforms) / int(row["batch_size"])
-            uniforms = (rng.permutation(len(slots)) + slots) / len(slots)
-        times = torch.tensor([self.time(uniform, 0, 1) for uniform in uniforms], dtype=torch.float64)
+            uniforms = (rng.permutation(len(uniforms)) + uniforms) / len(uniforms)
+        times = torch.tensor([self.time(uniform) for uniform in uniforms], dtype=torch.float64)
         return times[torch.searchsorted(blocks, block).clamp(max=len(times) - 1)]
 
-    def time(self, uniform: float, slot: int, batch_size: int) -> float:
+    def time(self, uniform: float) -> float:
         if self.config.mask_ratio is None:
-            return super().time(uniform, slot, batch_size)
+            return super().time(uniform)
         low, high = self.config.mask_ratio
         return low + (high - low) * uniform
 
@@ -128,6 +150,13 @@ class BlockDiffusion(MaskedDiffusion):
         """[B, noised, L] bool, the tokens that each noised copy masks."""
         masked = batch["masked"]
         return torch.stack([masked, batch["maskable"] & ~masked][: self.noised], dim=1)
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """See `MaskedDiffusion.metrics`. Only times that cover [eps, 1) bound the likelihood."""
+        found = super().metrics(sums)
+        if self.config.mask_ratio is not None:
+            found = {name: value for name, value in found.items() if name not in ("elbo", "perplexity_bound")}
+        return found
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         row, _, column = self.masked_copies(batch).nonzero(as_tuple=True)

@@ -26,6 +26,10 @@ class CausalConfig(ObjectiveConfig):
     loss_share: ClassVar[float] = 1.0
     objective: str = "causal"
 
+    @property
+    def attention(self) -> str:
+        return "a position sees itself and earlier ones"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if steps := self.attention_annealing_steps:
@@ -42,7 +46,7 @@ class Causal(Objective):
     config: CausalConfig
 
     def corrupt(self, batch: Batch, epoch: int) -> Batch:
-        """Add x_t, the clean tokens; masked, all response tokens; and block, which makes each token one of its own."""
+        """Add x_t, the clean tokens; masked, all response tokens; and block [B, L], one a token."""
         return {
             **batch,
             "x_t": batch["input_ids"],

@@ -5,6 +5,7 @@ MDLM (arXiv 2406.07524), LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,18 @@ class DiffusionConfig(ObjectiveConfig):
     token_reweighting_gamma: float = setting(2.0, at_least=0)  # gamma of that formula
     # denominator of the loss: masked tokens | maskable tokens | sequences
     loss_norm: str = setting("maskable", choices=LOSS_NORMS)
+
+    @property
+    def prefers_small_t(self) -> bool:
+        """Whether small t are drawn more often, by importance sampling."""
+        return self.t_sampler == "importance" and self.time_reweighting == "original"
+
+    @property
+    def loss_share(self) -> float:
+        """The mean of t, see `MaskedDiffusion.time`."""
+        if self.prefers_small_t:
+            return (1 + self.eps**0.5 + self.eps) / 3
+        return self.eps + (1 - self.eps) * (2 / math.pi if self.t_sampler == "cosine" else 1 / 2)
 
     @property
     def token_loss(self) -> TokenLoss:
@@ -105,18 +118,22 @@ class MaskedDiffusion(Objective):
         Args:
             row: the fields of `corrupt`, without their first dimension.
         """
-        return self.time(rng.random(), int(row["slot"]), int(row["batch_size"]))
+        return self.time(self.stratify(rng.random(), row))
 
-    def time(self, uniform: float, slot: int, batch_size: int) -> float:
-        """t in [eps, 1) from a uniform draw, stratified by the slot unless t_sampler=uniform.
+    def stratify(self, uniform: Any, row: Batch) -> Any:
+        """Put draws in [0, 1) into the row's part of [0, 1), of one part a row of the global batch."""
+        if self.config.t_sampler == "uniform":
+            return uniform
+        return (int(row["slot"]) + uniform) / int(row["batch_size"])
+
+    def time(self, uniform: float) -> float:
+        """t in [eps, 1) from a number in [0, 1).
 
         The gradient of a row has a second moment near w(t)²·t if its tokens hardly correlate. The best proposal is
         ∝ w(t)·√t; for w = 1/t, square a uniform draw.
         """
         eps = self.config.eps
-        if self.config.t_sampler != "uniform":
-            uniform = (slot + uniform) / batch_size
-        if self._prefers_small_t:
+        if self.config.prefers_small_t:
             return (eps**0.5 + (1 - eps**0.5) * uniform) ** 2
         if self.config.t_sampler == "cosine":
             uniform = math.sin(math.pi / 2 * uniform)
@@ -125,7 +142,7 @@ class MaskedDiffusion(Objective):
     def importance(self, t: Tensor) -> Tensor:
         """Density of t under U(eps, 1) over the density of `time`: means weighted by it are those of uniform t."""
         eps = self.config.eps
-        if self._prefers_small_t:
+        if self.config.prefers_small_t:
             return 2 * t.sqrt() / (1 + eps**0.5)
         if self.config.t_sampler == "cosine":
             return math.pi / 2 * (1 - ((t - eps) / (1 - eps)).square()).clamp(min=0).sqrt()
@@ -134,10 +151,6 @@ class MaskedDiffusion(Objective):
     def _in_loss(self, importance: Tensor) -> Tensor:
         """The importance that the loss corrects for."""
         return torch.ones_like(importance) if self.config.t_sampler == "cosine" else importance
-
-    @property
-    def _prefers_small_t(self) -> bool:
-        return self.config.t_sampler == "importance" and self.config.time_reweighting == "original"
 
     def denominator(self, batch: Batch) -> Tensor:
         """The batch's part of the step's loss denominator, a float64 scalar.

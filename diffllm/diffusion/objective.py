@@ -26,8 +26,8 @@ class ObjectiveConfig:
     """
 
     causal: ClassVar[bool] = False  # whether tokens see earlier ones only: the model is exported as a causal decoder
-    block_length: ClassVar[int | None] = None  # positions of a block of attention; None: a position sees all
-    copies: ClassVar[int] = 1  # canvases of a row that a forward takes side by side
+    block_length: ClassVar[int | None] = None  # positions of a block of attention; None: attention is not by blocks
+    copies: ClassVar[int] = 1  # x_0 and its noised copies, side by side in a forward; 1: the noised row alone
     loss_share: ClassVar[float] = 0.5  # share of the response tokens in the loss of a step, on average
     objective: str = setting("")  # its name
     # steps over which a causal model's attention becomes bidirectional; 0: bidirectional from the start
@@ -35,6 +35,18 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "diffusion")
+
+    @property
+    def attention(self) -> str:
+        """What a position sees, for people."""
+        if steps := self.attention_annealing_steps:
+            return f"from earlier positions to all within {steps:,} steps"
+        return "all positions see each other"
+
+    @property
+    def settles(self) -> tuple[str, int]:
+        """The setting by which the attention of a run changes, and the steps until it is that of sampling."""
+        return "attention_annealing_steps", self.attention_annealing_steps
 
 
 class Objective(ABC):

@@ -70,6 +70,20 @@ def test_a_step_whose_first_copies_mask_nothing_trains_on_the_second_ones(block_
     assert rows[0]["train/grad_norm"] > 0
 
 
+def test_blocks_that_grow_beyond_the_run_are_refused(block_run):
+    settings = {"block_warmup": [1, 2], "block_warmup_steps": 2}
+    with pytest.raises(ValueError, match=r"diffusion\.block_warmup_steps=2: .* over 4 steps, and the run has 3"):
+        train(block_run("short", settings, trainer__max_steps=3))
+
+
+def test_a_run_resumes_while_its_blocks_grow(block_run):
+    settings = {"block_warmup": [1, 2], "block_warmup_steps": 3}
+    constant = {"optim__lr_schedule": "constant", "optim__warmup_steps_ratio": 0.0, "data__packing": True}
+    whole = losses(train(block_run("whole", settings, trainer__max_steps=8, **constant)))
+    train(block_run("parts", settings, trainer__max_steps=7, trainer__save_checkpoint_steps=4, **constant))
+    assert losses(train(block_run("parts", settings, trainer__max_steps=8, **constant))) == whole
+
+
 def test_adapters_are_trained(block_run, pretrained):
     run = train(block_run(model__path=str(pretrained), model__lora_rank=2, trainer__max_steps=2))
     assert json.loads((run / "hf" / "config.json").read_text())["block_length"] == 4
@@ -145,9 +159,11 @@ def test_attention_that_hides_no_position_is_refused_at_the_start(small_run, mon
         build_trainable(config, torch.device("cpu"))
 
 
-def test_a_run_by_masks_forgets_the_blocks_of_its_checkpoint(block_run, small_run):
+def test_a_run_by_masks_forgets_the_blocks_of_its_checkpoint(block_run, small_run, capsys):
     source = train(block_run(trainer__max_steps=1)) / "hf"
-    run = train(small_run("masked", model__path=str(source), trainer__max_steps=1))
+    capsys.readouterr()
+    run = train(small_run("masked", model__path=str(source), trainer__max_steps=1, trainer__logger=["console"]))
+    assert "all positions see each other; config.json of the model has blocks of 4" in capsys.readouterr().out
     assert "block_length" not in json.loads((run / "hf" / "config.json").read_text())
 
 

@@ -170,13 +170,28 @@ def test_complementary_copies_mask_each_response_token_once():
 
 
 def test_mask_ratio_bounds_the_times_of_training_alone():
-    ours = objective(mask_ratio=[0.3, 0.8], **EVEN)
+    ours = objective(mask_ratio=[0.3, 0.8], eps=1e-2, **EVEN)
     t = ours.corrupt(rows(), epoch=0)["t"][rows()["maskable"]]
     assert t.min() >= 0.3
     assert t.max() <= 0.8
-    validation = ours.for_validation(1).config
-    assert (validation.mask_ratio, validation.block_length) == (None, 4)
-    assert validation == replace(BlockConfig(), block_length=4)
+    validation = ours.for_validation(1)
+    assert validation.config == replace(BlockConfig(), block_length=4, eps=1e-2)
+    sums = [1.0] * 11
+    assert "elbo" not in ours.metrics(sums)
+    assert {*validation.metrics(sums)} - {*ours.metrics(sums)} == {"elbo", "perplexity_bound"}
+    whole = objective(mask_ratio=[1.0, 1.0], **EVEN).corrupt(rows(), epoch=0)
+    assert torch.equal(whole["masked"], whole["maskable"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, EVEN, {**EVEN, "t_sampler": "cosine"}, {**EVEN, "mask_ratio": [0.3, 0.5]}, {**EVEN, "complementary": True}],
+)
+def test_the_share_of_the_tokens_in_the_loss_is_the_stated_one(settings):
+    ours, n = objective(block_length=2, **settings), 400
+    batch = ours.corrupt({**rows((14,) * n), "slot": torch.arange(n), "batch_size": torch.full((n,), n)}, epoch=0)
+    share = len(ours.positions(batch)[0]) / batch["maskable"].sum()
+    assert share == pytest.approx(ours.config.loss_share, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +200,7 @@ def test_mask_ratio_bounds_the_times_of_training_alone():
         ({"block_length": 0}, r"diffusion\.block_length=0"),
         ({"mask_ratio": [0.0, 0.5]}, r"diffusion\.mask_ratio=\[0\.0, 0\.5\]"),
         ({"mask_ratio": [0.8, 0.3], **EVEN}, r"diffusion\.mask_ratio=\[0\.8, 0\.3\]"),
+        ({"time_reweighting": "cart"}, r"diffusion\.time_reweighting=cart.*none, original or linear"),
         ({"mask_ratio": [0.3], **EVEN}, r"diffusion\.mask_ratio=\[0\.3\]"),
         ({"mask_ratio": [0.3, 0.8]}, r"diffusion\.mask_ratio=.*t_sampler"),
         ({"complementary": True, "t_sampler": "cosine"}, r"diffusion\.complementary=True.*t_sampler"),
@@ -269,9 +285,10 @@ def test_a_canvas_has_the_positions_that_are_counted(settings):
             assert seen.sum() <= pairs <= seen.sum() + (3 * computed if "document" in each else 0)
 
 
-def test_flex_attention_sees_what_a_dense_mask_shows():
+@pytest.mark.parametrize("complementary", [False, True])
+def test_flex_attention_sees_what_a_dense_mask_shows(complementary):
     """On a CPU it has a forward only."""
-    ours = objective()
+    ours = objective(complementary=complementary, **EVEN)
     for batch in (ours.corrupt(rows(), epoch=0), pack(ours.corrupt(rows(), epoch=0), WIDTH)):
         seen = side_by_side(batch, ours.masked_copies(batch)).visibility
         query, key, value = torch.randn(3, *seen.block.shape, 2, 16).transpose(2, 3)
@@ -286,5 +303,6 @@ def test_blocks_grow_over_the_steps():
         batch = ours.corrupt({**rows(), "step": torch.full((3,), step)}, epoch=0)
         assert torch.equal(batch["block"][0], torch.arange(WIDTH) // length)
     assert torch.equal(ours.corrupt(rows(), epoch=0)["block"][0], torch.arange(WIDTH) // 4)  # of validation
+    assert ours.config.attention == "by blocks of 1 to step 10, 2 to step 20, then 4; x_0 beside a noised copy"
     with pytest.raises(ValueError, match=r"diffusion\.block_warmup=\[1\].*block_warmup_steps"):
         BlockConfig(block_warmup=[1])

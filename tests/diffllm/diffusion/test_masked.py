@@ -64,7 +64,7 @@ def test_stratified_times_cover_the_global_batch():
 def test_importance_corrects_the_density(t_sampler):
     """Weighted means over a fine grid of draws are those under U(eps, 1)."""
     process = MaskedDiffusion(DiffusionConfig(eps=1e-2, t_sampler=t_sampler), MASK, 0)
-    t = torch.tensor([process.time(0.5, slot, 10_000) for slot in range(10_000)], dtype=torch.float64)
+    t = torch.tensor([process.time((slot + 0.5) / 10_000) for slot in range(10_000)], dtype=torch.float64)
     importance = process.importance(t)
     assert importance.mean().item() == pytest.approx(1, rel=1e-5)
     assert (importance * t).mean().item() == pytest.approx(0.505, rel=1e-5)
