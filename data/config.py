@@ -40,17 +40,21 @@ class DataConfig:
     # training rows: none | exact ignores case and spaces | near (extra `dedup`)
     drop_duplicates: str = setting("none", choices=("none", "exact", "near"), changes_rows="curated")
     # near: least Jaccard similarity of five-word sequences
-    near_duplicate: float = setting(0.8, above=0, at_most=1, changes_rows="curated")
+    near_duplicate: float = setting(
+        0.8, above=0, at_most=1, changes_rows="curated", used_with={"drop_duplicates": ("near",)}
+    )
     decontaminate_files: list[str] = setting([], path=True)  # drop training rows that overlap with their questions
-    decontaminate_words: int = setting(8, at_least=1, changes_rows="curated")  # successive words of an overlap
+    # successive words of an overlap
+    decontaminate_words: int = setting(8, at_least=1, changes_rows="curated", used_with={"decontaminate_files": ()})
     subset: float | None = None  # random part of the remaining rows: a share up to 1, or a number of rows above 1
     mixture: list[float] = setting([])  # weights of the train_files in an epoch; empty: their numbers of rows
     # epoch: shuffled | curriculum sorts from easy to hard
     order: str = setting("shuffled", choices=("shuffled", "curriculum"), changes_rows="curated")
     # curriculum: formula like `filter`, such as response_tokens
-    difficulty: str = setting("difficulty", changes_rows="curated")
+    difficulty: str = setting("difficulty", changes_rows="curated", used_with={"order": ("curriculum",)})
     streaming: bool = False  # tokenize train_files while training instead of before
-    stream_window: int = setting(10_000, at_least=1)  # rows that a stream shuffles together
+    # rows that a stream shuffles together
+    stream_window: int = setting(10_000, at_least=1, used_with={"streaming": ()})
     # tokenized rows; null: $HF_HOME/diffllm
     cache_dir: str | None = setting(None, path=True, free_when_resuming=True)
     max_length: int = setting(2048, at_least=1, changes_rows="all")  # tokens of prompt and response
@@ -63,7 +67,9 @@ class DataConfig:
     gradient_accumulation_steps: int | None = setting(None, at_least=1, free_when_resuming=True)
     enable_perbatch_cutoff: bool = True  # shorten each global batch; false pads every row to max_length
     # min_pad | random | random_with_input_pad, see data.collate.response_widths
-    perbatch_cutoff_type: str = setting("random_with_input_pad", choices=CUTOFFS)
+    perbatch_cutoff_type: str = setting(
+        "random_with_input_pad", choices=CUTOFFS, used_with={"enable_perbatch_cutoff": ()}
+    )
     group_by_length: bool = False  # rows of similar length share a batch: less padding, less random order
     # put several short rows into one of at most max_length, each seeing itself alone: less padding, the same loss
     packing: bool = setting(False, free_when_resuming=True)

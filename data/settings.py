@@ -20,6 +20,7 @@ def setting(
     from_scratch: bool = False,
     changes_rows: str | None = None,
     free_when_resuming: bool | None = None,
+    used_with: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Any:
     """A dataclass field; its metadata holds the other arguments.
 
@@ -32,6 +33,8 @@ def setting(
         from_scratch: describes a model from scratch; a checkpoint's config.json overrides it.
         changes_rows: the tokenized rows depend on it: `all` of them, or only `curated` ones.
         free_when_resuming: may differ when a run resumes. The value of a group holds for its fields without one.
+        used_with: names of fields of the group, and values without which this field does nothing; no values stand for
+            any that is not null, false, 0 or empty.
     """
     known = {name: value for name, value in locals().items() if name != "default"}
     if isinstance(default, type):

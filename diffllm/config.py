@@ -41,7 +41,12 @@ class ModelConfig:
     # recompute activations in the backward pass instead of keeping them
     enable_gradient_checkpointing: bool = setting(False, free_when_resuming=True)
     # full: whole layers | selective: all but matrix products and attention
-    recompute: str = setting("full", choices=("full", "selective"), free_when_resuming=True)
+    recompute: str = setting(
+        "full",
+        choices=("full", "selective"),
+        free_when_resuming=True,
+        used_with={"enable_gradient_checkpointing": ()},
+    )
     # sdpa | varlen: rows without their padding, blocks without a mask of the canvas | flash_attention_2 (extra
     # `flash`): rows without their padding | auto: varlen on GPUs that have it, and to train by blocks; else sdpa
     attn_implementation: str = setting(
@@ -57,7 +62,8 @@ class ModelConfig:
     adapter: str | None = setting(None, path=True)
     # train adapters of this rank instead of the weights; 0 trains the weights
     lora_rank: int = setting(0, at_least=0, at_most=4096)
-    lora_alpha: float = setting(16.0, above=0)  # adapters are scaled by alpha / rank
+    # adapters are scaled by alpha / rank
+    lora_alpha: float = setting(16.0, above=0, used_with={"lora_rank": ()})
     target_modules: list[str] = setting(["all-linear"])  # all-linear, or names of layers such as [q_proj,v_proj]
 
     def __post_init__(self) -> None:

@@ -48,6 +48,7 @@ def chat(config: Config) -> None:
     refuse_one_answer("mode=chat", config)
     check_alone("mode=chat", "python sample.py")
     model, tokenizer = load_for_sampling(config)
+    model.check_sampling(config.sampling)
     typed = sys.stdin.isatty()
     conversation = Conversation(model, tokenizer, config.sampling, Console(), (lambda: input("> ")) if typed else input)
     if typed:
@@ -184,6 +185,7 @@ class Conversation:
         resolved = resolve(OmegaConf.create({"sampling": others | change}))
         config = replace(self.config, **{name: getattr(resolved.sampling, name)})
         special_tokens(self.model, self.tokenizer, config)
+        self.model.check_sampling(config)
         self.config = config
         self.show(f"{name} is {getattr(config, name)}")
 

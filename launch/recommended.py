@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.generation_config import RECOMMENDED, recommended_sampling
 from launch import CONF
+from launch.idle import idle_settings
 from sampling import SamplingConfig
 from trainer.config import Config
 from trainer.schema import resolve
@@ -23,7 +24,8 @@ def resolve_recommended(config: DictConfig, overrides: Iterable[str], show: Call
 
     Args:
         overrides: of the command line.
-        show: takes the line that names the recommended settings, if there are some, before they are checked.
+        show: takes the line that names the recommended settings, if there are some, before they are checked; and a
+            line for each setting that does nothing.
 
     Raises:
         ValueError: see `recommend` and `resolve`.
@@ -32,7 +34,10 @@ def resolve_recommended(config: DictConfig, overrides: Iterable[str], show: Call
     if line:
         show(line)
     resolved = resolve(config)
-    return replace(resolved, sampling=replace(resolved.sampling, **lists))
+    resolved = replace(resolved, sampling=replace(resolved.sampling, **lists))
+    for warning in idle_settings(resolved, overrides):
+        show(warning)
+    return resolved
 
 
 def recommend(config: DictConfig, overrides: Iterable[str]) -> tuple[str | None, dict[str, list[str]]]:

@@ -28,7 +28,7 @@ from sampling.transfer import to_device
 
 
 def with_cache(config: SamplingConfig, attention_block: int | None) -> SamplingConfig:
-    """Settings for a model, whose `cache` is not auto. Those of a model that attends by blocks have a block length.
+    """Resolve `cache=auto` for a model, and set `block_length` if it attends by blocks.
 
     Args:
         attention_block: positions of a block of the model's attention; None if every position sees all.
@@ -46,7 +46,8 @@ def with_cache(config: SamplingConfig, attention_block: int | None) -> SamplingC
     length = config.block_length or attention_block
     if attention_block % length:
         raise ValueError(
-            f"sampling.block_length={length}: must divide {attention_block}, block_length in the model's config.json"
+            f"sampling.block_length={length}: must divide {attention_block}, block_length in the model's config.json; "
+            "null fills a whole block"
         )
     return replace(config, cache="block" if config.cache == "auto" else config.cache, block_length=length)
 
@@ -60,9 +61,9 @@ def needs_refresh(row: RowState) -> bool:
 
 
 def refreshed(row: RowState) -> np.ndarray:
-    """[L] positions that a refresh of the row computes: all, or those that the open block sees and are not final."""
+    """[L] positions to the end of the open block that are not final in the cache, with their left neighbour."""
     active = np.zeros(len(row), dtype=bool)
-    active[max(0, row.final - 1) : row.open_block[1]] = True  # with the left neighbour
+    active[max(0, row.final - 1) : row.open_block[1]] = True
     return active
 
 

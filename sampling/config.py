@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sampling.policies import ADAPTIVE, ALGS, CONFIDENCES, ORDER_TEMP, SCHEDULED, USE_ENTROPY
 
@@ -46,6 +46,11 @@ RANGES = {
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
+def used_with(default: Any, **others: tuple[str, ...]) -> Any:
+    """A field that does nothing unless other fields have one of these values."""
+    return field(default=default, metadata={"used_with": others})
+
+
 @dataclass
 class SamplingConfig:
     """Settings of the reverse process. The modules that read them explain each policy and name its paper.
@@ -56,9 +61,10 @@ class SamplingConfig:
 
     max_new_tokens: int = 256  # masked positions appended to the prompt
     min_new_tokens: int = 0  # no end-of-sequence token among the first so many
-    # steps of the scheduled transfers, shared out over the blocks; null: one for each masked position
-    steps: int | None = None
-    block_length: int | None = None  # positions filled before the next block starts; null is one block
+    # steps of the scheduled transfers, shared out over the blocks by their masks; null: one for each mask
+    steps: int | None = used_with(None, transfer=tuple(SCHEDULED))
+    # positions filled before the next block starts; null: those of a model that attends by blocks, else one block
+    block_length: int | None = None
     # the score: origin (or random) | maskgit_plus (or low_confidence) | topk_margin | entropy | left_to_right
     alg: str = "entropy"
     alg_temp: float = 0.0  # 0 takes the most confident positions, above 0 samples them
@@ -69,10 +75,10 @@ class SamplingConfig:
     # how many tokens a step commits: linear (Dream) | cosine | even (LLaDA), as scheduled | threshold | factor |
     # entropy_bound, as many as the model is sure of, whatever `steps` is
     transfer: str = "linear"
-    eps: float = 1e-3  # time at which linear and cosine end
-    threshold: float = 0.9  # of transfer=threshold: the least probability
-    factor: float = 1.0  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
-    entropy_bound: float = 0.1  # of transfer=entropy_bound: nats
+    eps: float = used_with(1e-3, transfer=("linear", "cosine"))  # time at which they end
+    threshold: float = used_with(0.9, transfer=("threshold",))  # of transfer=threshold: the least probability
+    factor: float = used_with(1.0, transfer=("factor",))  # of transfer=factor: bound on (n+1)·(1 - n-th probability)
+    entropy_bound: float = used_with(0.1, transfer=("entropy_bound",))  # of transfer=entropy_bound: nats
     remask: float = 0.0  # a step masks at most this share of the committed tokens again (ReMDM)
     cfg_scale: float = 0.0  # classifier-free guidance; above 0 every step forwards twice
     eos_penalty: float = 0.0  # taken off the logits of end-of-sequence tokens
@@ -85,7 +91,9 @@ class SamplingConfig:
     # keys and values kept: none | block, exact, of a model that attends by blocks | prefix | dual | delayed | auto:
     # block if the model attends by blocks, else none
     cache: str = "auto"
-    cache_refresh: int | None = None  # forwards between refreshes of all positions; null: only at a block's start
+    cache_refresh: int | None = used_with(
+        None, cache=("prefix", "dual", "delayed")
+    )  # forwards between refreshes of all positions; null: only at a block's start
     batch_size: int = 32  # prompts sampled together
     # CUDA graphs and compiled layers, see diffllm.static_forward: true | false | auto, which compiles long runs only
     compile: str = "auto"

@@ -32,7 +32,8 @@ class OptimConfig:
     lr_schedule: str = setting("cosine", choices=("cosine", "linear", "constant", "wsd"))
     # share of the steps in which the learning rate rises
     warmup_steps_ratio: float = setting(0.1, at_least=0, at_most=1)
-    decay_steps_ratio: float = setting(0.2, at_least=0, at_most=1)  # wsd: share of the steps in which it falls
+    # wsd: share of the steps in which it falls
+    decay_steps_ratio: float = setting(0.2, at_least=0, at_most=1, used_with={"lr_schedule": ("wsd",)})
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
@@ -84,7 +85,8 @@ class TrainerConfig:
     async_checkpoints: bool = True  # write a copy in the host's memory while training continues
     # a loss or gradient that is not finite: raise | skip the step
     nonfinite: str = setting("raise", choices=("raise", "skip"))
-    max_nonfinite_steps: int = setting(10, at_least=0)  # more skipped ones than this end the run
+    # more skipped ones than this end the run
+    max_nonfinite_steps: int = setting(10, at_least=0, used_with={"nonfinite": ("skip",)})
     # number of model copies, each sharded over ranks / replicate ranks (HSDP)
     replicate: int = setting(1, at_least=1)
     cpu_offload: bool = False  # keep parameters, gradients and optimizer in the host's memory

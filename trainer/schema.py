@@ -66,6 +66,9 @@ def resolve(composed: DictConfig) -> Config:
             raise ValueError("experiment: its file must begin with the line `# @package _global_`") from error
         raise ValueError(f"{error.full_key}: no such setting; {nearest(error.full_key, field_names())}") from error
     except OmegaConfBaseException as error:
+        if "not a ListConfig" in error.msg:
+            value = OmegaConf.select(composed, error.full_key)
+            raise ValueError(f"{error.full_key}={value}: must be a list, such as [{value}]") from error
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
     for name, item in tree(settings):
         group, _, key = name.rpartition(".")

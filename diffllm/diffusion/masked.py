@@ -42,10 +42,12 @@ class DiffusionConfig(ObjectiveConfig):
     # none: 1 | original: 1/t | linear: 1-t | cart: by the unmasked neighbours
     time_reweighting: str = setting("original", choices=TIME_REWEIGHTINGS)
     # parameter of CART's geometric distribution; 1 counts the two direct neighbours only
-    cart_p: float = setting(0.1, above=0, at_most=1)
+    cart_p: float = setting(0.1, above=0, at_most=1, used_with={"time_reweighting": ("cart",)})
     token_reweighting: bool = False  # focal: alpha·(1 - exp(-nll))^gamma·nll
-    token_reweighting_alpha: float = setting(0.25, at_least=0)  # alpha of that formula
-    token_reweighting_gamma: float = setting(2.0, at_least=0)  # gamma of that formula
+    # alpha of that formula
+    token_reweighting_alpha: float = setting(0.25, at_least=0, used_with={"token_reweighting": ()})
+    # gamma of that formula
+    token_reweighting_gamma: float = setting(2.0, at_least=0, used_with={"token_reweighting": ()})
     # denominator of the loss: masked tokens | maskable tokens | sequences
     loss_norm: str = setting("maskable", choices=LOSS_NORMS)
 

@@ -62,6 +62,7 @@ def serve(arguments: Sequence[str]) -> None:
         print_stderr(line)
     quiet_libraries()
     model, tokenizer = load_for_sampling(config)
+    model.check_sampling(config.sampling)
     presets = Presets(arguments)
     page = Page(Playground(model, tokenizer, config, own.waiting), presets.names, presets)
     with bind(own.host, own.port) as bound:

@@ -91,6 +91,7 @@ def serve(arguments: Sequence[str]) -> None:
         for line in sorted(lines):
             print_stderr(line)
         model, tokenizer = load_for_sampling(config)
+        model.check_sampling(config.sampling)
         server = Server(Service(config.model.path, model, tokenizer, config.sampling, own))
         listen(listener)
         run(server, listener)
