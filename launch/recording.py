@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data.storage import whole_file, writing
+from data.terminal import print_stderr
 from sampling import Canvas, StepEvent, Tokens
 from sampling.recording import Commit, Given, Header, Piece, Recording, Result, Step
 from trainer.config import Config
@@ -123,13 +124,15 @@ class Recorder:
         return Recording(self.header, self.steps, Result(text, nfe, tokens, tokens / max(nfe, 1), seconds))
 
     def save(self, text: str, tokens: int, seconds: float) -> None:
-        """Write the recording to `record`, whole or not at all. See `recording`.
+        """Write the recording to `record`, whole or not at all, and say how it is shown. See `recording`.
 
         Raises:
             OSError: it cannot be written.
         """
-        with whole_file(self.config.record) as file:
+        path = Path(self.config.record)
+        with whole_file(path) as file:
             file.writelines(self.recording(text, tokens, seconds).lines())
+        print_stderr(f"recorded {len(self.steps)} steps; python -m sampling.render {path} {path.with_suffix('.html')}")
 
 
 def check_record(path: Path) -> None:

@@ -110,7 +110,7 @@ def _loss(config: Config) -> str:
     settings = {
         name: value
         for name, value in vars(config.diffusion).items()
-        if isinstance(value, str) or name == "block_length" or value != getattr(default, name)
+        if isinstance(value, str) or value != getattr(default, name)
     }
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         render(options.recording, options.output)
+        print(f"wrote {options.output}")
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ def published(request, tmp_path):
     return request.param, tmp_path, lm
 
 
-def test_null_is_no_value(published):
+def test_null_in_config_json_means_the_published_default(published):
     name, directory, _ = published
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(

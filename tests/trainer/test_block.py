@@ -97,7 +97,7 @@ def test_an_adapter_keeps_the_blocks_that_it_was_trained_for(block_run, small_ru
         assert load_for_sampling(resolve(OmegaConf.create({"model": settings})))[0].block_length == length
 
 
-def test_an_exported_checkpoint_says_its_block_length(block_run, tmp_path):
+def test_the_export_of_a_checkpoint_says_its_block_length(block_run, tmp_path):
     run = train(block_run(trainer__max_steps=1))
     export(run / "checkpoints" / "step_00000001", tmp_path / "exported")
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["block_length"] == 4
