@@ -12,11 +12,14 @@ from datasets import Dataset
 from data.config import TaskConfig
 from data.tasks.equations import Equations
 from diffllm import new_model
+from diffllm.diffusion.block import BlockConfig
 from diffllm.tokenizer import builtin_tokenizer
 from launch.budget import count_rows, count_steps, step_time
 from launch.machine import Machine, complete
 from tests.conftest import small_shape
 from trainer.config import Config, batch_layout
+from trainer.distributed import Distributed
+from trainer.speed import Speed
 
 ROW = {"question": "2+2?", "answer": "4"}
 
@@ -104,3 +107,20 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     config = files_of(tmp_path / "a.jsonl")
     config.data.val_split = 0.1
     assert count_rows(config) == 45
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_a_step_by_blocks_computes_all_copies(large, complementary):
+    """Of x_0 and its copies each position sees half of the row on average."""
+    settings = {"t_sampler": "stratified", "complementary": complementary}
+    masks, blocks = Config(), Config(diffusion=BlockConfig(**settings))
+    masks.diffusion.t_sampler = "stratified"
+    layout, machine = batch_layout(masks.data, 0, 1), complete(Machine(gpu="h100"))
+    speed = Speed(large, Distributed(0, 1, torch.device("cpu")), torch.bfloat16, None)
+    tokens, copies = layout.global_batch_size * masks.data.max_length, 3 if complementary else 2
+    in_loss = tokens * (blocks.diffusion.loss_share - masks.diffusion.loss_share)
+    decoder = (copies - 1) * tokens * speed.per_token + (
+        copies / 2 - 1
+    ) * tokens * masks.data.max_length * speed.per_pair
+    seconds = [step_time(large, config, layout, machine).compute for config in (masks, blocks)]
+    assert seconds[1] - seconds[0] == pytest.approx((decoder + in_loss * speed.per_loss_token) / machine.flops)
