@@ -91,9 +91,8 @@ class SamplingConfig:
     # keys and values kept: none | block, exact, of a model that attends by blocks | prefix | dual | delayed | auto:
     # block if the model attends by blocks, else none
     cache: str = "auto"
-    cache_refresh: int | None = used_with(
-        None, cache=("prefix", "dual", "delayed")
-    )  # forwards between refreshes of all positions; null: only at a block's start
+    # forwards between refreshes of all positions; null: only at a block's start
+    cache_refresh: int | None = used_with(None, cache=("prefix", "dual", "delayed"))
     batch_size: int = 32  # prompts sampled together
     # CUDA graphs and compiled layers, see diffllm.static_forward: true | false | auto, which compiles long runs only
     compile: str = "auto"

@@ -5,7 +5,6 @@ MDLM (arXiv 2406.07524), LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487).
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +121,7 @@ class MaskedDiffusion(Objective):
         """
         return self.time(self.stratify(rng.random(), row))
 
-    def stratify(self, uniform: Any, row: Batch) -> Any:
+    def stratify(self, uniform: float | np.ndarray, row: Batch) -> float | np.ndarray:
         """Put draws in [0, 1) into the row's part of [0, 1), of one part a row of the global batch."""
         if self.config.t_sampler == "uniform":
             return uniform
