@@ -1,8 +1,8 @@
 """A step by blocks against one by masks: `python -m tests.benchmarks.block_step [LENGTH …]`.
 
 Same model, same rows, half of the tokens masked; blocks of 32 with x_0 and one noised copy side by side. Prints for
-each length of a row the medians of 5 steps and the bytes kept for the backward pass, by masks, by blocks in parts, and
-by blocks with a dense mask, and their ratios to the step by masks.
+each length of a row the medians of 5 steps and the bytes kept for the backward pass, by masks, by blocks in parts, by
+blocks in parts if a quarter of the row is prompt, and by blocks with a dense mask, and their ratios to the step by masks.
 """
 
 import sys
@@ -25,11 +25,11 @@ LENGTHS = (128, 512, 2048)
 SETTINGS = {"t_sampler": "stratified", "loss_norm": "masked"}
 
 
-def make_batch(length: int) -> Batch:
+def make_batch(length: int, prompt: int = 0) -> Batch:
     rows = TOKENS // length
     return {
         "input_ids": torch.randint(10, 1000, (rows, length)),
-        "maskable": torch.ones(rows, length, dtype=torch.bool),
+        "maskable": (torch.arange(length) >= prompt).expand(rows, -1),
         "attention_mask": torch.ones(rows, length, dtype=torch.long),
         "position_ids": torch.arange(length).expand(rows, -1),
         "sample_index": torch.arange(rows),
@@ -64,10 +64,11 @@ def main() -> None:
         dense = new_model(shape, builtin_tokenizer()).train()
         masks = MaskedDiffusion(DiffusionConfig(**SETTINGS), parts.mask_token_id, 0)
         blocks = BlockDiffusion(BlockConfig(**SETTINGS), parts.mask_token_id, 0)
-        batch = make_batch(length)
+        batch, prompted = make_batch(length), make_batch(length, length // 4)
         variants = {
             "by masks": (dense, masks, masks.corrupt(batch, 0)),
             "by blocks": (parts, blocks, blocks.corrupt(batch, 0)),
+            "by blocks after a prompt": (parts, blocks, blocks.corrupt(prompted, 0)),
             "by blocks, dense mask": (dense, blocks, blocks.corrupt(batch, 0)),
         }
         seconds = median_seconds(*(partial(step, *variant) for variant in variants.values()))
