@@ -1,8 +1,8 @@
 """A step by blocks against one by masks: `python -m tests.benchmarks.block_step [LENGTH …]`.
 
 Same model, same rows, half of the tokens masked; blocks of 32 with x_0 and one noised copy side by side. Prints for
-each length of a row the medians of 5 steps and the bytes kept for the backward pass, by masks, by blocks in parts, by
-blocks in parts if a quarter of the row is prompt, and by blocks with a dense mask, and their ratios to the step by masks.
+each length of a row the medians of 5 steps and the bytes kept for the backward pass, and their ratios to the step by
+masks: by blocks in parts, in parts where a quarter of the row is prompt, and with a dense mask.
 """
 
 import sys
