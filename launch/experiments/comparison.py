@@ -126,6 +126,14 @@ def _text(metric: str, value: Estimate, unit: str = " %") -> str:
     return f"{value.mean:,.0f}" if metric in WHOLE else str(value)
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_share(metric: str) -> bool:
     return metric.rpartition("/")[2] in SHARES
 
@@ -159,7 +167,10 @@ def _seeds(count: int) -> str:
 
 
 def draw(comparison: Comparison) -> bytes | None:
-    """SVG of the metric over the most varied axis, a line for each value of the others. None for one setting."""
+    """SVG of the metric over the most varied axis, in a colour for each value of the others. None for one setting.
+
+    Points are joined where the axis has numbers.
+    """
     keys, axes = list(comparison.groups), range(len(comparison.axes))
     if len(keys) == 1:
         return None
@@ -175,10 +186,11 @@ def draw(comparison: Comparison) -> bytes | None:
     from matplotlib.ticker import PercentFormatter
 
     figure, plot = pyplot().subplots(figsize=(7, 3.5), layout="constrained")
+    joined = len(lines) > 1 and all(map(_is_number, values[across]))
     for line, points in lines.items():
         places, means = zip(*((place, point.mean) for place, point in points), strict=True)
         bars = [point.half or 0 for _, point in points]
-        plot.errorbar(places, means, bars, fmt="o-" if len(lines) > 1 else "o", capsize=4, label=" ".join(line) or None)
+        plot.errorbar(places, means, bars, fmt="o-" if joined else "o", capsize=4, label=" ".join(line) or None)
     plot.set_xticks(range(len(values[across])), values[across])
     if len(values[across]) > 4:
         plot.tick_params("x", rotation=15)
