@@ -26,11 +26,12 @@ def test_a_run_says_what_it_is(small_run, capsys):
     run = train(config)
     printed = capsys.readouterr().out
     described = [line.partition(": ") for line in printed.partition("\nmodel:")[2].splitlines()]
-    lines = {"model": described[0][0]} | {name: text.strip() for name, _, text in described[1:8]}
+    lines = {"model": described[0][0]} | {name: text.strip() for name, _, text in described[1:9]}
     assert "from scratch" in lines["model"]
     assert "float32, attention sdpa, not compiled" in lines["device"]
     assert lines["batch"].startswith("8 rows a forward × 1 accumulated × 1 rank = 8 rows a step, up to 512 tokens")
     assert lines["steps"] == "8, 0.2 epochs of 320 rows; lr 0.001, 1 of them warm-up, then cosine"
+    assert lines["attention"] == "all positions see each other"
     assert lines["validation"] == "40 rows, every 5 steps and at the end"
     kept = sum(file.stat().st_size for file in (run / "checkpoints" / "step_00000008").glob("*.distcp")) / 2**20
     foretold = re.search(r"2 × (.*) MiB for checkpoints, .* (.*) MiB for hf/", lines["files"])
