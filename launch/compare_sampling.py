@@ -77,18 +77,20 @@ def split_grid(arguments: Sequence[str]) -> tuple[list[str], list[str], list[tup
 def read_combinations(
     fixed: Sequence[str], grid: Sequence[tuple[str, ...]], seeds: Sequence[int]
 ) -> tuple[list[Combination], set[str]]:
-    """The combinations, those that contradict themselves with their error; and lines on recommended settings."""
-    combinations, lines = [], set()
+    """The combinations, those that contradict themselves with their error; and lines on the settings of all of them."""
+    combinations, shown = [], []
     for overrides in grid:
+        lines: set[str] = set()
         combination = Combination(tuple(each.partition("=")[2] for each in overrides))
         try:
             config = read_settings([*fixed, *overrides], recommended=lines)[1].sampling
             repeated = seeds if seeds and is_random(config) else [config.seed]
             combination.configs = [replace(config, seed=seed) for seed in repeated]
+            shown.append(lines)
         except EXPECTED as error:
             combination.error = " ".join(describe(error).split())
         combinations.append(combination)
-    return combinations, lines
+    return combinations, set.intersection(*shown) if shown else set()
 
 
 def is_random(config: SamplingConfig) -> bool:

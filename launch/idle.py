@@ -17,7 +17,9 @@ def idle_settings(config: Config, overrides: Iterable[str]) -> Iterator[str]:
         name = override.partition("=")[0].lstrip("+")
         if name not in known:
             continue
-        group, _, _ = name.rpartition(".")
+        group, _, field = name.rpartition(".")
+        if group and getattr(getattr(config, group), field) == getattr(getattr(Config(), group), field, None):
+            continue  # `=null` undoes the value of a choice
         if known[name].metadata.get("from_scratch") and config.model.path is not None:
             yield f"warning: {override} does nothing: config.json of model.path={config.model.path} decides"
         for other, values in (known[name].metadata.get("used_with") or {}).items():

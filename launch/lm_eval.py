@@ -73,9 +73,10 @@ class HarnessModel(TemplateLM):
         if (ranks := ranks_from_environment()[1]) != self.distributed.size:
             raise ValueError(f"{ranks} ranks: start them by `torchrun --nproc_per_node={ranks} -m launch.lm_eval …`")
         own, settings = split_arguments(arguments)
-        self.harness, (config, line) = typed(HarnessConfig(), own), compose_settings(settings)
-        if line and self.distributed.is_main:
-            print_stderr(line)
+        self.harness, (config, lines) = typed(HarnessConfig(), own), compose_settings(settings)
+        if self.distributed.is_main:
+            for line in lines:
+                print_stderr(line)
         self.sampling, self.given = config.sampling, {name.removeprefix("sampling.") for name in settings}
         self.model, self.tokenizer = load_for_sampling(config, device_of(self.harness, self.distributed))
         self._rank, self._world_size = self.distributed.rank, self.distributed.size

@@ -105,11 +105,11 @@ def typed(config: T, values: Mapping[str, Any]) -> T:
         raise ValueError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
 
 
-def compose_settings(settings: Mapping[str, Any]) -> tuple[Config, str | None]:
+def compose_settings(settings: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The run with some settings, and with those that its checkpoint recommends where the settings have none.
 
     Returns:
-        The resolved tree, and a line that names the recommended settings, None without any.
+        The resolved tree, and the lines of `resolve_recommended`.
 
     Raises:
         ValueError: no checkpoint is given, or see `resolve_recommended`.
@@ -121,8 +121,8 @@ def compose_settings(settings: Mapping[str, Any]) -> tuple[Config, str | None]:
         for name, value in settings.items():
             OmegaConf.update(tree, name, value)
         lines: list[str] = []
-        config = resolve_recommended(tree, [f"{name}=" for name in settings], lines.append)
-    return config, next(iter(lines), None)
+        config = resolve_recommended(tree, [f"{name}={value}" for name, value in settings.items()], lines.append)
+    return config, lines
 
 
 def device_of(config: HarnessConfig, distributed: Distributed) -> torch.device | None:

@@ -66,7 +66,7 @@ def recommend(config: DictConfig, overrides: Iterable[str]) -> tuple[str | None,
     free = {
         name: value
         for name, value in settings.items()
-        if f"sampling.{name}" not in chosen and composed[name] == defaults[name] != value
+        if f"sampling.{name}" not in chosen and composed.get(name, value) == defaults[name] != value
     }
     if not free:
         return None, {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from data.settings import setting
-from diffllm.diffusion.copies import needed_positions, side_by_side
+from diffllm.diffusion.copies import documents, highest, needed_positions, side_by_side
 from diffllm.diffusion.loss import LossOutput
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from diffllm.diffusion.weights import time_weights
@@ -176,8 +176,8 @@ class BlockDiffusion(MaskedDiffusion):
 
     def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         needed = needed_positions(batch, self.masked_copies(batch))
-        longest = batch["attention_mask"].sum(dim=1, keepdim=True)
-        seen = ((batch["block"] + 1) * self.length_at(batch)).minimum(longest)  # all before the end of the block
+        lengths = highest(batch["position_ids"], documents(batch)) + 1
+        seen = ((batch["block"] + 1) * self.length_at(batch)).minimum(lengths)  # all before the end of the block
         return needed.sum(), (needed * seen[:, None]).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:

@@ -64,17 +64,20 @@ def needed_positions(batch: Batch, masked: Tensor) -> Tensor:
 
     Of a row without masked tokens x_0 is taken: a query must see something.
     """
-    attended = batch["attention_mask"].bool()
-    document = batch.get("document", torch.zeros_like(batch["block"]))
-    document, block = document.unique(return_inverse=True)[1], batch["block"]
-    block = document * (block.max() + 1) + block
-    noised = _highest(masked.long(), block[:, None].expand_as(masked)).bool() & attended[:, None]
-    last = _highest(torch.where(noised.any(dim=1), block, -1), document)
+    attended, document = batch["attention_mask"].bool(), documents(batch)
+    block = document * (batch["block"].max() + 1) + batch["block"]
+    noised = highest(masked.long(), block[:, None].expand_as(masked)).bool() & attended[:, None]
+    last = highest(torch.where(noised.any(dim=1), block, -1), document)
     clean = attended & ((block < last) | ~masked.flatten(1).any(dim=1, keepdim=True))
     return torch.cat([clean[:, None], noised], dim=1)
 
 
-def _highest(values: Tensor, group: Tensor) -> Tensor:
-    """[…, L] the highest of the values [..., L] of a position's group in its row."""
-    highest = values.new_zeros(*values.shape[:-1], int(group.max()) + 1)
-    return highest.scatter_reduce(-1, group, values, "amax", include_self=False).gather(-1, group)
+def documents(batch: Batch) -> Tensor:
+    """[B, L] number of each position's document among those of the batch; 0 where rows are not packed."""
+    return batch.get("document", torch.zeros_like(batch["block"])).unique(return_inverse=True)[1]
+
+
+def highest(values: Tensor, group: Tensor) -> Tensor:
+    """[..., L] the highest of the values [..., L] of a position's group in its row."""
+    found = values.new_zeros(*values.shape[:-1], int(group.max()) + 1)
+    return found.scatter_reduce(-1, group, values, "amax", include_self=False).gather(-1, group)

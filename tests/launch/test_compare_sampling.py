@@ -8,7 +8,7 @@ import pytest
 
 from diffllm.generate import Response
 from launch import compare_sampling, sampling_page
-from launch.compare_sampling import compare_strategies
+from launch.compare_sampling import compare_strategies, read_combinations
 from tests.conftest import GOLDEN
 from tests.data.rows import write
 from tests.locks import held_elsewhere
@@ -180,3 +180,9 @@ def test_a_model_is_sampled(small_model, tokenizer, monkeypatch, tmp_path):
     assert compare_strategies([*shared, *choices])
     rows = csv.DictReader((tmp_path / "results.csv").open())
     assert [row["sampling"] for row in rows] == ["default", "fast", "llada"]
+
+
+def test_a_setting_that_one_combination_uses_is_not_idle():
+    grid = [("sampling.transfer=threshold",), ("sampling.transfer=linear",)]
+    _, lines = read_combinations(["sampling.threshold=0.5", "sampling.factor=2"], grid, [])
+    assert [line.split(" does")[0] for line in lines] == ["warning: sampling.factor=2"]

@@ -5,7 +5,6 @@ from omegaconf import OmegaConf
 
 from diffllm.diffusion import OBJECTIVES
 from launch.idle import idle_settings
-from trainer.config import Config
 from trainer.schema import resolve, tree
 
 
@@ -35,16 +34,15 @@ def test_the_shape_of_a_checkpoint_is_its_own():
     assert line == "warning: model.hidden_size=64 does nothing: config.json of model.path=mine decides"
 
 
+def test_a_default_undoes_a_choice_without_a_word():
+    assert lines("sampling.steps=null", "sampling.transfer=threshold") == []
+
+
 def test_the_settings_that_others_need_exist():
     known = dict(tree(*(objective.settings for objective in OBJECTIVES.values())))
     for name, item in known.items():
         for other, values in (item.metadata.get("used_with") or {}).items():
             needed = f"{name.partition('.')[0]}.{other}"
+            assert needed in known
             for value in values:
-                assert lines(f"{needed}={value}", f"{name}={resolved(Config(), name)}") == []
-
-
-def resolved(config, name):
-    group, _, field = name.partition(".")
-    value = getattr(getattr(config, group), field)
-    return "null" if value is None else value
+                resolve(OmegaConf.from_dotlist([f"{needed}={value}"]))

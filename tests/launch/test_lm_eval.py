@@ -396,3 +396,11 @@ def test_two_ranks_answer_as_one(checkpoint, tasks):
     two = answered(TORCHRUN, checkpoint.parent / "two")
     assert one[1] == two[1]
     assert one[0]["local_rolling"][1] == pytest.approx(two[0]["local_rolling"][1])
+
+
+def test_an_argument_that_does_nothing_is_named(checkpoint):
+    _, lines = compose_settings({"model.path": str(checkpoint), "sampling.threshold": 0.5, "sampling.factor": 2.0})
+    assert [line.split(" does")[0] for line in lines if line.startswith("warning")] == [
+        "warning: sampling.threshold=0.5",
+        "warning: sampling.factor=2.0",
+    ]

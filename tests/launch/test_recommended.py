@@ -50,6 +50,7 @@ def test_a_checkpoint_brings_its_settings(sampled, checkpoint):
     ("arguments", "expected"),
     [
         (["sampling.temperature=0"], {"temperature": 0.0, "max_new_tokens": 7}),
+        (["~sampling.max_new_tokens"], {"temperature": 0.5, "max_new_tokens": 256}),
         (["sampling=default"], {"temperature": 0.0, "max_new_tokens": 256}),
         (["sampling=fast"], {"temperature": 0.0, "max_new_tokens": 256, "cache": "dual"}),
         (["sampling=llada_instruct/math"], {"temperature": 0.0, "max_new_tokens": 512, "eos_confidence": "suppress"}),
