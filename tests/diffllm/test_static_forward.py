@@ -43,10 +43,10 @@ def filled(model, **changes):
         {},
         {"temperature": 0.7, "top_p": 0.9, "alg": "maskgit_plus"},
         {"cfg_scale": 0.5},
-        {"cache": "prefix", "block_length": 4},
+        pytest.param({"cache": "prefix", "block_length": 4}, marks=pytest.mark.slow),
         {"cache": "dual", "block_length": 4, "transfer": "threshold", "threshold": 0.05},
         {"cache": "delayed", "cache_refresh": 3},
-        {"cache": "dual", "block_length": 4, "cfg_scale": 0.5, "remask": 0.5},
+        pytest.param({"cache": "dual", "block_length": 4, "cfg_scale": 0.5, "remask": 0.5}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -60,7 +60,7 @@ def test_graphs_change_no_token(model, changes, batch_size):
     assert max(captured.values()) > static_forward.CAPTURED_AT
 
 
-@pytest.mark.parametrize("multiple", [256, 4])
+@pytest.mark.parametrize("multiple", [pytest.param(256, marks=pytest.mark.slow), 4])
 def test_graphs_change_no_token_of_rows_that_grow(model, monkeypatch, multiple):
     """With a small multiple the buffers of keys and values grow beneath the graphs."""
     model.block_length = 4
