@@ -12,13 +12,13 @@ def idle_settings(config: Config, overrides: Iterable[str]) -> Iterator[str]:
     Args:
         overrides: of the command line, such as `sampling.threshold=0.9`.
     """
-    known = dict(tree(type(config.diffusion)))
+    known, defaults = dict(tree(type(config.diffusion))), Config()
     for override in overrides:
         name = override.partition("=")[0].lstrip("+")
         if name not in known:
             continue
         group, _, field = name.rpartition(".")
-        if group and getattr(getattr(config, group), field) == getattr(getattr(Config(), group), field, None):
+        if group and getattr(getattr(config, group), field) == getattr(getattr(defaults, group), field, None):
             continue  # `=null` undoes the value of a choice
         if known[name].metadata.get("from_scratch") and config.model.path is not None:
             yield f"warning: {override} does nothing: config.json of model.path={config.model.path} decides"

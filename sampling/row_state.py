@@ -95,7 +95,7 @@ class RowState:
 
     @property
     def n_steps(self) -> int:
-        """Steps of a scheduled transfer, of which those that change nothing may be left out."""
+        """Number of steps of a scheduled transfer, with those that change nothing."""
         return sum(steps for _, steps in self._steps_of_blocks())
 
     def _steps_of_blocks(self) -> list[tuple[tuple[int, int], int]]:

@@ -86,7 +86,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Positions that the decoder computes for a micro-batch, and pairs of which one sees the other."""
+        """Count the positions that the decoder computes for a micro-batch, and the pairs in its attention."""
 
     @abstractmethod
     def compute_loss(self, batch: Batch, denominator: float) -> LossOutput:

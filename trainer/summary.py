@@ -65,7 +65,7 @@ def describe_model(config: Config, model: DiffLLM) -> str:
 
 
 def describe_attention(config: Config, model: DiffLLM) -> str:
-    """What a position sees, and whether the checkpoint was trained for other blocks."""
+    """Say what a position sees, and name the blocks of the checkpoint if they are others."""
     learned, context = model.published.get(model.family.block_key), model.lm.config.max_position_embeddings
     if learned is None or min(learned, context) == (config.diffusion.block_length or context):
         return config.diffusion.attention

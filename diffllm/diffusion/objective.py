@@ -38,7 +38,7 @@ class ObjectiveConfig:
 
     @property
     def attention(self) -> str:
-        """What a position sees, for people."""
+        """Text that says what a position sees, for the lines before a run."""
         if steps := self.attention_annealing_steps:
             return f"from earlier positions to all within {steps:,} steps"
         return "all positions see each other"
@@ -93,7 +93,7 @@ class Objective(ABC):
         return batch["masked"].nonzero(as_tuple=True)
 
     def computed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Positions that the decoder computes for a corrupted batch, and pairs of which one sees the other; scalars."""
+        """Count the positions that the decoder computes for a corrupted batch, and the pairs in its attention."""
         lengths = row_lengths(batch)
         return lengths.sum(), lengths.square().sum()
 
