@@ -17,7 +17,7 @@ from diffllm.diffusion.loss import CROSS_ENTROPY, LossOutput, TokenLoss, masked_
 from diffllm.dream_api import DiffusionGeneration
 from diffllm.export import write_checkpoint
 from diffllm.families import has_window, switch_off_causality
-from sampling import CanvasCache, SamplingConfig, Tokens, Visibility, ids_without_token, with_cache
+from sampling import CanvasCache, SamplingConfig, Tokens, Visibility, ids_without_token, to_device, with_cache
 
 
 class DiffLLM(DiffusionGeneration, nn.Module):
@@ -104,7 +104,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Args:
             x_t: [B, L] noised tokens.
             x_0: [B, L] clean tokens.
-            masked: [B, L] bool, the N positions to restore.
+            masked: [B, L] bool, the N positions to restore; on any device.
             weights: [B, L] float32, weights of the masked tokens in the loss.
             attention_mask: [B, L], 0 at left padding; None without padding.
             position_ids: [B, L]; None counts from the first column.
@@ -157,6 +157,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         Args:
             position_ids: [B, L].
             visibility: the positions that each position sees; on any device.
+            row, column: on any device.
             cache: holds keys and values; compute those of its columns only. The columns must contain the N positions,
                 and their left neighbours if the family shifts.
 
@@ -172,6 +173,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if cache is not None:
             self._check_kept()
         seen = visibility.to(x_t.device)
+        row, column = (to_device(index, x_t.device) for index in (row, column))
         if self.family.shift:
             column = seen.left_neighbour(row, column)
         ragged = visibility.attended is not None or visibility.document is not None

@@ -105,12 +105,12 @@ class RowBatch:
         self.caches = [lend(self) for _ in range(2 if config.cfg_scale else 1)] if config.cache != "none" else []
         self.at_once = positions_at_once(model)
         self.rated_at_once = max(1, RATED_AT_ONCE // model.vocab_size) if model.device.type == "cpu" else self.at_once
-        self.eos = torch.tensor(special.eos, dtype=torch.long, device=model.device)
+        self.eos = self._to_device(np.array(special.eos, dtype=np.int64))
         # Adaptive transfer must never commit the mask token, or it would loop. Kept blocks must not hold it. Otherwise
         # the published schedules may commit it.
         unmasks = config.adaptive or attention_block_of(model) is not None
         never = (*special.forbidden, special.mask) if unmasks else special.forbidden
-        self.never = torch.tensor(never, dtype=torch.long, device=model.device)
+        self.never = self._to_device(np.array(never, dtype=np.int64))
 
     def set_rows(self, rows: Sequence[RowState]) -> None:
         """Replace the rows. Rows that stay keep their cached keys and values."""
@@ -127,7 +127,7 @@ class RowBatch:
         self.starts = self._to_device(self.pads + [row.canvas.prompt_length for row in rows])
         column, first = np.arange(width), self.pads[:, None]
         attended = torch.from_numpy((column >= first) & (column < first + lengths[:, None]))
-        self.position_ids = count_positions(attended).to(self.model.device)
+        self.position_ids = to_device(count_positions(attended), self.model.device)
         self.visibility = Visibility() if attended.all() else Visibility(attended=attended)
 
     @contextmanager

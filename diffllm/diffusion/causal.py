@@ -70,7 +70,7 @@ class Causal(Objective):
         """[3] Σ nll, Σ correct, response tokens."""
         sums = torch.zeros(3, dtype=torch.float64, device=output.nll.device)
         sums[0], sums[1] = output.nll.double().sum(), output.correct.sum()
-        sums[2] = len(output.nll)  # known on the host: nothing is copied to the GPU
+        sums[2].fill_(len(output.nll))  # the host's number in the kernel: `sums[2] = …` copies, and waits
         return sums
 
     def metrics(self, sums: list[float]) -> dict[str, float]:

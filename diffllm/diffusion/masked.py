@@ -193,7 +193,7 @@ class MaskedDiffusion(Objective):
         nll = output.nll * importance
         sums = torch.zeros(3 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
         sums[0] = (nll / t).sum()
-        sums[1] = int(self.tokens(batch))  # on the host: a tensor would be copied after the backward pass
+        sums[1].fill_(int(self.tokens(batch)))  # the host's number in the kernel: `sums[1] = …` copies, and waits
         sums[2] = (output.correct * importance).sum()
         bucket = (t * T_BUCKETS).long().clamp(max=T_BUCKETS - 1)
         sums[3 : 3 + T_BUCKETS].index_add_(0, bucket, nll)

@@ -103,7 +103,12 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Σ weight·token loss of a corrupted batch, not yet divided by the step's denominator."""
+        """Σ weight·token loss of a corrupted batch, not yet divided by the step's denominator.
+
+        Args:
+            model: a `DiffLLM`; tokens, positions and weights must be on its device.
+            batch: on the host.
+        """
 
     @abstractmethod
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:

@@ -18,7 +18,7 @@ LENGTHS = (512, 2048, 8192)
 
 def by_matrix(context: Tensor, p: float) -> Tensor:
     """Every pair of positions at once, the distance's geometric probability computed through logarithms."""
-    positions = torch.arange(context.shape[1])
+    positions = torch.arange(context.shape[1], device=context.device)
     distance = (positions[:, None] - positions).abs()
     kernel = (math.log(p) + (distance - 1) * math.log(1 - p)).exp() / 2
     return context.float() @ kernel.masked_fill(distance == 0, 0.0)
