@@ -193,7 +193,7 @@ def fill_with_hooks(
             logits = call(logits_hook, "logits_hook", step, logits, logits)
         for i, (row, proposal) in enumerate(zip(rows, batch.propose(logits), strict=True)):
             row.commit(*proposal)
-            x[i, -len(row) :] = torch.from_numpy(row.tokens).to(x.device)
+            x[i, -len(row) :] = torch.from_numpy(row.tokens)
         if tokens_hook is not None:
             x = call(tokens_hook, "tokens_hook", step, logits, x)
         for row, tokens in zip(rows, x.tolist(), strict=True):
@@ -261,7 +261,7 @@ def sample(
         """[B, L] rows with their padding."""
         filled_in = x.clone()
         for i, tokens in enumerate(rows):
-            filled_in[i, -len(tokens) :] = torch.as_tensor(tokens, device=x.device)
+            filled_in[i, -len(tokens) :] = torch.as_tensor(tokens)
         return filled_in
 
     steps = max(len(row.history) for row in filled) if history else 0
