@@ -37,6 +37,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         flash: the attention is FlashAttention, which takes no mask.
         masked_loss: `diffllm.diffusion.loss.masked_loss`, or another with the same arguments.
         static: calls `decode` through CUDA graphs, see `diffllm.static_forward`; None does not.
+        rating: in place of `sampling.confidence.rate`, likewise.
     """
 
     def __init__(self, lm: PreTrainedModel, source: CheckpointSource):
@@ -59,6 +60,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         self.unpad = self.flash or (lm.config._attn_implementation == "varlen" and has_segments(lm.config))
         self.masked_loss = masked_loss
         self.static: Any = None
+        self.rating: Any = None
         self._lent: list[tuple[weakref.ref, CanvasCache]] = []
 
     @property

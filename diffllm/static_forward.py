@@ -1,4 +1,4 @@
-"""Forwards of sampling without the host's work: compiled layers, and CUDA graphs of shapes that occur again.
+"""Sampling without the host's work: compiled layers and ratings, and CUDA graphs of forwards that occur again.
 
 A forward of few positions takes the GPU less time than the host needs to launch its kernels. A graph launches all of
 them at once; it is bound to the shapes, and to the memory, with which it was captured.
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from data.storage import first_line
 from diffllm.compilation import backend_of, is_first_rank, refusing_failures
 from diffllm.modeling_diffllm import DiffLLM
 from sampling import CanvasCache
+from sampling.confidence import Proposal, Rating, rate
 
 # On an H200 a graph saved 18 of 23 ms for 1×32 positions of a 7B model, and nothing for 16×384.
 MOST_POSITIONS = 4096
@@ -48,14 +50,17 @@ def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
         return
     compiled = model.static is not None and model.static.compiled
     if not compiled and (setting == "true" or forwards >= WORTH_FORWARDS):
-        compile_layers(model, setting)
+        compile_parts(model, setting)
         compiled = True
     if model.static is None or model.static.compiled != compiled:
         model.static = StaticForward(model.decode, setting, CudaGraphs(model.device) if on_gpu else None, compiled)
 
 
-def compile_layers(model: DiffLLM, setting: str) -> None:
-    """Compile the forward of each layer. Each gets its own part of the cache, so that all share their compilations."""
+def compile_parts(model: DiffLLM, setting: str) -> None:
+    """Compile the forward of each layer, and the rating of tokens.
+
+    Each layer gets its own part of the cache, so that all share their compilations.
+    """
     if is_first_rank():
         print("compiling for sampling: the first forwards take up to a minute", file=sys.stderr, flush=True)
     layers = model.lm.get_decoder().layers
@@ -63,6 +68,22 @@ def compile_layers(model: DiffLLM, setting: str) -> None:
     compiled = torch.compile(plain, backend=backend_of(setting))
     for number, layer in enumerate(layers):  # methods, so that those of a copied layer use its own weights
         layer.forward = MethodType(_with_own_cache(plain, compiled, number, setting), layer)
+    model.rating = compiled_rating(setting)
+
+
+def compiled_rating(setting: str) -> Rating:
+    """`rate` in two passes over the logits, which it keeps; for any number of candidates."""
+
+    def rate_copy(logits: Tensor, *more: Any) -> Proposal:
+        return rate(logits.clone(), *more)  # without it the compiled code would write its changes to the logits
+
+    compiled = torch.compile(rate_copy, dynamic=True, backend=backend_of(setting))
+
+    def run(*arguments: Any) -> Proposal:
+        with refusing_failures("sampling.compile", setting):
+            return compiled(*arguments)
+
+    return run
 
 
 def _with_own_cache(plain: Callable, compiled: Callable, number: int, setting: str) -> Callable:

@@ -98,6 +98,7 @@ class RowBatch:
         self.multiple, self.given_width = getattr(model, "width_multiple", 1), width
         self.grows = attention_block_of(model) is not None and width is None
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
+        self.rating = getattr(model, "rating", None)
         self.rows: list[RowState] = []
         self.needed: list[int] = []  # tokens of each row
         # one for the canvas; with guidance another for the canvas whose given tokens are masked
@@ -184,11 +185,11 @@ class RowBatch:
         for start in range(0, max(len(row), 1), self.at_once):  # logits of all candidates at once would be gigabytes
             some = slice(start, start + self.at_once)
             part = self._guided(hidden, some) if logits is None else logits[row[some], column[some]]
-            part = self._restricted(part.float(), canvases, row[some], column[some]).split(self.rated_at_once)
+            part = self._restricted(part, canvases, row[some], column[some]).split(self.rated_at_once)
             draws = [None] * len(part) if uniforms is None else uniforms[some].split(self.rated_at_once)
-            parts += [propose(*piece, self.config) for piece in zip(part, draws, strict=True)]
-        columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
-        tokens, *ratings = torch.stack(columns).cpu().numpy()  # one wait for the GPU; float64 holds all of them exactly
+            proposals = (propose(*piece, self.config, self.rating) for piece in zip(part, draws, strict=True))
+            parts += [torch.stack([column.double() for column in proposal]) for proposal in proposals]
+        tokens, *ratings = torch.cat(parts, dim=1).cpu().numpy()  # one wait for the GPU; float64 holds them exactly
         check_numbers(ratings[1])
         return [tokens.astype(np.int64), *(rating.astype(np.float32) for rating in ratings)]
 
@@ -197,7 +198,7 @@ class RowBatch:
         row, column = np.indices((len(self.rows), self.width)).reshape(2, -1)
         with self._naming_the_batch():
             hidden = self._forward(self._views(), row, column)
-            return self._guided(hidden, slice(None)).unflatten(0, (len(self.rows), self.width))
+            return self._guided(hidden, slice(None)).float().unflatten(0, (len(self.rows), self.width))
 
     def _views(self) -> list[Tensor]:
         """Canvases [B, L]; with guidance also the canvases whose given tokens are masked."""
@@ -254,8 +255,9 @@ class RowBatch:
 
     def _guided(self, hidden: list[Tensor], some: slice) -> Tensor:
         """Logits [n, V]; with guidance l_u + (1 + cfg_scale)·(l - l_u), l_u with the prompt masked (LLaDA, eq. 16)."""
-        logits, *unconditional = (self.model.head(states[some]).float() for states in hidden)
+        logits, *unconditional = (self.model.head(states[some]) for states in hidden)
         for without in unconditional:
+            without = without.float()
             logits = without + (self.config.cfg_scale + 1) * (logits - without)
         return logits
 
@@ -265,6 +267,8 @@ class RowBatch:
 
     def _restricted(self, logits: Tensor, canvases: Tensor | None, row: Tensor, column: Tensor) -> Tensor:
         """Logits [n, V], overwritten: `logits_processor`, then the settings that penalise or forbid tokens."""
+        if self.logits_processor is not None or self.config.eos_penalty:
+            logits = logits.float()
         if self.logits_processor is not None:
             logits = self.logits_processor(canvases[row], logits)
         if self.config.eos_penalty:

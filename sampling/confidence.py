@@ -4,6 +4,7 @@ Confidence is a property of the model's distribution, temperature of the draw. C
 everywhere as the temperature goes to 0, and positions are then filled from left to right.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,22 +26,27 @@ class Proposal(NamedTuple):
     entropy: Tensor  # [N] float32, nats; 0 if neither `alg` nor `transfer` uses it
 
 
-def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig) -> Proposal:
+Rating = Callable[[Tensor, Tensor | None, Tensor | None, SamplingConfig], Proposal]
+
+
+def propose(logits: Tensor, uniforms: Tensor | None, config: SamplingConfig, rating: Rating | None = None) -> Proposal:
     """Draw a token for each candidate and rate it.
 
     Args:
         logits: [N, V], overwritten.
         uniforms: [N] draws in [0, 1); None at temperature 0.
+        rating: in place of `rate`.
     """
-    logits = logits.float()
+    rating = rating or rate
     if config.temperature == 0 and config.confidence == "unscaled":
-        return _rate(logits, None, None, config)
+        return rating(logits, None, None, config)
+    logits = logits.float()
     values, ids = support(logits, config)
     place = values.argmax(-1) if uniforms is None else inverse_cdf(values, uniforms)
-    rating, rated_ids = CONFIDENCES[config.confidence](logits, values, ids)
+    rated, rated_ids = CONFIDENCES[config.confidence](logits, values, ids)
     if ids is not None and rated_ids is None:
         place = ids.gather(-1, place[:, None]).squeeze(-1)
-    return _rate(rating, place, rated_ids, config)
+    return rating(rated, place, rated_ids, config)
 
 
 def support(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
@@ -81,14 +87,15 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     return place.clamp_(max=logits.shape[1] - 1)  # past the end if a logit is no number
 
 
-def _rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:
-    """Rate tokens in few passes over the logits, which are overwritten.
+def rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: SamplingConfig) -> Proposal:
+    """Rate tokens in float32, in few passes over the logits, which are overwritten.
 
     Args:
         logits: [N, K].
         place: [N] index of the drawn token; None takes the most likely.
         ids: [N, K] tokens; None for all in order.
     """
+    logits = logits.float()
     top, best = logits.max(-1)
     place = best if place is None else place
     logits.sub_(top[:, None])

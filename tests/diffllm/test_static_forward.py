@@ -9,9 +9,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffllm import new_model, static_forward
 from diffllm.compilation import RECOMPILATIONS
-from diffllm.static_forward import StaticForward, compile_layers, prepare_sampling
+from diffllm.static_forward import StaticForward, compile_parts, compiled_rating, prepare_sampling
 from diffllm.tokenizer import builtin_tokenizer
 from sampling import Canvas, SamplingConfig, fill, sample
+from sampling.confidence import propose
 from tests.conftest import small_shape
 
 PROMPTS = [([5, 6, 7, 8, 9], 12), ([20, 21], 9), ([40, 41, 42], 12), ([60], 5), ([70, 71], 12)]
@@ -168,6 +169,25 @@ def test_what_cannot_be_captured_runs_as_it_is(model):
         filled(model)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_ratings_in_compiled_code(monkeypatch, backend):
+    """One compilation is for any number of candidates above 1, and changes no logit."""
+    monkeypatch.setattr(static_forward, "backend_of", lambda _: backend)
+    torch._dynamo.reset()
+    counters.clear()
+    rating = compiled_rating("true")
+    for alg, top_k in (("entropy", None), ("topk_margin", None), ("maskgit_plus", 4)):
+        config = SamplingConfig(alg=alg, temperature=0.5 if top_k else 0, top_k=top_k, confidence="scaled")
+        for n in (5, 9, 2, 1):
+            logits, uniforms = torch.randn(n, 50), torch.rand(n) if top_k else None
+            logits[:, 7] = -torch.inf
+            kept = logits.clone()
+            found = propose(logits, uniforms, config, rating)
+            assert torch.equal(logits, kept)
+            torch.testing.assert_close(found, propose(kept, uniforms, config))
+    assert counters["stats"]["unique_graphs"] == 3 * 2
+
+
 @pytest.mark.slow
 def test_layers_share_their_compilations(tokenizer, monkeypatch):
     """Each has memory of its own for keys and values, whose number the compiler must not see."""
@@ -179,7 +199,7 @@ def test_layers_share_their_compilations(tokenizer, monkeypatch):
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = RECOMPILATIONS
         counters.clear()
-        compile_layers(model, "true")
+        compile_parts(model, "true")
         for _ in range(2):
             assert filled(model, cache="dual", block_length=4) == plain
         compilations.append(counters["stats"]["unique_graphs"])
@@ -198,7 +218,7 @@ def test_layers_share_their_compilations(tokenizer, monkeypatch):
 )
 def test_what_is_prepared(model, monkeypatch, setting, gpu, forwards, compiled, static):
     done = []
-    monkeypatch.setattr(static_forward, "compile_layers", lambda *_: done.append(1))
+    monkeypatch.setattr(static_forward, "compile_parts", lambda *_: done.append(1))
     monkeypatch.setattr(static_forward, "CudaGraphs", lambda _: capture)
     if gpu:
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
