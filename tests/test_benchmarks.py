@@ -37,10 +37,27 @@ def test_an_equality_that_fails_is_the_exit_code(tmp_path, capsys, monkeypatch, 
     assert "error: a loss: " in capsys.readouterr().err
 
 
+def test_a_case_that_ends_early_leaves_the_others(tmp_path, capsys, monkeypatch):
+    def ends(report):
+        report.add("ours", 1.0)
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setitem(gpu.CASES, "step", ends)
+    code, cases, page = run(tmp_path, "step", "ragged")
+    assert code == 1
+    assert [row["variant"] for row in cases["step"]["rows"]] == ["ours"]
+    assert cases["step"]["error"] == "RuntimeError: no kernel"
+    assert cases["ragged"]["error"] is None
+    assert "ended early: RuntimeError: no kernel" in page
+    assert "error: step ended early: RuntimeError: no kernel" in capsys.readouterr().err
+
+
 def test_an_unknown_case(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "stepp")
-    assert "stepp: no such case; choose from step, ragged, head, train, sample" in capsys.readouterr().err
+    assert (
+        "stepp: no such case; choose from step, ragged, head, rating, blocks, train, sample" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

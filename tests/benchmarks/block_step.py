@@ -17,6 +17,7 @@ from diffllm.diffusion.block import BlockConfig, BlockDiffusion
 from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from diffllm.tokenizer import builtin_tokenizer
 from tests.benchmarks.measure import median_seconds
+from tests.benchmarks.models import DEVICE, DTYPE
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
 HEADS_OF_KEYS = 2
@@ -59,9 +60,9 @@ def activations(model: DiffLLM, objective: Objective, batch: Batch) -> int:
 def main() -> None:
     for length in map(int, sys.argv[1:] or LENGTHS):
         shape = ModelConfig(**SHAPE, num_key_value_heads=HEADS_OF_KEYS, attn_implementation="varlen")
-        parts = new_model(shape, builtin_tokenizer()).train()
+        parts = new_model(shape, builtin_tokenizer()).train().to(DEVICE, DTYPE)
         shape.attn_implementation = "sdpa"
-        dense = new_model(shape, builtin_tokenizer()).train()
+        dense = new_model(shape, builtin_tokenizer()).train().to(DEVICE, DTYPE)
         masks = MaskedDiffusion(DiffusionConfig(**SETTINGS), parts.mask_token_id, 0)
         blocks = BlockDiffusion(BlockConfig(**SETTINGS), parts.mask_token_id, 0)
         batch, prompted = make_batch(length), make_batch(length, length // 4)

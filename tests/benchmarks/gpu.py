@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 import tempfile
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,14 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.storage import first_line
 from data.terminal import table
 from diffllm import DiffLLM
+from diffllm.diffusion.block import BlockConfig, BlockDiffusion
 from diffllm.diffusion.loss import compiled, masked_loss
+from diffllm.diffusion.masked import DiffusionConfig, MaskedDiffusion
 from diffllm.diffusion.weights import time_weights
-from diffllm.static_forward import StaticForward, prepare_sampling
+from diffllm.static_forward import StaticForward, compiled_rating, prepare_sampling
 from launch.plan import memory_table
 from sampling import SamplingConfig, Visibility, sample
 from sampling.canvas import count_positions
+from sampling.confidence import Rating, rate
+from tests.benchmarks.block_step import SETTINGS, make_batch, step
 from tests.benchmarks.measure import median_seconds
 from tests.benchmarks.models import DEVICE, SHAPES, random_model, write_checkpoint
 from tests.benchmarks.near_ties import first_difference
@@ -55,6 +61,7 @@ class Report:
 
     rows: list[dict[str, object]] = field(default_factory=list)
     equalities: list[dict[str, object]] = field(default_factory=list)
+    error: str | None = None  # that ended it early
 
     def add(self, variant: str, seconds: float, **more: object) -> None:
         self.rows.append({"variant": variant, "ms": round(seconds * 1e3, 2), **more})
@@ -204,6 +211,62 @@ def case_head(report: Report) -> None:
             report.add(f"{shape} {n} positions, {name}", seconds)
 
 
+def case_rating(report: Report) -> None:
+    """Logits of the head and ratings of the likeliest tokens, against the product alone."""
+    shape, dtype = SHAPES[LARGE], torch.bfloat16 if ON_GPU else torch.float32
+    torch.manual_seed(0)
+    head = 0.02 * torch.randn(shape.vocab_size, shape.hidden_size, device=DEVICE, dtype=dtype)
+    config, faster = SamplingConfig(alg="entropy"), compiled_rating("true")
+    at_once = max(1, 2**27 // shape.vocab_size)  # as `sampling.batch` does on a GPU
+
+    @torch.no_grad()
+    def rated(hidden: Tensor, rating: Rating) -> Tensor:
+        """[n] entropies."""
+        return torch.cat([rating(some @ head.T, None, None, config).entropy for some in hidden.split(at_once)])
+
+    for n in (32, 256, 4096) if ON_GPU else (32,):
+        hidden = torch.randn(n, shape.hidden_size, device=DEVICE, dtype=dtype)
+        report.check(
+            f"entropies of {n} candidates, compiled",
+            float((rated(hidden, rate) - rated(hidden, faster)).abs().max()),
+            1e-3,
+        )
+        variants = {
+            "product": partial(torch.matmul, hidden, head.T),
+            "rated": partial(rated, hidden, rate),
+            "rated, compiled": partial(rated, hidden, faster),
+        }
+        for name, seconds in zip(variants, timed(*variants.values()), strict=True):
+            report.add(f"{n} candidates, {name}", seconds)
+
+
+def case_blocks(report: Report) -> None:
+    """A step by blocks of 32, with FlexAttention on a GPU, against one by masks and one with a dense mask."""
+    length = 2048 if ON_GPU else 64
+    batch = make_batch(length, length // 4)
+    for compiling in (False, True):
+        losses = {}
+        for name, attention, kind in (
+            ("by masks", "sdpa", MaskedDiffusion(DiffusionConfig(**SETTINGS), 1, 0)),
+            ("dense", "sdpa", BlockDiffusion(BlockConfig(**SETTINGS), 1, 0)),
+            ("by blocks", "varlen", BlockDiffusion(BlockConfig(**SETTINGS), 1, 0)),
+        ):
+            model = random_model(SMALL, attention).train()
+            if compiling:
+                compile_parts(model, SHAPES[SMALL])
+            noised = kind.corrupt(batch, 0)
+            losses[name] = float(kind.loss(model, noised).loss.detach() / kind.denominator(noised))
+            [seconds] = timed(partial(step, model, kind, noised))
+            report.add(
+                f"{SMALL} {len(batch['slot'])}×{length} {name}{', compiled' if compiling else ''}",
+                seconds,
+                tokens_per_second=round(len(batch["slot"]) * length / seconds),
+            )
+            del model
+        distance = abs(losses["by blocks"] / losses["dense"] - 1)
+        report.check(f"loss by blocks{', compiled' if compiling else ''}", distance, 0.01 if ON_GPU else 1e-4)
+
+
 def _rows_file(directory: Path, rows: int, length: int) -> Path:
     """Rows with a prompt of a quarter of `length`, and responses that are cut to any max_length."""
     letters = torch.randint(26, (rows, 6 * length), generator=torch.Generator().manual_seed(0))
@@ -291,9 +354,11 @@ class Sampled:
     new: int
     steps: int
     settings: dict[str, object] = field(default_factory=dict)
+    blocks: int | None = None  # positions of a block of the model's attention
 
     def __str__(self) -> str:
         more = "".join(f", {name} {value}" for name, value in self.settings.items())
+        more += "" if self.blocks is None else f", attention by blocks of {self.blocks}"
         return f"{self.rows}×({self.prompt} + {self.new}), {self.steps} steps{more}"
 
 
@@ -304,9 +369,11 @@ SAMPLED = (
         Sampled(1, 512, 256, 256, CACHED),
         Sampled(16, 512, 256, 256, CACHED),
         Sampled(16, 128, 256, 32),
+        Sampled(1, 512, 256, 256, blocks=32),
+        Sampled(16, 512, 256, 64, blocks=32),
     ]
     if ON_GPU
-    else [Sampled(1, 16, 32, 8), Sampled(2, 16, 32, 16, CACHED | {"block_length": 8})]
+    else [Sampled(1, 16, 32, 8), Sampled(2, 16, 32, 16, CACHED | {"block_length": 8}), Sampled(2, 16, 32, 16, blocks=8)]
 )
 
 
@@ -319,6 +386,7 @@ def case_sample(report: Report) -> None:
             max_new_tokens=case.new, steps=case.steps, stop_at_eos=False, batch_size=case.rows, **case.settings
         )
         model = random_model(LARGE).eval()
+        model.block_length = case.blocks
         made, nfe = {}, 0
 
         def ours(name: str, model=model, prompts=prompts, config=config, made=made) -> list[int]:
@@ -345,8 +413,9 @@ def case_sample(report: Report) -> None:
             f"tokens of {case}, graphs", float((made["graphs"].sequences != made["plain"].sequences).sum()), 0.0
         )
         before = F.pad(prompts, (0, case.new), value=model.mask_token_id)
-        others = {"compiled": made["compiled and graphs"].history} if not case.settings else {}
-        if not case.settings:
+        partial_forwards = case.settings or case.blocks
+        others = {} if partial_forwards else {"compiled": made["compiled and graphs"].history}
+        if not partial_forwards:
             history: list[Tensor] = []
             plain = random_model(LARGE).eval()
             published_sample(plain, prompts, config, history=history)
@@ -357,10 +426,8 @@ def case_sample(report: Report) -> None:
                 gap = first_difference(plain, before, made["plain"].history, steps, config)
                 report.check(f"gap where tokens of {case} first differ, {name}", gap, NEAR)
             del plain
-        positions = case.rows * (case.new if case.settings else case.prompt + case.new)
-        report.add(
-            f"{case}, floor of the layers", floor(model, min(positions, 32 * case.rows) if case.settings else positions)
-        )
+        positions = case.rows * (32 if partial_forwards else case.prompt + case.new)
+        report.add(f"{case}, floor of the layers", floor(model, positions))
         del model, made
 
 
@@ -368,6 +435,8 @@ CASES: dict[str, Callable[[Report], None]] = {
     "step": case_step,
     "ragged": case_ragged,
     "head": case_head,
+    "rating": case_rating,
+    "blocks": case_blocks,
     "train": case_train,
     "sample": case_sample,
 }
@@ -396,6 +465,8 @@ def markdown(machine: dict[str, object], reports: dict[str, Report]) -> str:
         for equality in report.equalities:
             verdict = "holds" if equality["holds"] else "FAILS"
             lines.append(f"\n{equality['what']}: {equality['distance']:.2g}, at most {equality['most']:g}: {verdict}")
+        if report.error:
+            lines.append(f"\nended early: {report.error}")
     return "\n".join(lines) + "\n"
 
 
@@ -410,7 +481,11 @@ def main(arguments: list[str]) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     for case in options.cases or CASES:
         reports[case] = report = Report()
-        CASES[case](report)
+        try:
+            CASES[case](report)
+        except Exception as error:  # the other cases are measured all the same
+            traceback.print_exc()
+            report.error = f"{type(error).__name__}: {first_line(error)}"
         rows = [[f"{case}:", "ms"], *([row["variant"], row["ms"]] for row in report.rows)]
         print(table(rows), flush=True)
         written = {"machine": machine, "cases": {name: asdict(each) for name, each in reports.items()}}
@@ -419,8 +494,11 @@ def main(arguments: list[str]) -> int:
     failed = [equality for report in reports.values() for equality in report.equalities if not equality["holds"]]
     for equality in failed:
         print(f"error: {equality['what']}: {equality['distance']:.3g}, at most {equality['most']:g}", file=sys.stderr)
+    ended = {case: report.error for case, report in reports.items() if report.error}
+    for case, error in ended.items():
+        print(f"error: {case} ended early: {error}", file=sys.stderr)
     print(f"{options.output}/gpu.md")
-    return 1 if failed else 0
+    return 1 if failed or ended else 0
 
 
 if __name__ == "__main__":
