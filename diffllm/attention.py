@@ -78,11 +78,15 @@ def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -
     return inputs, place
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Dimensions of a head of the attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def has_segments(config: PreTrainedConfig) -> bool:
     """Whether varlen can attend within segments: no window, no dropout, and heads that FlashAttention takes."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dropout = getattr(config, "attention_dropout", 0.0)
-    return not has_window(config) and not dropout and head_dim % 8 == 0 and head_dim <= 256
+    size, dropout = head_size(config), getattr(config, "attention_dropout", 0.0)
+    return not has_window(config) and not dropout and size % 8 == 0 and size <= 256
 
 
 def attention_for(setting: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:

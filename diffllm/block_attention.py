@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from diffllm.compilation import allow_recompilations
 from sampling import Visibility
 from sampling.visibility import sees_block
 
+LEAST_HEAD = 16  # dimensions that FlexAttention takes on a GPU
 QUERIES = 256  # smaller: keys are copied more often; larger: more hidden pairs are computed
 
 
@@ -58,6 +60,7 @@ def flex_mask(seen: Visibility) -> BlockMask:
         return visible
 
     rows, width = block.shape
+    allow_recompilations()  # of the attention too: batches differ in size, and validation has no gradients
     create = compiled_mask if block.is_cuda else create_block_mask  # uncompiled it makes the mask of the whole canvas
     return create(sees, rows, None, width, width, device=block.device)
 

@@ -8,10 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data import Batch
 from diffllm import DiffLLM, load_model
 from diffllm.compilation import is_compiled
+from diffllm.diffusion import ObjectiveConfig, build_objective
+from diffllm.diffusion.block import BlockConfig
+from diffllm.diffusion.causal import CausalConfig
+from diffllm.diffusion.masked import DiffusionConfig
 from diffllm.static_forward import StaticForward, prepare_sampling
-from sampling import SamplingConfig, Visibility, sample
+from sampling import SamplingConfig, sample
 from sampling.canvas import count_positions, left_pad
 from tests.benchmarks.near_ties import first_difference
 from tests.conftest import GOLDEN, small_config
@@ -89,41 +94,53 @@ def _model(dtype: torch.dtype, attention: str = "sdpa") -> DiffLLM:
     return load_model(GOLDEN / "dream_tiny", dtype, attention).to(DEVICE).eval()
 
 
-def _loss_and_gradient(model: DiffLLM) -> tuple[float, list[torch.Tensor]]:
-    """Of three ragged rows."""
+def _batch() -> Batch:
+    """Three ragged rows."""
     torch.manual_seed(0)
-    x_0, attended = torch.randint(200, (3, 96)), torch.arange(96) >= torch.tensor([0, 40, 70])[:, None]
-    masked = attended & (torch.rand(3, 96) < 0.5)
-    x_t = torch.where(masked, model.mask_token_id, x_0)
+    columns, first = torch.arange(96), torch.tensor([[0], [40], [70]])
+    return {
+        "input_ids": torch.randint(200, (3, 96)),
+        "maskable": columns >= first + 10,
+        "attention_mask": (columns >= first).long(),
+        "position_ids": count_positions(columns >= first),
+        "sample_index": torch.arange(3),
+        "slot": torch.arange(3),
+        "batch_size": torch.full((3,), 3),
+    }
+
+
+def _loss_and_gradient(model: DiffLLM, settings: ObjectiveConfig) -> tuple[float, list[torch.Tensor]]:
+    objective = build_objective(settings, model.mask_token_id, seed=0)
+    batch = objective.corrupt(_batch(), epoch=0)
     model.zero_grad()
-    inputs = (tensor.to(DEVICE) for tensor in (x_t, x_0))
-    positions, seen = count_positions(attended).to(DEVICE), Visibility(attended=attended)
-    weights = masked.float().to(DEVICE)
-    loss = model(*inputs, masked, weights, position_ids=positions, visibility=seen).loss / masked.sum()
+    loss = objective.loss(model, batch).loss / objective.denominator(batch)
     loss.backward()
     return loss.item(), [parameter.grad.float().cpu() for parameter in model.parameters()]
 
 
-def _distances(dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Relative distance of loss and gradient from the padded float32 model, eager, of each way to compute them."""
-    expected, exact = _loss_and_gradient(_model(torch.float32))
+def _distances(dtype: torch.dtype, settings: ObjectiveConfig) -> dict[str, tuple[float, float]]:
+    """Relative distance of loss and gradient from those with padding and masks, in float32 and eager, of other ways."""
+    expected, exact = _loss_and_gradient(_model(torch.float32), settings)
     norm = torch.cat([grad.flatten() for grad in exact]).norm()
     distances = {}
-    for attention in ("sdpa",) if dtype == torch.float32 else ("sdpa", "varlen"):
+    padded = dtype == torch.float32 and settings.copies == 1  # which FlashAttention does not take
+    for attention in ("sdpa",) if padded else ("sdpa", "varlen"):
         for compiling in (False, True):
             model = _model(dtype, attention)
             if compiling:
                 compile_parts(model, Config().model)
-            loss, gradient = _loss_and_gradient(model)
+            loss, gradient = _loss_and_gradient(model, settings)
             far = torch.cat([(a - b).flatten() for a, b in zip(gradient, exact, strict=True)]).norm() / norm
             distances[f"{attention} {'compiled' if compiling else 'eager'}"] = abs(loss / expected - 1), float(far)
     return distances
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_every_way_to_compute_a_step_is_the_same(on_gpu, dtype, most):
-    distances = on_gpu(_distances, dtype)
-    assert all(max(pair) < most for pair in distances.values()), distances
+@pytest.mark.parametrize("settings", [DiffusionConfig(), BlockConfig(block_length=8), CausalConfig()], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, (1e-4, 1e-4)), (torch.bfloat16, (0.02, 0.2))])
+def test_every_way_to_compute_a_step_is_the_same(on_gpu, dtype, most, settings):
+    """With blocks, `varlen` is FlexAttention."""
+    distances = on_gpu(_distances, dtype, settings)
+    assert all(loss < most[0] and gradient < most[1] for loss, gradient in distances.values()), distances
 
 
 def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,9 +149,12 @@ def _prompts() -> tuple[torch.Tensor, torch.Tensor]:
     return ids.to(DEVICE), attended.to(DEVICE)
 
 
-def _alone_and_together(config: SamplingConfig) -> tuple[list[list[int]], list[list[int]]]:
+def _alone_and_together(
+    config: SamplingConfig, block_length: int | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
     """Responses to the prompts in one batch and one by one, in float32."""
     model, (ids, attended) = _model(torch.float32), _prompts()
+    model.block_length = block_length
     together = sample(model, ids, config, model.special_tokens, attended).sequences[:, ids.shape[1] :].tolist()
     alone = []
     for row in range(len(ids)):
@@ -144,10 +164,17 @@ def _alone_and_together(config: SamplingConfig) -> tuple[list[list[int]], list[l
     return together, alone
 
 
+@pytest.mark.parametrize("block_length", [None, 8])
 @pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "origin"])
-def test_a_row_does_not_depend_on_its_batch(on_gpu, alg):
-    together, alone = on_gpu(_alone_and_together, replace(SAMPLING, alg=alg))
+def test_a_row_does_not_depend_on_its_batch(on_gpu, alg, block_length):
+    together, alone = on_gpu(_alone_and_together, replace(SAMPLING, alg=alg), block_length)
     assert together == alone
+
+
+def test_blocks_are_exact_in_their_cache(on_gpu):
+    exact, _ = on_gpu(_alone_and_together, replace(SAMPLING, cache="none"), 8)
+    cached, _ = on_gpu(_alone_and_together, SAMPLING, 8)
+    assert cached == exact
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual", "delayed"])
@@ -157,9 +184,10 @@ def test_a_cache_refreshed_at_every_forward_is_exact(on_gpu, cache):
     assert cached == exact
 
 
-def _graphs(config: SamplingConfig) -> tuple[bool, int]:
+def _graphs(config: SamplingConfig, block_length: int | None) -> tuple[bool, int]:
     """Whether sampling through CUDA graphs gives the tokens of plain forwards, in bf16, and the number of graphs."""
     model, (ids, attended) = _model(torch.bfloat16), _prompts()
+    model.block_length = block_length
     model.static = StaticForward(model.decode, "auto", None)  # the same shapes, so the same kernels
     plain = sample(model, ids, config, model.special_tokens, attended).sequences
     model.static = None
@@ -168,15 +196,16 @@ def _graphs(config: SamplingConfig) -> tuple[bool, int]:
     return all(same), len(model.static.graphs)
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed", "block"])
 def test_graphs_change_no_token(on_gpu, cache):
-    same, graphs = on_gpu(_graphs, replace(SAMPLING, cache=cache, block_length=8))
+    config = replace(SAMPLING, cache=cache, block_length=8)
+    same, graphs = on_gpu(_graphs, config, 8 if cache == "block" else None)
     assert same
     assert graphs
 
 
 def _compiled() -> float:
-    """Share of the tokens, sampled through compiled layers in float32, that differ from plain forwards."""
+    """Share of the tokens, sampled through compiled layers and ratings in float32, that differ from plain forwards."""
     model, (ids, attended) = _model(torch.float32), _prompts()
     plain = sample(model, ids, SAMPLING, model.special_tokens, attended).sequences
     prepare_sampling(model, "true")

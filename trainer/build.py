@@ -39,7 +39,8 @@ from data.tasks import tasks_of
 from data.terminal import announced
 from diffllm import DiffLLM, ModelConfig, load_model, new_model
 from diffllm.adapt import adapt, with_mask
-from diffllm.attention import attention_for
+from diffllm.attention import attention_for, head_size
+from diffllm.block_attention import LEAST_HEAD
 from diffllm.checkpoint_source import CheckpointSource
 from diffllm.diffusion.loss import liger
 from diffllm.loading import building, decoder_on_meta, empty_model
@@ -215,8 +216,8 @@ def _check_weights_fit(source: CheckpointSource, dtype: torch.dtype, device: tor
         )
 
 
-def _check_objective(config: Config, model: DiffLLM) -> None:
-    """Refuse a model that cannot attend or predict as the objective needs it.
+def _check_objective(config: Config, model: DiffLLM, device: torch.device) -> None:
+    """Refuse a model that cannot attend or predict on the device as the objective needs it.
 
     Raises:
         ValueError: the message says what to change.
@@ -232,6 +233,12 @@ def _check_objective(config: Config, model: DiffLLM) -> None:
         raise ValueError(
             f"{name}: {model.family.architecture} predicts each token from its own position, which a causal model "
             "sees; choose a family that shifts, such as model.family=dream"
+        )
+    tiled = objective.copies > 1 and model.lm.config._attn_implementation == "varlen" and device.type == "cuda"
+    if tiled and (size := head_size(model.lm.config)) < LEAST_HEAD:
+        raise ValueError(
+            f"{name}: FlexAttention needs heads of at least {LEAST_HEAD} dimensions on a GPU, and these have {size}; "
+            "set model.attn_implementation=sdpa"
         )
     hiding = []  # settings that hide positions, and what does without
     if steps := objective.attention_annealing_steps:
@@ -275,7 +282,7 @@ def build_trainable(config: Config, device: torch.device) -> tuple[DiffLLM, PreT
             load_adapter(model, config.model)
     if config.model.loss_kernel == "liger":
         model.masked_loss = liger()
-    _check_objective(config, model)
+    _check_objective(config, model, device)
     model.block_length = config.diffusion.block_length
     check_length(config.data, model.lm.config.max_position_embeddings)
     return model, tokenizer

@@ -159,6 +159,19 @@ def test_attention_that_hides_no_position_is_refused_at_the_start(small_run, mon
         build_trainable(config, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("heads", "attention", "device"), [(4, "sdpa", "cuda"), (4, "auto", "cpu"), (2, "auto", "cuda")]
+)
+def test_heads_that_flex_attention_does_not_take_on_a_gpu(small_run, monkeypatch, heads, attention, device):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    config = small_run(model__num_attention_heads=heads, model__attn_implementation=attention)
+    config.diffusion = settings_of("block")()
+    build_trainable(config, torch.device(device))
+    config.model.num_attention_heads, config.model.attn_implementation = 4, "varlen"
+    with pytest.raises(ValueError, match=r"at least 16 dimensions on a GPU, and these have 8; set .*=sdpa"):
+        build_trainable(config, torch.device("cuda"))
+
+
 def test_a_run_by_masks_forgets_the_blocks_of_its_checkpoint(block_run, small_run, capsys):
     source = train(block_run(trainer__max_steps=1)) / "hf"
     capsys.readouterr()
