@@ -184,7 +184,10 @@ class CudaGraphs:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             # The outer block restores the stream if the capture fails, which torch's own does not.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 output = run()
 
         def replay() -> Tensor:
