@@ -88,6 +88,7 @@ model.save_pretrained("out", tokenizer=load_tokenizer(name))
 """
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_like_a_directory(tmp_path):
     """From the hub's cache, laid out as a download leaves it."""
     snapshot = tmp_path / "cache" / "models--Dream-org--Tiny" / "snapshots" / "0123abc"
