@@ -109,7 +109,7 @@ def rate(logits: Tensor, place: Tensor | None, ids: Tensor | None, config: Sampl
         total = exp.sum(-1)
         entropy = torch.zeros_like(total)
     p = at_place.exp() / total
-    confidence = ALGS[config.alg](Softmax(exp, total, p, entropy if config.alg in USE_ENTROPY else None))
+    confidence = ALGS[config.alg](Softmax(exp, total, best, p, entropy if config.alg in USE_ENTROPY else None))
     tokens = place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
     return Proposal(tokens, confidence, p, entropy)
 

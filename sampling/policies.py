@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,8 +15,9 @@ from torch import Tensor
 class Softmax:
     """Distributions at N candidates: exp / total."""
 
-    exp: Tensor  # [N, K] exp(logit - highest logit)
+    exp: Tensor  # [N, K] exp(logit - highest logit); may be overwritten
     total: Tensor  # [N] Σ exp
+    best: Tensor  # [N] index of the highest logit, whose exp is 1
     p: Tensor  # [N] probability of the proposed token
     entropy: Tensor | None  # [N] nats; None unless `sampling.alg` is in USE_ENTROPY
 
@@ -29,8 +29,8 @@ def equal(softmax: Softmax) -> Tensor:
 
 def margin(softmax: Softmax) -> Tensor:
     """Probability of the most likely token minus that of the second."""
-    first, second = F.pad(softmax.exp, (0, 1)).topk(2, dim=-1).values.unbind(-1)  # top_k=1 leaves no second
-    return (first - second) / softmax.total
+    second = softmax.exp.scatter_(-1, softmax.best[:, None], 0).amax(-1)
+    return (1 - second) / softmax.total
 
 
 # sampling.alg: the confidence [N] of candidates; the highest are committed first, equal ones from left to right.
