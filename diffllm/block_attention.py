@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from diffllm.compilation import allow_recompilations
+from diffllm.compilation import set_compiler
 from sampling import Visibility
 from sampling.visibility import sees_block
 
@@ -60,7 +60,7 @@ def flex_mask(seen: Visibility) -> BlockMask:
         return visible
 
     rows, width = block.shape
-    allow_recompilations()  # of the attention too: batches differ in size, and validation has no gradients
+    set_compiler()  # of the attention too: batches differ in size, and validation has no gradients
     create = compiled_mask if block.is_cuda else create_block_mask  # uncompiled it makes the mask of the whole canvas
     return create(sees, rows, None, width, width, device=block.device)
 

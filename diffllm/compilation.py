@@ -13,7 +13,7 @@ from data.storage import first_line
 
 # Compiling takes up to a minute, and saves some milliseconds a layer and forward pass on an H200.
 WORTH_PASSES = 500
-RECOMPILATIONS = 64  # for other shapes and kinds of masks; torch gives up after 8
+RECOMPILATIONS = 64  # of a function, for other shapes and kinds of masks; torch gives up after 8
 
 
 def is_compiled(setting: str, device: torch.device, passes: int) -> bool:
@@ -25,16 +25,18 @@ def is_compiled(setting: str, device: torch.device, passes: int) -> bool:
     return setting == "true" or (setting == "auto" and device.type == "cuda" and passes >= WORTH_PASSES)
 
 
-def allow_recompilations() -> None:
-    """Let torch compile a function for up to RECOMPILATIONS kinds of inputs; for more it runs as it is."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+def set_compiler() -> None:
+    """Set what torch keeps for each thread by itself: call it in the thread that calls compiled code."""
+    if torch._dynamo.config.recompile_limit < RECOMPILATIONS:
+        torch._dynamo.config.recompile_limit = RECOMPILATIONS
+    # The code for the backward pass is made with that for the forward pass, so that its errors are met there too.
+    if not torch._functorch.config.force_non_lazy_backward_lowering:
+        torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def backend_of(setting: str) -> str | Callable[[fx.GraphModule, list[Tensor]], Callable]:
     """Backend for torch.compile. With `auto` a part that cannot be compiled runs as it is, after one warning."""
-    allow_recompilations()
-    # The code for the backward pass is made with that for the forward pass, so that its errors are met there too.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
+    set_compiler()
     return "inductor" if setting == "true" else _compile_or_warn
 
 

@@ -29,6 +29,13 @@ def switch_off_causality(lm: PreTrainedModel) -> None:
             module.is_causal = False  # read by attention without a mask
 
 
+def has_dynamic_rotary(config: PreTrainedConfig) -> bool:
+    """Whether rotary embeddings depend on the longest position of a forward, which the host then reads."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    kinds = [each.get("rope_type", "") for each in (settings, *settings.values()) if isinstance(each, dict)]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 def has_window(config: PreTrainedConfig) -> bool:
     """Whether a decoder has layers that attend within a window."""
     settings = config.to_dict()

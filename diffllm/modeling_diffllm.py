@@ -153,6 +153,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         row: Tensor,
         column: Tensor,
         cache: CanvasCache | None = None,
+        static: Any = None,
     ) -> Tensor:
         """[N, D] states that predict the tokens at the N positions `row`, `column` of x_t [B, L].
 
@@ -162,6 +163,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             row, column: on any device.
             cache: holds keys and values; compute those of its columns only. The columns must contain the N positions,
                 and their left neighbours if the family shifts.
+            static: in place of `decode`, see `static`.
 
         Raises:
             ValueError: the model's attention does not support this visibility or this cache.
@@ -179,7 +181,8 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if self.family.shift:
             column = seen.left_neighbour(row, column)
         ragged = visibility.attended is not None or visibility.document is not None
-        static = None if torch.is_grad_enabled() or torch.is_inference_mode_enabled() else self.static
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            static = None
         captured = static is not None and static.takes(x_t.numel())
         if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
@@ -193,6 +196,10 @@ class DiffLLM(DiffusionGeneration, nn.Module):
             column = cache.place[row, column]
         mask = mask_of(seen, columns, self.windowed)
         return (static or self.decode)(x_t, position_ids, mask, cache)[row, column]
+
+    def hidden_of_step(self, *arguments: Any) -> Tensor:
+        """`hidden` in a sampler, whose forwards have few shapes."""
+        return self.hidden(*arguments) if self.static is None else self.hidden(*arguments, static=self.static)
 
     def decode(
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: CanvasCache | None = None
@@ -218,8 +225,9 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         for i, (owner, cache) in enumerate(self._lent):
             if owner() is None:
                 self._lent[i] = weakref.ref(borrower), cache
+                cache.clear()
                 return cache
-        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=32)))
+        self._lent.append((weakref.ref(borrower), CanvasCache(round_to=8)))
         return self._lent[-1][1]
 
     def check_sampling(self, config: SamplingConfig) -> None:

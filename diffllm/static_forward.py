@@ -6,7 +6,7 @@ them at once; it is bound to the shapes, and to the memory, with which it was ca
 
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from data.storage import first_line
-from diffllm.compilation import backend_of, is_first_rank, refusing_failures
+from diffllm.compilation import backend_of, is_first_rank, refusing_failures, set_compiler
+from diffllm.families import has_dynamic_rotary
 from diffllm.modeling_diffllm import DiffLLM
 from sampling import CanvasCache
 from sampling.confidence import Proposal, Rating, rate
@@ -24,7 +25,9 @@ from sampling.confidence import Proposal, Rating, rate
 # On an H200 a graph saved 18 of 23 ms for 1×32 positions of a 7B model, and nothing for 16×384.
 MOST_POSITIONS = 4096
 WORTH_FORWARDS = 2000  # of a run, for compiled layers: they take about a minute
-CAPTURED_AT = 3  # a shape is captured when it occurs for the third time
+# A capture takes as long as some plain forwards, and a graph saves most of one. A shape that has occurred so often
+# among the last RECENT forwards will probably do so again.
+CAPTURED_AT, RECENT = 6, 500
 MOST_GRAPHS = 64
 
 
@@ -37,26 +40,30 @@ def prepare_sampling(model: DiffLLM, setting: str, forwards: int = 0) -> None:
         forwards: of the run.
 
     Raises:
-        ValueError: another setting, or `true` and layers with a window or FlashAttention.
+        ValueError: another setting, or `true` and a model that cannot be captured.
     """
     setting, on_gpu = str(setting).lower(), model.device.type == "cuda"
     if setting not in ("auto", "true", "false"):
         raise ValueError(f"sampling.compile={setting}: choose one of auto, true, false")
-    if setting == "true" and (model.windowed or model.flash):
+    refused = model.windowed or model.flash or has_dynamic_rotary(model.lm.config)
+    if setting == "true" and refused:
         raise ValueError(
-            "sampling.compile=true: not for layers with a window or FlashAttention; set it to auto or false"
+            "sampling.compile=true: not for layers with a window or FlashAttention, or rotary embeddings that depend "
+            "on the length; set it to auto or false"
         )
-    if setting == "false" or model.windowed or model.flash or not (on_gpu or setting == "true"):
+    if setting == "false" or refused or not (on_gpu or setting == "true"):
         return
     compiled = model.static is not None and model.static.compiled
     if not compiled and (setting == "true" or forwards >= WORTH_FORWARDS):
-        compile_parts(model, setting)
+        compile_sampling(model, setting)
         compiled = True
     if model.static is None or model.static.compiled != compiled:
-        model.static = StaticForward(model.decode, setting, CudaGraphs(model.device) if on_gpu else None, compiled)
+        failed = model.static is not None and model.static.capture is None
+        capture = CudaGraphs(model.device) if on_gpu and not failed else None
+        model.static = StaticForward(model.decode, setting, capture, compiled)
 
 
-def compile_parts(model: DiffLLM, setting: str) -> None:
+def compile_sampling(model: DiffLLM, setting: str) -> None:
     """Compile the forward of each layer, and the rating of tokens.
 
     Each layer gets its own part of the cache, so that all share their compilations.
@@ -72,7 +79,7 @@ def compile_parts(model: DiffLLM, setting: str) -> None:
 
 
 def compiled_rating(setting: str) -> Rating:
-    """`rate` in two passes over the logits, which it keeps; for any number of candidates."""
+    """Compiled `rate`. It leaves the logits as they are; one compilation serves all numbers of candidates above 1."""
 
     def rate_copy(logits: Tensor, *more: Any) -> Proposal:
         return rate(logits.clone(), *more)  # without it the compiled code would write its changes to the logits
@@ -80,6 +87,7 @@ def compiled_rating(setting: str) -> Rating:
     compiled = torch.compile(rate_copy, dynamic=True, backend=backend_of(setting))
 
     def run(*arguments: Any) -> Proposal:
+        set_compiler()
         with refusing_failures("sampling.compile", setting):
             return compiled(*arguments)
 
@@ -93,6 +101,7 @@ def _with_own_cache(plain: Callable, compiled: Callable, number: int, setting: s
             past_key_values = past_key_values.of_layer(number)
             if past_key_values.keys is None:  # its memory is made outside of compiled code
                 return plain(layer, *arguments, past_key_values=past_key_values, **settings)
+        set_compiler()
         with refusing_failures("sampling.compile", setting):
             return compiled(layer, *arguments, past_key_values=past_key_values, **settings)
 
@@ -100,7 +109,7 @@ def _with_own_cache(plain: Callable, compiled: Callable, number: int, setting: s
 
 
 class StaticForward:
-    """Calls the decoder, through a graph once a shape has occurred CAPTURED_AT times.
+    """Calls the decoder, through a graph once a shape has occurred CAPTURED_AT times lately.
 
     Args:
         decode: `DiffLLM.decode`.
@@ -111,7 +120,8 @@ class StaticForward:
 
     def __init__(self, decode: Callable[..., Tensor], setting: str, capture: Callable | None, compiled: bool = False):
         self.decode, self.setting, self.capture, self.compiled = decode, setting, capture, compiled
-        self.seen: Counter[tuple] = Counter()
+        self.recent: deque[tuple] = deque()  # shapes of the last forwards
+        self.seen: Counter[tuple] = Counter()  # how often each is among them
         self.graphs: dict[tuple, tuple[Callable[[], Tensor], list[Tensor]]] = {}
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -130,7 +140,7 @@ class StaticForward:
         given = [input_ids, position_ids, *([] if mask is None else [mask])]
         indices = [] if cache is None else cache.indices()
         key = (None if cache is None else cache.shape(), *(tuple(tensor.shape) for tensor in (*given, *indices)))
-        self.seen[key] += 1
+        self._count(key)
         if key not in self.graphs:
             if self.seen[key] >= CAPTURED_AT:
                 self._capture(key, given, cache)
@@ -141,17 +151,30 @@ class StaticForward:
             kept.copy_(new)
         return replay()
 
+    def _count(self, key: tuple) -> None:
+        """Count a shape, and forget one."""
+        self.recent.append(key)
+        self.seen[key] += 1
+        if len(self.recent) > RECENT:
+            oldest = self.recent.popleft()
+            self.seen[oldest] -= 1
+            if not self.seen[oldest]:
+                del self.seen[oldest]
+
     def _capture(self, key: tuple, given: list[Tensor], cache: CanvasCache | None) -> None:
         """Capture a graph with inputs of its own.
 
         Raises:
             ValueError: it cannot be captured, and `sampling.compile=true`.
+            torch.OutOfMemoryError: the forward does not fit.
         """
         inputs = [tensor.clone() for tensor in given]
         indices = [] if cache is None else cache.use_copies()
         mask = inputs[2] if len(inputs) > 2 else None
         try:
             replay = self.capture(lambda: self.decode(*inputs[:2], mask, cache))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             error = error.__context__ or error  # the end of a capture hides what went wrong in it
             if self.setting == "true":
@@ -160,11 +183,16 @@ class StaticForward:
                 ) from error
             warnings.warn(f"no CUDA graphs, which is slower: {first_line(error)}", stacklevel=2)
             self.capture = None
+            self.graphs.clear()
             return
+        if cache is not None:  # those of buffers that it had before never come again
+            number, generation, *_ = cache.shape()
+            for other in [other for other in self.graphs if other[0] and other[0][0] == number]:
+                if other[0][1] != generation:
+                    del self.graphs[other]
         self.graphs[key] = replay, [*inputs, *indices]
         if len(self.graphs) > MOST_GRAPHS:
-            dropped = next(iter(self.graphs))
-            del self.graphs[dropped], self.seen[dropped]
+            del self.graphs[next(iter(self.graphs))]
 
 
 class CudaGraphs:
@@ -172,21 +200,22 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()  # one for all, as cuBLAS keeps memory for each
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A function that launches the kernels of `run` and returns its tensor, overwritten."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(2):  # what is made in the first calls must not be captured
                     run()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             # The outer block restores the stream if the capture fails, which torch's own does not.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
             ):
                 output = run()
 

@@ -245,8 +245,8 @@ def _memory_lines(plan: Plan, arguments: list[str]) -> Iterator[str]:
     unit = unit_of(plan.needed)
     rows = ([name, *(f"{size / UNITS[unit]:.2f}" for size in phases)] for name, phases in plan.memory.items())
     yield table([[f"{unit} on each GPU", *PHASES], *rows])
-    if plan.config.trainer.cpu_offload:
-        yield f"and in the host's memory {size_text(_in_host(plan))} for each GPU"
+    if host := _in_host(plan):
+        yield f"and in the host's memory {size_text(host)} for each GPU"
     yield ""
     yield (
         f"{'fits' if plan.fits else 'does not fit'}: {size_text(plan.needed)} of {size_text(plan.usable)}, which is "
@@ -269,10 +269,11 @@ def _verdict(plan: Plan) -> str:
 
 
 def _in_host(plan: Plan) -> int:
-    """Bytes of the host's memory that `trainer.cpu_offload` takes for a GPU, and the copy that is saved from."""
-    state = state_memory(plan.model, plan.config, plan.layout.ranks, CUDA)
-    copied = state.weights + state.optimizer if plan.config.trainer.async_checkpoints else 0
-    return state.total - state.gathered + copied
+    """Bytes of the host's memory for a GPU: what `trainer.cpu_offload` moves there, and a copy that is saved from."""
+    state, settings = state_memory(plan.model, plan.config, plan.layout.ranks, CUDA), plan.config.trainer
+    moved = state.total - state.gathered if settings.cpu_offload else 0
+    saving = settings.save_checkpoints and settings.async_checkpoints
+    return moved + (state.gradients + state.optimizer if saving else 0)  # trained weights are as large as gradients
 
 
 def _cost_lines(plan: Plan) -> Iterator[str]:

@@ -98,7 +98,7 @@ class RowBatch:
         self.multiple, self.given_width = getattr(model, "width_multiple", 1), width
         self.grows = attention_block_of(model) is not None and width is None
         self.model, self.config, self.special, self.logits_processor = model, config, special, logits_processor
-        self.rating = getattr(model, "rating", None)
+        self.hidden, self.rating = getattr(model, "hidden_of_step", model.hidden), getattr(model, "rating", None)
         self.rows: list[RowState] = []
         self.needed: list[int] = []  # tokens of each row
         # one for the canvas; with guidance another for the canvas whose given tokens are masked
@@ -215,7 +215,7 @@ class RowBatch:
             state.nfe += len(views)
         if not self.caches:
             where = self._to_device(np.stack([row, column]))
-            return [self.model.hidden(x, self.position_ids, self.visibility, *where) for x in views]
+            return [self.hidden(x, self.position_ids, self.visibility, *where) for x in views]
 
         refresh = np.array([needs_refresh(state) for state in self.rows])
         hidden: list[Tensor | None] = [None] * len(views)
@@ -229,7 +229,7 @@ class RowBatch:
             seen = self.position_ids[rows], self.visibility.rows(torch.from_numpy(group))
             for i, (x, cache) in enumerate(zip(views, self.caches, strict=True)):
                 cache.select(rows, self._active(group, fresh))
-                part = self.model.hidden(x[rows], *seen, *where, cache)
+                part = self.hidden(x[rows], *seen, *where, cache)
                 if hidden[i] is None:
                     hidden[i] = part.new_empty(len(row), *part.shape[1:])
                 hidden[i][self._to_device(np.flatnonzero(inside))] = part

@@ -144,7 +144,8 @@ class CanvasCache(Cache):
     """Keys and values of whole canvases. A forward replaces those of some columns.
 
     Args:
-        round_to: the number of computed columns is a multiple of it, so that shapes occur again.
+        round_to: the number of computed columns is a multiple of it and one, so that shapes occur again: a block has
+            a left neighbour.
 
     Attributes:
         rows: [b] rows that the next forward computes.
@@ -182,6 +183,12 @@ class CanvasCache(Cache):
             for buffer in layer.buffers:
                 buffer[new] = buffer[old]
 
+    def clear(self) -> None:
+        """Forget all keys and values: a hidden one that is no number would still make the attention to it none."""
+        for layer in self.kept:
+            for buffer in layer.buffers:
+                buffer.zero_()
+
     def select(self, rows: Tensor, active: np.ndarray | None) -> None:
         """Choose the rows and columns that the next forward computes.
 
@@ -194,7 +201,7 @@ class CanvasCache(Cache):
             self.columns = self.place = None
             return
         # A row with fewer positions repeats its first one, which has the same keys and values each time.
-        most = -(-active.sum(1).max() // self.round_to) * self.round_to
+        most = -(-(active.sum(1).max() - 1) // self.round_to) * self.round_to + 1
         order = np.argsort(~active, axis=1, kind="stable")[:, :most]
         repeated = np.arange(order.shape[1]) >= active.sum(1)[:, None]
         columns = np.where(repeated, order[:, :1], order)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from sampling.batch import Denoiser, attention_block_of, check_numbers, positions_at_once
 from sampling.canvas import Tokens, count_positions, left_pad
+from sampling.transfer import to_device
 from sampling.visibility import Visibility
 
 
@@ -215,11 +216,11 @@ def _log_p(model: Denoiser, rows: Sequence[np.ndarray], masked: Sequence[np.ndar
     column = torch.from_numpy(np.concatenate([at + pad for at, pad in zip(masked, pads, strict=True)]))
     x_t = x_0.index_put((row, column), torch.tensor(mask))
     visibility = Visibility(attended=attention_mask) if any(pads) else Visibility()
-    where = row.to(model.device), column.to(model.device)
-    position_ids = count_positions(attention_mask).to(model.device)
-    hidden = model.hidden(x_t.to(model.device), position_ids, visibility, *where)
+    given = x_t, count_positions(attention_mask), x_0[row, column], row, column
+    x_t, position_ids, targets, *where = (to_device(tensor, model.device) for tensor in given)
+    hidden = model.hidden(x_t, position_ids, visibility, *where)
     at_once = positions_at_once(model)
-    parts = zip(hidden.split(at_once), x_0[row, column].to(model.device).split(at_once), strict=True)
+    parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
     nll = torch.cat([F.cross_entropy(model.head(h).float(), target, reduction="none") for h, target in parts])
     nll = nll.double().cpu().numpy()
     check_numbers(nll)

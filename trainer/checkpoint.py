@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from data.errors import differences
-from data.storage import UNFINISHED, find_full_disk, publish, remove, unfinished_of
+from data.storage import UNFINISHED, find_full_disk, first_line, publish, remove, unfinished_of
 from data.terminal import printable
 from diffllm import DiffLLM
 from trainer.dcp import DigestingWriter, SafeReader, TensorLoadPlanner
@@ -135,7 +135,7 @@ class Checkpoints:
         self._target, self._manifest = path_of(self.directory, step), {"step": step, **manifest}
         self.state.distributed.on_main(self._discard)
         state = self.state.state_dict()
-        self._writer = DigestingWriter(unfinished_of(self._target))
+        self._writer = DigestingWriter(unfinished_of(self._target), staged=self.asynchronous)
         where = {"storage_writer": self._writer, "process_group": self._group}
         if self.asynchronous:
             if self.state.distributed.device.type == "cuda":
@@ -154,10 +154,22 @@ class Checkpoints:
         self.wait()
 
     def wait_for_copy(self) -> None:
-        """Wait until the state may change."""
-        if self._copied is not None:
-            self._copied.result()
-            self._copied = None
+        """Wait until the state may change.
+
+        Raises:
+            MemoryError: the host has no memory for the copy.
+        """
+        copied, self._copied = self._copied, None
+        try:
+            if copied is not None:
+                copied.result()
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise MemoryError(
+                f"no memory of the host for the copy that is written in the background ({first_line(error)}): set "
+                "trainer.async_checkpoints=false"
+            ) from error
 
     def poll(self) -> bool:
         """Publish the pending checkpoint if it is written. Only rank 0 does, after all ranks have written their files.

@@ -76,12 +76,15 @@ class DigestingFileSystem(FileSystem):
 class DigestingWriter(FileSystemWriter):
     """Writes a checkpoint and gathers the digests of its files on rank 0.
 
+    Args:
+        staged: the tensors are copies in the host's memory. Torch would still wait for the GPU, and its training.
+
     Attributes:
         digests: XXH3 by file name, on rank 0 after the write.
     """
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, staged: bool = False):
+        super().__init__(path, **{"per_thread_copy_ahead": 0} if staged else {})
         self.fs = DigestingFileSystem()
         self.digests: dict[str, str] = {}
 

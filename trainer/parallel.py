@@ -77,7 +77,7 @@ def shard(model: DiffLLM, distributed: Distributed, config: Config, passes: int 
     for layer in model.lm.get_decoder().layers:
         split(layer, reshard_after_forward=settings.reshard_after_forward)
     split(model)
-    for part in sharded_parts(model):
+    for part in sharded_parts(model) if distributed.size > 1 else ():  # alone, dividing by 1 would copy the gradients
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale in a reduction
 

@@ -225,6 +225,9 @@ def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEven
                 started = perf_counter()
                 outcome.set_result((sample(on_step), perf_counter() - started))
         except BaseException as error:  # raised again by `outcome.result`
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they hold the tensors of the step as long as someone holds the error
             outcome.set_exception(error)
         events.put(end)
 

@@ -1,6 +1,7 @@
 """Sampling through graphs and compiled layers gives the tokens of plain forwards."""
 
 import copy
+from threading import Thread
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffllm import new_model, static_forward
 from diffllm.compilation import RECOMPILATIONS
-from diffllm.static_forward import StaticForward, compile_parts, compiled_rating, prepare_sampling
+from diffllm.static_forward import StaticForward, compile_sampling, compiled_rating, prepare_sampling
 from diffllm.tokenizer import builtin_tokenizer
-from sampling import Canvas, SamplingConfig, fill, sample
+from sampling import Canvas, SamplingConfig, fill, sample, score
 from sampling.confidence import propose
 from tests.conftest import small_shape
 
@@ -70,6 +71,7 @@ def test_graphs_change_no_token_of_rows_that_grow(model, monkeypatch, multiple):
     model.static = StaticForward(model.decode, "true", capture)
     assert model.width_multiple == 256
     monkeypatch.setattr(type(model), "width_multiple", multiple)
+    monkeypatch.setattr(static_forward, "CAPTURED_AT", 3)
     for _ in range(2):
         assert filled(model, **settings) == plain
     assert model.static.graphs
@@ -123,9 +125,12 @@ def test_settings_that_do_not_exist(model):
         prepare_sampling(model, "fast")
 
 
-@pytest.mark.parametrize("trait", ["windowed", "flash"])
+@pytest.mark.parametrize("trait", ["windowed", "flash", "dynamic", "longrope"])
 def test_what_graphs_cannot_do_is_said(model, trait):
-    setattr(model, trait, True)
+    if trait in ("windowed", "flash"):
+        setattr(model, trait, True)
+    else:
+        model.lm.config.rope_parameters["rope_type"] = trait
     prepare_sampling(model, "auto")
     with pytest.raises(ValueError, match=r"sampling\.compile=true: not for layers with a window or FlashAttention"):
         prepare_sampling(model, "true")
@@ -154,6 +159,63 @@ def test_long_forwards_and_new_shapes_are_not_captured(model, monkeypatch):
     monkeypatch.setattr(static_forward, "MOST_GRAPHS", 1)
     filled(model)
     assert len(model.static.graphs) == 1
+
+
+def test_shapes_of_long_ago_are_not_captured(monkeypatch):
+    monkeypatch.setattr(static_forward, "RECENT", 20)
+    together, scattered = ([width for _ in range(6) for width in range(1, 9)] for _ in range(2))
+    together.sort()
+    for widths, graphs in ((together, 8), (scattered, 0)):
+        static = StaticForward(lambda *_: torch.zeros(1), "true", lambda run: run)
+        for width in widths:
+            static(torch.zeros(1, width), torch.zeros(1, width), None, None)
+        assert len(static.graphs) == graphs
+        assert static.seen.total() == len(static.recent) == 20
+
+
+def test_likelihoods_are_not_captured(model):
+    model.static = StaticForward(model.decode, "true", capture)
+    for _ in range(10):
+        score(model, [5, 6], [7, 8], model.special_tokens, 8)
+    assert not model.static.seen
+
+
+def test_numbers_that_are_none_do_not_stay(model):
+    """Keys and values of a failed forward are in memory that the next sampler takes."""
+    model.block_length = 4
+    plain = filled(model)
+    model.static = StaticForward(model.decode, "true", None)
+    values = model.lm.get_decoder().layers[0].self_attn.v_proj.weight.data
+    sound = values.clone()
+    values.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        filled(model)
+    values.copy_(sound)
+    assert filled(model) == plain
+
+
+def test_a_thread_has_the_settings_of_the_compiler(monkeypatch):
+    monkeypatch.setattr(static_forward, "backend_of", lambda _: "eager")
+    rating, limits = compiled_rating("true"), []
+
+    def work():
+        rating(torch.randn(3, 9), None, None, SamplingConfig())
+        limits.append(torch._dynamo.config.recompile_limit)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert limits == [RECOMPILATIONS]
+
+
+def test_memory_that_a_capture_lacks_is_named(model):
+    def exhaust(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.static = StaticForward(model.decode, "auto", exhaust)
+    with pytest.raises(MemoryError, match=r"lower sampling\.batch_size"):
+        filled(model)
+    assert model.static.capture is exhaust
 
 
 def test_what_cannot_be_captured_runs_as_it_is(model):
@@ -199,7 +261,7 @@ def test_layers_share_their_compilations(tokenizer, monkeypatch):
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = RECOMPILATIONS
         counters.clear()
-        compile_parts(model, "true")
+        compile_sampling(model, "true")
         for _ in range(2):
             assert filled(model, cache="dual", block_length=4) == plain
         compilations.append(counters["stats"]["unique_graphs"])
@@ -218,7 +280,7 @@ def test_layers_share_their_compilations(tokenizer, monkeypatch):
 )
 def test_what_is_prepared(model, monkeypatch, setting, gpu, forwards, compiled, static):
     done = []
-    monkeypatch.setattr(static_forward, "compile_parts", lambda *_: done.append(1))
+    monkeypatch.setattr(static_forward, "compile_sampling", lambda *_: done.append(1))
     monkeypatch.setattr(static_forward, "CudaGraphs", lambda _: capture)
     if gpu:
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
