@@ -14,6 +14,7 @@ from diffllm.static_forward import StaticForward, compile_sampling, compiled_rat
 from diffllm.tokenizer import builtin_tokenizer
 from sampling import Canvas, SamplingConfig, fill, sample, score
 from sampling.confidence import propose
+from sampling.sampler import Sampler
 from tests.conftest import small_shape
 
 PROMPTS = [([5, 6, 7, 8, 9], 12), ([20, 21], 9), ([40, 41, 42], 12), ([60], 5), ([70, 71], 12)]
@@ -187,9 +188,14 @@ def test_numbers_that_are_none_do_not_stay(model):
     model.static = StaticForward(model.decode, "true", None)
     values = model.lm.get_decoder().layers[0].self_attn.v_proj.weight.data
     sound = values.clone()
+    sampler = Sampler(model, SamplingConfig(stop_at_eos=False), model.special_tokens)
+    sampler.add(Canvas.after(*PROMPTS[0], model.mask_token_id))
+    for _ in range(9):  # into the last block
+        sampler.step()
     values.fill_(torch.nan)
     with pytest.raises(FloatingPointError):
-        filled(model)
+        sampler.step()
+    del sampler
     values.copy_(sound)
     assert filled(model) == plain
 
