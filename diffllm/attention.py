@@ -1,6 +1,7 @@
 """Convert a visibility for the decoder's attention: to no mask, a mask, or one long row without padding."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,21 +34,31 @@ def visibility_of(batch: Mapping[str, Tensor]) -> Visibility:
     return Visibility(**conditions)
 
 
-def mask_of(visibility: Visibility, columns: Tensor | None = None, windowed: bool = False) -> Tensor | None:
-    """Bool mask for Transformers' decoders: None, or one that broadcasts to [B, 1, Q, L].
+def mask_of(
+    visibility: Visibility, dtype: torch.dtype, columns: Tensor | None = None, windowed: bool = False
+) -> Tensor | None:
+    """Mask for Transformers' decoders: None, or 0 and -inf that broadcast to [B, 1, Q, L].
+
+    All layers share it, where each would convert a bool mask. Its rows begin at multiples of 8 numbers: those of others
+    would be copied in each layer on a GPU.
 
     Args:
+        dtype: of the queries.
         columns: [B, Q] positions of the queries if others are cached; None for all.
         windowed: some layers have a window, which the decoder joins with the padding [B, L].
     """
     if windowed:
         return visibility.attended
-    mask = visibility.dense(columns)
-    return None if mask is None else mask[:, None]
+    visible = visibility.dense(columns)
+    if visible is None:
+        return None
+    width = visible.shape[-1]
+    aligned = torch.full((*visible.shape[:-1], -(-width // 8) * 8), -torch.inf, dtype=dtype, device=visible.device)
+    return aligned[..., :width].masked_fill_(visible, 0)[:, None]
 
 
 def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """All attended tokens as one row, in which each row or document of the batch sees only itself.
+    """All attended tokens as one row, in which each row or document of the batch sees only itself, or of that the past.
 
     The layout is computed on the host: a visibility that is there needs no synchronisation with the GPU.
 
@@ -74,6 +85,7 @@ def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -
         "input_ids": x_t.flatten()[index][None],
         "position_ids": position_ids.flatten()[index][None],
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
+        **({"causal": True} if visibility.causal else {}),
     }
     return inputs, place
 
@@ -121,6 +133,7 @@ def varlen_attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    causal: bool = False,
     plan: Any = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
@@ -130,6 +143,7 @@ def varlen_attention(
         query, key, value: [B, H, L, D]; with bounds B is 1.
         cu_seq_lens_q: [S + 1] int32, where the S segments of the row begin, and its length.
         max_length_q: tokens of the longest segment.
+        causal: of its segment, a token sees itself and the past.
         plan: of `diffllm.block_attention.attention_plan`.
 
     Returns:
@@ -142,10 +156,13 @@ def varlen_attention(
     if query.is_cuda:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         bounds, longest = cu_seq_lens_q, max_length_q
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, **GROUPED)[None], None
+        window = (-1, 0) if causal else (-1, -1)
+        attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, **GROUPED)
+        return attended[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     segments = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = [F.scaled_dot_product_attention(*segment, scale=scaling, enable_gqa=True) for segment in segments]
+    attend_within = partial(F.scaled_dot_product_attention, scale=scaling, is_causal=causal, enable_gqa=True)
+    attended = [attend_within(*segment) for segment in segments]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 

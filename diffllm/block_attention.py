@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from diffllm.compilation import set_compiler
+from diffllm.compilation import compile_flex, set_compiler
 from sampling import Visibility
 from sampling.visibility import sees_block
 
@@ -88,4 +88,4 @@ def _columns(states: Tensor, parts: list[slice]) -> Tensor:
     return states[:, :, parts[0]] if len(parts) == 1 else torch.cat([states[:, :, part] for part in parts], dim=2)
 
 
-compiled_flex, compiled_mask = torch.compile(flex_attention), torch.compile(create_block_mask)
+compiled_flex, compiled_mask = (torch.compile(f, backend=compile_flex) for f in (flex_attention, create_block_mask))

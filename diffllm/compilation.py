@@ -40,7 +40,27 @@ def backend_of(setting: str) -> str | Callable[[fx.GraphModule, list[Tensor]], C
     return "inductor" if setting == "true" else _compile_or_warn
 
 
+class CannotCompileError(ValueError):
+    """FlexAttention must be compiled: as it is, it computes all pairs of positions."""
+
+
+def compile_flex(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    """Backend for torch.compile without another way.
+
+    Raises:
+        CannotCompileError: compilation failed.
+    """
+    try:
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+    except Exception as error:
+        raise CannotCompileError(
+            f"FlexAttention cannot be compiled here ({first_line(error)}): set model.attn_implementation=sdpa"
+        ) from error
+
+
 def _compile_or_warn(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    if any("flex_attention" in str(node.target) for node in graph.graph.nodes):
+        return compile_flex(graph, inputs)
     try:
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # of the compiler, its toolchain or the driver
@@ -57,18 +77,22 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def refusing_failures(name: str, setting: str) -> Iterator[None]:
-    """Turn an error of the compiler into one line, if compilation was demanded.
+    """Turn an error of the compiler into one line.
 
     Args:
         name: of the setting.
 
     Raises:
         ValueError: compilation failed, and the setting is `true`.
+        CannotCompileError: that of FlexAttention failed.
     """
     try:
         yield
     except TorchDynamoException as error:
+        inner = getattr(error, "inner_exception", error)
+        if isinstance(inner, CannotCompileError):
+            raise inner from error
         if setting != "true":
             raise
-        reason = first_line(getattr(error, "inner_exception", error))
+        reason = first_line(inner)
         raise ValueError(f"{name}=true: compilation failed ({reason}); set {name}=auto or false") from error

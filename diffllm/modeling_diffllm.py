@@ -180,11 +180,13 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         row, column = (to_device(index, x_t.device) for index in (row, column))
         if self.family.shift:
             column = seen.left_neighbour(row, column)
-        ragged = visibility.attended is not None or visibility.document is not None
+        segments = visibility.causal or (
+            (visibility.attended is not None or visibility.document is not None) and not visibility.needs_pairs
+        )
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             static = None
         captured = static is not None and static.takes(x_t.numel())
-        if self.unpad and ragged and cache is None and not visibility.needs_pairs and not captured:
+        if self.unpad and segments and cache is None and not captured:
             inputs, place = without_padding(visibility, x_t, position_ids)
             return self.lm.get_decoder()(**inputs).last_hidden_state[0, place[row, column]]
         if seen.copy is not None and self.lm.config._attn_implementation == "varlen":
@@ -194,7 +196,7 @@ class DiffLLM(DiffusionGeneration, nn.Module):
         if columns is not None:
             x_t, position_ids = x_t.gather(1, columns), position_ids.gather(1, columns)
             column = cache.place[row, column]
-        mask = mask_of(seen, columns, self.windowed)
+        mask = mask_of(seen, self.lm.get_input_embeddings().weight.dtype, columns, self.windowed)
         return (static or self.decode)(x_t, position_ids, mask, cache)[row, column]
 
     def hidden_of_step(self, *arguments: Any) -> Tensor:

@@ -58,6 +58,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+def needs_mask(config: Config) -> bool:
+    """Whether the attention gets a mask of all pairs. Others get rows without padding, tiles, or the padding alone."""
+    objective, sdpa = config.diffusion, config.model.attn_implementation == "sdpa"
+    by_row = objective.causal or objective.block_length is not None or config.data.packing
+    return objective.attention_annealing_steps > 0 or (sdpa and by_row)
+
+
 def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, compiling: bool = False) -> PassMemory:
     """Memory of a micro-batch of `rows`, computed in `dtype`; all positions but those of copies are masked.
 
@@ -88,9 +95,7 @@ def pass_memory(model: DiffLLM, config: Config, rows: int, dtype: torch.dtype, c
             embedded = torch.empty(rows, width, decoder.config.hidden_size, dtype=dtype)
             embedded.requires_grad_(decoder.embed_tokens.weight.requires_grad)
             positions = torch.empty(rows, width, dtype=torch.long)
-            # FlashAttention and varlen get unpadded rows or tiles, no mask.
-            unmasked = config.model.attn_implementation != "sdpa"
-            mask = None if unmasked else torch.empty(rows, 1, width, width, dtype=torch.bool)
+            mask = torch.empty(rows, 1, width, width, dtype=dtype) if needs_mask(config) else None
             output = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
             index = positions[:, :length].flatten()
             states = output.last_hidden_state[index, index]

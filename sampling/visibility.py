@@ -21,6 +21,7 @@ class Visibility:
         copy: [B, L] 0 for x_0, 1 and above for noised copies of it, on one canvas. A position sees its own block of
             its own copy, and the earlier blocks of x_0.
         left: [B, L] see `left_neighbour`; None: columns of a row are in order.
+        causal: each block is one token, in the order of the columns: a causal kernel needs no mask.
     """
 
     attended: Tensor | None = None
@@ -29,6 +30,7 @@ class Visibility:
     pairs: Tensor | None = None
     copy: Tensor | None = None
     left: Tensor | None = None
+    causal: bool = False
 
     @property
     def needs_pairs(self) -> bool:

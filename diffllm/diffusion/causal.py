@@ -1,7 +1,7 @@
 """Next-token prediction: the baseline of diffusion, with the same decoder, rows and batches."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -63,7 +63,7 @@ class Causal(Objective):
         device = model.device
         x_0, masked, position_ids = (to_device(batch[name], device) for name in ("input_ids", "masked", "position_ids"))
         where = tuple(to_device(index, device) for index in self.positions(batch))
-        seen = {"position_ids": position_ids, "visibility": visibility_of(batch), "where": where}
+        seen = {"position_ids": position_ids, "visibility": replace(visibility_of(batch), causal=True), "where": where}
         return model(x_0, x_0, masked, masked.float(), **seen)
 
     def measure(self, batch: Batch, output: LossOutput) -> Tensor:

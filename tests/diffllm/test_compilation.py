@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor import compile_fx
+from torch.nn.attention.flex_attention import flex_attention
 
 from diffllm import ModelConfig
+from diffllm.block_attention import compiled_flex
 from diffllm.compilation import WORTH_PASSES, backend_of, is_compiled, refusing_failures
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -71,6 +73,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(recwarn):
     }
     ours, expected = ([parameter.grad for parameter in each.parameters()] for each in (model, plain))
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("inside", [False, True])
+def test_flex_attention_that_cannot_be_compiled_says_what_to_set(inside):
+    """Alone, or in a layer that would run as it is without it."""
+    attend = compiled_flex
+    if inside:
+        attend = torch.compile(lambda q: flex_attention(q, q, q) + 1, backend=backend_of("auto"))
+    arguments = [torch.randn(1, 1, 128, 16)] * (1 if inside else 3)
+    line = r"^FlexAttention cannot be compiled here \(no compiler\): set model\.attn_implementation=sdpa$"
+    with torch.no_grad(), pytest.raises(ValueError, match=line), refusing_failures("model.compile", "auto"):
+        attend(*arguments)
 
 
 @pytest.mark.usefixtures("no_compiler")

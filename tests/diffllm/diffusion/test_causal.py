@@ -95,6 +95,16 @@ def test_packed_rows_have_the_loss_that_they_have_alone(attention, tokenizer):
     torch.testing.assert_close(OBJECTIVE.loss(model, packed).loss, sum(alone))
 
 
+def test_a_causal_kernel_needs_no_mask(tokenizer, monkeypatch):
+    model = new_model(small_shape(attn_implementation="varlen"), tokenizer).eval()
+    expected = OBJECTIVE.loss(model, rows()).loss
+    monkeypatch.setattr("diffllm.modeling_diffllm.mask_of", None)
+    for batch in (rows(), pack(rows(), WIDTH)):
+        torch.testing.assert_close(OBJECTIVE.loss(model, batch).loss, expected)
+    whole = rows((12, 12))
+    assert OBJECTIVE.loss(model, whole).loss.isfinite()
+
+
 def test_later_tokens_are_not_seen(small_model):
     batch = rows()
     before = OBJECTIVE.loss(small_model, batch).nll.split(batch["masked"].sum(-1).tolist())
