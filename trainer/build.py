@@ -433,7 +433,7 @@ def build_optimizer(model: DiffLLM, config: OptimConfig) -> Optimizer:
         {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = {"fused": True} if config.name != "adamw_8bit" and all(parameter.is_cuda for parameter in trained) else {}
+    fused = {} if config.name == "adamw_8bit" else {"fused": True}
     settings = {"lr": config.lr, "betas": tuple(config.betas), **fused}
     if config.name == "muon":
         optimizer = Muon(matrices, groups, weight_decay=config.weight_decay, **settings)

@@ -93,6 +93,24 @@ def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+@contextmanager
+def naming_the_copy() -> Iterator[None]:
+    """Let an error of memory name the copy in the host's memory.
+
+    Raises:
+        MemoryError: the block ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of torch
+        if "memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"no memory of the host for the copy that is written in the background ({first_line(error)}): set "
+            "trainer.async_checkpoints=false"
+        ) from error
+
+
 class Checkpoints:
     """Saves the checkpoints of a run, one at a time.
 
@@ -160,16 +178,9 @@ class Checkpoints:
             MemoryError: the host has no memory for the copy.
         """
         copied, self._copied = self._copied, None
-        try:
-            if copied is not None:
+        if copied is not None:
+            with naming_the_copy():
                 copied.result()
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise MemoryError(
-                f"no memory of the host for the copy that is written in the background ({first_line(error)}): set "
-                "trainer.async_checkpoints=false"
-            ) from error
 
     def poll(self) -> bool:
         """Publish the pending checkpoint if it is written. Only rank 0 does, after all ranks have written their files.
@@ -193,12 +204,14 @@ class Checkpoints:
 
         Raises:
             OSError: it could not be written.
+            MemoryError: see `wait_for_copy`.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            with naming_the_copy():
+                pending.result()
             self.state.distributed.on_main(self._publish)
         except (OSError, CheckpointException) as error:
             if self.state.distributed.is_main:

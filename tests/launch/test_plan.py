@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from diffllm import ModelConfig, new_model
 from diffllm.adapt import adapt
+from diffllm.diffusion.objective import settings_of
 from diffllm.tokenizer import builtin_tokenizer
 from launch import CONF
-from launch.activations import pass_memory
+from launch.activations import needs_mask, pass_memory
 from launch.plan import largest_micro_batch, memory_table, read_arguments
 from launch.shapes import meta_model
 from tests.benchmarks.measure import peak_bytes
@@ -318,3 +319,30 @@ def test_settings_move_memory(meta):
     assert memory_table(model, config, layout)["activations"][0] < plain["activations"][0] / 4
     config.trainer.cpu_offload = True
     assert memory_table(model, config, layout)["optimizer"] == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "attention", "annealed", "packed", "masked"),
+    [
+        ("masked", "auto", 0, True, False),
+        ("masked", "sdpa", 0, False, False),
+        ("masked", "sdpa", 0, True, True),
+        ("masked", "auto", 10, False, True),
+        ("causal", "auto", 0, True, False),
+        ("causal", "sdpa", 0, False, True),
+        ("block", "varlen", 0, False, False),
+        ("block", "sdpa", 0, False, True),
+    ],
+)
+def test_masks_of_all_pairs_are_counted(meta, diffusion, attention, annealed, packed, masked):
+    model, config, _ = meta
+    config.diffusion = settings_of(diffusion)()
+    config.diffusion.attention_annealing_steps = annealed
+    config.model.attn_implementation, config.data.packing = attention, packed
+    config.data.max_length = 512
+    assert needs_mask(config) is masked
+    kept = pass_memory(model, config, 2, torch.bfloat16).kept
+    config.diffusion.attention_annealing_steps, config.data.packing = 0, False
+    config.model.attn_implementation = "auto"
+    width = 512 * config.diffusion.copies
+    assert (kept - pass_memory(model, config, 2, torch.bfloat16).kept >= 2 * 2 * width**2) is masked

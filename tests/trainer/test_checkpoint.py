@@ -7,18 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from data.storage import UNFINISHED
 from tests.conftest import ROOT
 from tests.trainer.runs import change_manifest, losses, metrics, newest, train, weights
 from trainer.checkpoint import Checkpoints, load_weights
-from trainer.dcp import SafeReader
+from trainer.dcp import DigestingWriter, SafeReader
+from trainer.distributed import init_distributed
 from trainer.export import export
 from trainer.fsdp_sft_trainer import FSDPSFTTrainer
 from trainer.manifest import MANIFEST
@@ -310,3 +316,28 @@ def test_export_of_a_checkpoint_is_the_model_of_the_run(default_run, tmp_path):
         export(tmp_path / "nowhere", tmp_path / "other")
     with pytest.raises(ValueError, match="exported exists: delete it, or name another directory"):
         export(default_run / "checkpoints" / "step_00000012", tmp_path / "exported")
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_copy_is_written_without_a_wait_for_the_gpu(tmp_path, monkeypatch, staged):
+    """After every 10 MB torch would wait, although the copy is in the host's memory."""
+    stream, waits = Mock(device_type="cuda"), []
+    stream.synchronize = lambda: waits.append(1)
+    with init_distributed():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+        state = {name: torch.zeros(1800, 1800) for name in ("a", "b")}
+        dcp.save(state, storage_writer=DigestingWriter(tmp_path, staged), process_group=dist.new_group(backend="gloo"))
+        monkeypatch.undo()
+    assert bool(waits) is not staged
+
+
+def test_a_copy_that_the_host_has_no_memory_for(small_run, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Registering memory failed with cudaError 2\nand more")
+
+    monkeypatch.setattr(DefaultStager, "_stage", refuse)
+    with pytest.raises(MemoryError, match=r"\(Registering memory failed .*\): set trainer\.async_checkpoints=false"):
+        train(small_run(trainer__save_checkpoint_steps=3))
