@@ -58,7 +58,7 @@ def mask_of(
 
 
 def without_padding(visibility: Visibility, x_t: Tensor, position_ids: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """All attended tokens as one row, in which each row or document of the batch sees only itself, or of that the past.
+    """All attended tokens as one row, in which each row or document of the batch sees only itself.
 
     The layout is computed on the host: a visibility that is there needs no synchronisation with the GPU.
 
@@ -143,7 +143,7 @@ def varlen_attention(
         query, key, value: [B, H, L, D]; with bounds B is 1.
         cu_seq_lens_q: [S + 1] int32, where the S segments of the row begin, and its length.
         max_length_q: tokens of the longest segment.
-        causal: of its segment, a token sees itself and the past.
+        causal: a token sees nothing after it.
         plan: of `diffllm.block_attention.attention_plan`.
 
     Returns:
@@ -152,6 +152,9 @@ def varlen_attention(
     if plan is not None:
         return attend(query, key, value, plan, scaling), None
     if cu_seq_lens_q is None:
+        groups = query.shape[1] // key.shape[1]
+        if attention_mask is not None and not torch.is_grad_enabled() and groups * query.shape[2] <= key.shape[2]:
+            return side_by_side(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     if query.is_cuda:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -164,6 +167,22 @@ def varlen_attention(
     attend_within = partial(F.scaled_dot_product_attention, scale=scaling, is_causal=causal, enable_gqa=True)
     attended = [attend_within(*segment) for segment in segments]
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def side_by_side(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """[B, Q, H, D] attention of few queries, whose heads that share keys lie side by side.
+
+    Transformers would copy the keys and values for each head where there is a mask.
+
+    Args:
+        mask: broadcasts to [B, 1, Q, L].
+    """
+    rows, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    together = query.reshape(rows, key.shape[1], groups * queries, size)
+    mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
+    attended = F.scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scaling)
+    return attended.reshape(query.shape).transpose(1, 2)
 
 
 AttentionInterface.register("varlen", varlen_attention)

@@ -152,7 +152,7 @@ class StaticForward:
         return replay()
 
     def _count(self, key: tuple) -> None:
-        """Count a shape, and forget one."""
+        """Count a shape among those of the last RECENT forwards."""
         self.recent.append(key)
         self.seen[key] += 1
         if len(self.recent) > RECENT:

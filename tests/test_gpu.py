@@ -207,7 +207,9 @@ def test_graphs_change_no_token(on_gpu, cache):
 def _compiled() -> float:
     """Share of the tokens, sampled through compiled layers and ratings in float32, that differ from plain forwards."""
     model, (ids, attended) = _model(torch.float32), _prompts()
+    model.static = StaticForward(model.decode, "auto", None)  # the same shapes
     plain = sample(model, ids, SAMPLING, model.special_tokens, attended).sequences
+    model.static = None
     prepare_sampling(model, "true")
     return float((sample(model, ids, SAMPLING, model.special_tokens, attended).sequences != plain).float().mean())
 

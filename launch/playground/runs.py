@@ -225,9 +225,8 @@ def events_of(sample: Callable[[OnStep], Any], lock: Lock) -> Generator[StepEven
                 started = perf_counter()
                 outcome.set_result((sample(on_step), perf_counter() - started))
         except BaseException as error:  # raised again by `outcome.result`
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold the tensors of the step as long as someone holds the error
+            # They hold the tensors of the step for as long as someone holds the error.
+            traceback.clear_frames(error.__traceback__)
             outcome.set_exception(error)
         events.put(end)
 

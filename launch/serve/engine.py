@@ -229,9 +229,8 @@ class Engine:
             filled = group.sampler.step()
         except Exception as error:
             print_unexpected(error)
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold the tensors of the step as long as someone holds the error
+            # They hold the tensors of the step for as long as someone holds the error.
+            traceback.clear_frames(error.__traceback__)
             self._fail(key, error)
             return
         for row in filled:

@@ -1,10 +1,13 @@
 """Visibility as a decoder's attention takes it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from diffllm import load_model
-from diffllm.attention import attention_for, visibility_of
+from diffllm.attention import attention_for, side_by_side, varlen_attention, visibility_of
 from diffllm.diffusion.loss import Focal
 from sampling import SamplingConfig, Visibility
 from sampling.canvas import count_positions
@@ -80,6 +83,19 @@ def test_rows_without_their_padding(varlen, monkeypatch):
     padded = states(varlen, x, positions, Visibility(attended=attended))
     torch.testing.assert_close(unpadded[attended], padded[attended], rtol=1e-5, atol=1e-5)
     assert not torch.equal(unpadded[attended], padded[attended])  # another sum, so another attention
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_that_share_keys_lie_side_by_side(padded):
+    """As Transformers attends, whose copies of the keys they save."""
+    query, key, value = torch.randn(2, 6, 3, 8), *torch.randn(2, 2, 2, 20, 8)
+    visible = torch.rand(2, 1, 1 if padded else 3, 20) < 0.5
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    layer = SimpleNamespace(num_key_value_groups=3, is_causal=False)
+    expected, _ = sdpa_attention_forward(layer, query, key, value, mask)
+    torch.testing.assert_close(side_by_side(query, key, value, mask, None), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(varlen_attention(layer, query, key, value, mask)[0], expected)
 
 
 def test_what_has_no_segments_is_padded(varlen):
