@@ -22,7 +22,10 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Denoiser(Protocol):
-    """A model that gives logits for the tokens under the masks."""
+    """A model that gives logits for the tokens under the masks.
+
+    It may have `width_multiple`, `lend_cache`, `hidden_of_step` and `rating`, as `diffllm.DiffLLM` has.
+    """
 
     device: torch.device
     vocab_size: int

@@ -144,8 +144,8 @@ class CanvasCache(Cache):
     """Keys and values of whole canvases. A forward replaces those of some columns.
 
     Args:
-        round_to: the number of computed columns is a multiple of it and one, so that shapes occur again: a block has
-            a left neighbour.
+        round_to: the number of computed columns is a multiple of it plus one, for a block and its left neighbour, so
+            that shapes occur again.
 
     Attributes:
         rows: [b] rows that the next forward computes.
@@ -184,7 +184,7 @@ class CanvasCache(Cache):
                 buffer[new] = buffer[old]
 
     def clear(self) -> None:
-        """Forget all keys and values: a hidden one that is no number would still make the attention to it none."""
+        """Forget all keys and values: one that is no number would spoil the attention even where it is not seen."""
         for layer in self.kept:
             for buffer in layer.buffers:
                 buffer.zero_()
