@@ -38,7 +38,6 @@ SHAPES = {
     "full": RECOMPUTED | {"intermediate_size": 9000, "num_hidden_layers": 3, "family": "llada"},
     "selective": RECOMPUTED | {"intermediate_size": 2048, "num_hidden_layers": 8, "recompute": "selective"},
 }
-SLOW = dict.fromkeys(("layers", "logits", "selective"), pytest.mark.slow)
 
 
 def configured(shape: dict) -> Config:
@@ -68,8 +67,9 @@ def peak():
         yield lambda name: process.submit(measured, SHAPES[name]).result()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SHAPES])
+@pytest.mark.parametrize("name", SHAPES)
 def test_predicted_is_measured(peak, name):
     config = configured(SHAPES[name])
     with torch.device("meta"):
