@@ -66,9 +66,10 @@ PARTS = {
     "log": lambda text, _: ERROR.search(text),
     "template": lambda text, _: Template.parse(text),
 }
+SLOW = {"verdict": pytest.mark.slow}
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [pytest.param(part, marks=SLOW.get(part, ())) for part in PARTS])
 def test_no_text_takes_quadratic_time(part, tmp_path):
     for unit in UNITS:
         try:
