@@ -154,7 +154,7 @@ def varlen_attention(
     if cu_seq_lens_q is None:
         groups = query.shape[1] // key.shape[1]
         if attention_mask is not None and not torch.is_grad_enabled() and groups * query.shape[2] <= key.shape[2]:
-            return side_by_side(query, key, value, attention_mask, scaling), None
+            return attend_in_groups(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     if query.is_cuda:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -169,7 +169,7 @@ def varlen_attention(
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-def side_by_side(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """[B, Q, H, D] attention of few queries, whose heads that share keys lie side by side.
 
     Transformers would copy the keys and values for each head where there is a mask.

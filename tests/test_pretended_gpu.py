@@ -25,6 +25,7 @@ from diffllm.tokenizer import builtin_tokenizer
 from sampling import Canvas, SamplingConfig, sample, score
 from sampling.sampler import Sampler
 from tests.conftest import small_shape
+from tests.diffllm.diffusion.test_block import rows
 
 PROMPTS = [([5, 6, 7, 8, 9], 12), ([20, 21], 9), ([40, 41, 42], 12)]
 BLOCK = 4
@@ -138,21 +139,6 @@ def test_hooks_nuclei_and_likelihoods(on_pretended):
     assert found[-1] == pytest.approx(expected[-1])
 
 
-def _rows() -> Batch:
-    """Three left-padded rows, whose prompts have 3 tokens."""
-    columns, first = torch.arange(14), torch.tensor([[0], [6], [8]])
-    attended = columns >= first
-    return {
-        "input_ids": torch.randint(10, 200, (3, 14), generator=torch.Generator().manual_seed(0)),
-        "maskable": columns >= first + 3,
-        "attention_mask": attended.long(),
-        "position_ids": torch.where(attended, columns - first, 1),
-        "sample_index": torch.arange(3),
-        "slot": torch.arange(3),
-        "batch_size": torch.full((3,), 3),
-    }
-
-
 def _objective(name: str) -> Objective:
     settings = {"masked": DiffusionConfig(), "block": BlockConfig(block_length=BLOCK), "causal": CausalConfig()}[name]
     return build_objective(settings, mask_token_id=1, seed=0)
@@ -170,7 +156,7 @@ def _trained(name: str) -> tuple[list[Tensor], list[Tensor], int]:
     from tests.pretended_gpu import DEVICE, pretended_gpu
 
     model, objective = _model(), _objective(name)
-    batch = objective.corrupt(_rows(), epoch=0)
+    batch = objective.corrupt(rows(), epoch=0)
     expected = _step(copy.deepcopy(model), objective, batch)
     with pretended_gpu() as gpu:
         model.to(DEVICE)
@@ -190,7 +176,7 @@ def test_a_step_waits_for_nothing_before_its_sums_are_read(on_pretended, name):
 def _masked_on_the_host() -> tuple[float, float]:
     from tests.pretended_gpu import DEVICE, pretended_gpu
 
-    model, batch = _model(), _objective("masked").corrupt(_rows(), epoch=0)
+    model, batch = _model(), _objective("masked").corrupt(rows(), epoch=0)
     names, seen = ("x_t", "input_ids", "weights", "position_ids"), visibility_of(batch)
 
     def loss() -> float:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from diffllm.diffusion.weights import time_weights
 from diffllm.static_forward import StaticForward, compiled_rating, prepare_sampling
 from launch.plan import memory_table
 from sampling import SamplingConfig, Visibility, sample
+from sampling.batch import positions_at_once
 from sampling.canvas import count_positions
 from sampling.confidence import Rating, rate
 from tests.benchmarks.block_step import SETTINGS, make_batch, step
@@ -217,7 +219,7 @@ def case_rating(report: Report) -> None:
     torch.manual_seed(0)
     head = 0.02 * torch.randn(shape.vocab_size, shape.hidden_size, device=DEVICE, dtype=dtype)
     config, faster = SamplingConfig(alg="entropy"), compiled_rating("true")
-    at_once = max(1, 2**27 // shape.vocab_size)  # as `sampling.batch` does on a GPU
+    at_once = positions_at_once(SimpleNamespace(device=DEVICE, vocab_size=shape.vocab_size))
 
     @torch.no_grad()
     def rated(hidden: Tensor, rating: Rating) -> Tensor:
@@ -246,7 +248,7 @@ def case_blocks(report: Report) -> None:
     batch = make_batch(length, length // 4)
     for compiling in (False, True):
         losses = {}
-        for name, attention, kind in (
+        for name, attention, objective in (
             ("by masks", "sdpa", MaskedDiffusion(DiffusionConfig(**SETTINGS), 1, 0)),
             ("dense", "sdpa", BlockDiffusion(BlockConfig(**SETTINGS), 1, 0)),
             ("by blocks", "varlen", BlockDiffusion(BlockConfig(**SETTINGS), 1, 0)),
@@ -254,9 +256,9 @@ def case_blocks(report: Report) -> None:
             model = random_model(SMALL, attention).train()
             if compiling:
                 compile_parts(model, SHAPES[SMALL])
-            noised = kind.corrupt(batch, 0)
-            losses[name] = float(kind.loss(model, noised).loss.detach() / kind.denominator(noised))
-            [seconds] = timed(partial(step, model, kind, noised))
+            noised = objective.corrupt(batch, 0)
+            losses[name] = float(objective.loss(model, noised).loss.detach() / objective.denominator(noised))
+            [seconds] = timed(partial(step, model, objective, noised))
             report.add(
                 f"{SMALL} {len(batch['slot'])}×{length} {name}{', compiled' if compiling else ''}",
                 seconds,

@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from diffllm import load_model
-from diffllm.attention import attention_for, side_by_side, varlen_attention, visibility_of
+from diffllm.attention import attend_in_groups, attention_for, varlen_attention, visibility_of
 from diffllm.diffusion.loss import Focal
 from sampling import SamplingConfig, Visibility
 from sampling.canvas import count_positions
@@ -93,7 +93,7 @@ def test_heads_that_share_keys_lie_side_by_side(padded):
     mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
     layer = SimpleNamespace(num_key_value_groups=3, is_causal=False)
     expected, _ = sdpa_attention_forward(layer, query, key, value, mask)
-    torch.testing.assert_close(side_by_side(query, key, value, mask, None), expected)
+    torch.testing.assert_close(attend_in_groups(query, key, value, mask, None), expected)
     with torch.no_grad():
         torch.testing.assert_close(varlen_attention(layer, query, key, value, mask)[0], expected)
 
